@@ -1,0 +1,57 @@
+import importlib.metadata
+
+from ._equilibrium import (
+    AbstractEquilibrium as AbstractEquilibrium,
+    Certificate as Certificate,
+    certify as certify,
+    ColdStart as ColdStart,
+    WarmStart as WarmStart,
+)
+from ._hypergradient import (
+    best_response as best_response,
+    Hypergradient as Hypergradient,
+    hypergradient as hypergradient,
+)
+from ._inner_solver import (
+    GradientDescent as GradientDescent,
+    Projection as Projection,
+)
+from ._linear_solver import (
+    IdentityInverse as IdentityInverse,
+    Neumann as Neumann,
+    Pseudoinverse as Pseudoinverse,
+    TruncatedCG as TruncatedCG,
+)
+from ._operators import (
+    cross_derivative as cross_derivative,
+    inner_hessian as inner_hessian,
+    response_jacobian as response_jacobian,
+)
+from ._pipeline import (
+    AbstractPipeline as AbstractPipeline,
+    GradientPipeline as GradientPipeline,
+)
+from ._problem import (
+    AbstractBilevelProblem as AbstractBilevelProblem,
+    AbstractLeastSquaresProblem as AbstractLeastSquaresProblem,
+    BilevelProblem as BilevelProblem,
+    LeastSquaresProblem as LeastSquaresProblem,
+)
+from ._registry import (
+    default_pipeline as default_pipeline,
+    register as register,
+    registered as registered,
+)
+from ._response import (
+    AbstractResponse as AbstractResponse,
+    Fixed as Fixed,
+    Implicit as Implicit,
+    Proximal as Proximal,
+    Response as Response,
+    Unrolled as Unrolled,
+)
+from ._results import RESULTS as RESULTS
+from ._solve import Solution as Solution, solve as solve
+
+
+__version__ = importlib.metadata.version("bilevel_eqx")

@@ -1,0 +1,89 @@
+"""The warm-start equilibrium."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import lineax as lx
+from jaxtyping import ScalarLike
+
+from .._linear_solver import Pseudoinverse
+from .._misc import as_rate, check_positive, tree_sub
+from .._operators import (
+    cross_derivative_operator,
+    gradient_and_hessian,
+    is_nonzero,
+)
+from .._problem import outer_gradients, proximal
+from .base import AbstractEquilibrium, Certificate, relative_gradient
+
+
+def _zero_or_rate(epsilon):
+    """Full and partial are different programs, so that zero must be known to be so."""
+    return as_rate(epsilon) if is_nonzero(epsilon) else 0.0
+
+
+class WarmStart(AbstractEquilibrium):
+    r"""The equilibrium of a warm start: the inner variables go on from where they are.
+
+    $(x, y)$ is one if y is its own answer to x, and x is stationary for the outer
+    objective through that answer:
+
+    $$y \in \operatorname{argmin}_{y'} f(x, y') + \frac\epsilon2 \|y' - y\|^2, \qquad
+    F_x - B^\top (H + \epsilon I)^{-1} F_y = 0,$$
+
+    with $H^+$ for the inverse when $\epsilon = 0$ (a *full* warm start, where y is its
+    own projection on $S(x)$). A positive $\epsilon$ is a *partial* one.
+
+    This is the paper's Definition 3.2, mended: its first line, $x \in
+    \operatorname{argmin} F(x, y)$ at fixed y, says nothing where F does not contain x,
+    and is replaced by stationarity through the response. $\epsilon$ does not
+    move the inner condition of a convex problem; it enters through the hypergradient.
+
+    ??? cite "Reference"
+
+        Vicol, Lorraine, Duvenaud and Grosse, *Implicit Regularization in
+        Overparameterized Bilevel Optimization*, 2021: Definition 3.2, Appendix C.
+    """
+
+    warm: ClassVar[bool] = True
+    epsilon: ScalarLike = eqx.field(converter=_zero_or_rate, default=0.0)
+
+    def __check_init__(self):
+        check_positive(self.epsilon, "epsilon", "WarmStart", or_zero=True)
+
+    @property
+    def partial(self) -> bool:
+        """Whether epsilon is positive. If it is known only at run time it counts so."""
+        return is_nonzero(self.epsilon)
+
+    def certify(self, problem, x, y, y0):
+        value, outer_x, outer_y = outer_gradients(problem, x, y)
+        inner, inner_y = jax.value_and_grad(problem.inner, argnums=1)(x, y)
+        # At the anchor itself the pull vanishes but its curvature, epsilon I, does not.
+        answering = proximal(problem, y, self.epsilon) if self.partial else problem
+        _, H = gradient_and_hessian(answering, x, y, {lx.positive_semidefinite_tag})
+        q = lx.linear_solve(H, outer_y, Pseudoinverse(), throw=False).value
+        B = cross_derivative_operator(problem, x, y)
+        hypergradient = tree_sub(outer_x, B.T.mv(q))
+        name = "(H + epsilon I)^-1" if self.partial else "H^+"
+        return Certificate(
+            "a partial warm start" if self.partial else "a full warm start",
+            {
+                "inner": (
+                    relative_gradient(inner_y, y, inner),
+                    "y is its own answer: f_y = 0",
+                ),
+                "outer": (
+                    relative_gradient(hypergradient, x, value),
+                    f"x is stationary through it: F_x - B^T {name} F_y = 0",
+                ),
+            },
+        )
+
+
+WarmStart.__init__.__doc__ = r"""**Arguments:**
+
+- `epsilon`: $\epsilon$, at least zero, in units of the curvature of the inner objective.
+    Zero, the default, is a full warm start; a positive value a partial one.
+"""

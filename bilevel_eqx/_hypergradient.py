@@ -1,0 +1,212 @@
+"""The hypergradient, and the best response as a differentiable function."""
+
+from typing import Any, Generic
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree, Scalar
+
+from ._custom_types import typechecked, X, Y
+from ._misc import all_finite, as_variables, depends_on
+from ._problem import AbstractBilevelProblem, check_problem, outer_gradients
+from ._response import AbstractResponse
+from ._results import finite_or_not, first_failure, RESULTS, throw_if_failed
+
+
+class Hypergradient(eqx.Module, Generic[X, Y]):
+    r"""The derivative of $x \mapsto F(x, y(x))$, and where it was taken.
+
+    **Attributes:**
+
+    - `value`: $F(x, y)$.
+    - `gradient`: $F_x + J^\top F_y$, a pytree like x.
+    - `y`: the inner variables that answered x.
+    - `result`: one of `bilevel_eqx.RESULTS`.
+    - `stats`: `inner_residual`, the norm of what the response presumes to be zero;
+        further figures of the inner solve as `inner_...`, and of the linear solve as
+        `linear_...`.
+    """
+
+    value: Scalar
+    gradient: X
+    y: Y
+    result: RESULTS
+    stats: dict[str, Any]
+
+
+def reaches_outer(
+    problem: AbstractBilevelProblem,
+    x: PyTree,
+    anchor: PyTree,
+    response: AbstractResponse,
+) -> bool:
+    """Whether x can reach the outer objective, directly or through y."""
+    if depends_on(lambda x: problem.outer(x, anchor), x):
+        return True
+    through_y = depends_on(lambda y: problem.outer(x, y), anchor)
+    return through_y and response.reaches(problem, x, anchor)
+
+
+def hypergradient_and_state(
+    problem: AbstractBilevelProblem,
+    x: PyTree,
+    anchor: PyTree,
+    response: AbstractResponse,
+    state: Any = None,
+) -> tuple[Hypergradient, Any]:
+    """The hypergradient, without checks, and what the response carries on."""
+    answer = response(problem, x, anchor, state)
+    value, outer_x, outer_y = outer_gradients(problem, x, answer.y)
+    indirect, linear_result, linear_stats = answer.pullback(outer_y)
+    gradient = jtu.tree_map(jnp.add, outer_x, indirect)
+    result = first_failure(answer.result, linear_result, finite_or_not((value, gradient)))
+    stats = {**answer.stats, **linear_stats}
+    return Hypergradient(value, gradient, answer.y, result, stats), answer.state
+
+
+@eqx.filter_jit
+@typechecked
+def _hypergradient(
+    problem: AbstractBilevelProblem,
+    x: PyTree,
+    anchor: PyTree,
+    response: AbstractResponse,
+    throw: bool,
+) -> Hypergradient:
+    x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
+    check_problem(problem, x, anchor)
+    out, _ = hypergradient_and_state(problem, x, anchor, response)
+    result = first_failure(out.result, finite_or_not(out.y))
+    if not reaches_outer(problem, x, anchor, response):
+        if throw:
+            raise ValueError(RESULTS[RESULTS.zero_hypergradient])
+        result = first_failure(result, RESULTS.zero_hypergradient)
+    return eqx.tree_at(lambda h: h.result, out, result)
+
+
+def hypergradient(
+    problem: AbstractBilevelProblem[X, Y],
+    x: X,
+    anchor: Y,
+    response: AbstractResponse,
+    *,
+    throw: bool = True,
+) -> Hypergradient[X, Y]:
+    r"""The hypergradient: the derivative of the outer objective through the inner
+    variables' response,
+
+    $$\frac{\mathrm d F(x, y(x))}{\mathrm d x} = F_x + J^\top F_y, \qquad
+    J = \frac{\partial y}{\partial x}.$$
+
+    Both terms are there; the paper's Table 1 leaves the first out.
+
+    **Arguments:**
+
+    - `problem`: the bilevel problem.
+    - `x`: the outer variables, a pytree of floating-point arrays.
+    - `anchor`: the inner variables that the response starts from, a pytree of
+        floating-point arrays.
+    - `response`: how the inner variables answer: [`bilevel_eqx.Implicit`][],
+        [`bilevel_eqx.Proximal`][], [`bilevel_eqx.Unrolled`][], ...
+    - `throw`: whether a failure raises, or is returned as `result`. Keyword only
+        argument.
+
+    **Returns:**
+
+    A [`bilevel_eqx.Hypergradient`][], with `value`, `gradient`, `y`, `result`, `stats`.
+
+    **Raises:**
+
+    A `ValueError` if an objective is not a scalar, if the inner one does not depend on
+    y, if a leaf of `x` or `anchor` is not a floating-point array, or if the
+    hypergradient can only be zero. An `eqx.EquinoxRuntimeError`, unless `throw` is
+    `False`, if the inner or the linear solve fails, or something is not finite.
+    """
+    out = _hypergradient(problem, x, anchor, response, throw)
+    if throw:
+        out = throw_if_failed(out, out.result, describe)
+    return out
+
+
+def describe(out: Hypergradient) -> str:
+    """The numbers behind a failed hypergradient."""
+    stats = {k: v for k, v in out.stats.items() if jnp.ndim(v) == 0}
+    sentence = ""
+    if bool(out.result == RESULTS.inner_not_converged):
+        residual = float(stats["inner_residual"])
+        sentence = f"The inner gradient has norm {residual:.3g}."
+    elif bool(out.result == RESULTS.neumann_diverged):
+        residual = float(stats["linear_residual"])
+        curvature = float(stats["linear_curvature"])
+        remedy = (
+            f"a step size below {2 / curvature:.3g} would not diverge on it"
+            if curvature > 0
+            else "no step size converges on it"
+        )
+        sentence = (
+            f"The residual grew {residual:.3g}-fold. H has an eigenvalue of about "
+            f"{curvature:.3g}: {remedy}."
+        )
+    elif bool(out.result == RESULTS.linear_not_converged):
+        residual = float(stats.get("linear_residual", jnp.nan))
+        sentence = f"The linear solve ended with a relative residual of {residual:.3g}."
+    elif bool(out.result == RESULTS.nonfinite_step):
+        parts = {
+            "the outer objective": out.value,
+            "y": out.y,
+            "the gradient": out.gradient,
+        }
+        names = [name for name, part in parts.items() if not bool(all_finite(part))]
+        sentence = f"Not finite: {', '.join(names)}."
+    return sentence
+
+
+@eqx.filter_jit
+@typechecked
+def _best_response(
+    problem: AbstractBilevelProblem,
+    x: PyTree,
+    anchor: PyTree,
+    response: AbstractResponse,
+) -> tuple[PyTree, RESULTS]:
+    x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
+    check_problem(problem, x, anchor)
+    y, result = response.best_response(problem, x, anchor)
+    return y, first_failure(result, finite_or_not(y))
+
+
+def best_response(
+    problem: AbstractBilevelProblem[X, Y],
+    x: X,
+    anchor: Y,
+    response: AbstractResponse,
+    *,
+    throw: bool = True,
+) -> Y:
+    r"""The inner variables that answer x, as a function to differentiate.
+
+    For use inside other JAX code. The result is differentiable with respect to `x`, with
+    respect to the arrays in `problem` (its data, its hyperparameters: influence
+    functions), and with respect to whatever its objectives close over; in forward and
+    in reverse mode; and more than once where the linear solver of the response is exact.
+    It can stand inside the objective of another problem, which makes that one trilevel.
+
+    $$\mathrm d y = -H^{-1} \, \mathrm d (\nabla_y f) \quad\text{(implicit)}, \qquad
+    \mathrm d y = \mathrm d \Phi_K \quad\text{(unrolled)}.$$
+
+    **Arguments:** as for [`bilevel_eqx.hypergradient`][]. The derivative with respect to
+    `anchor` is that of the response: zero by definition for
+    [`bilevel_eqx.Implicit`][], the true one for the others.
+
+    **Returns:**
+
+    The inner variables, a pytree like `anchor`.
+
+    **Raises:** as [`bilevel_eqx.hypergradient`][]. The linear solves of a derivative
+    always raise if they fail: there is nowhere to return their result to.
+    """
+    y, result = _best_response(problem, x, anchor, response)
+    if throw:
+        y = throw_if_failed(y, result)
+    return y

@@ -1,0 +1,2 @@
+from .gradient_descent import GradientDescent as GradientDescent
+from .projection import Projection as Projection

@@ -1,0 +1,57 @@
+"""Gradient descent with a fixed step size, for a fixed number of steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
+
+from .._misc import as_rate, check_count, check_positive, tree_axpy
+
+
+class GradientDescent(optx.AbstractMinimiser[Any, Any, Int[Array, ""]]):
+    r"""$y \leftarrow y - \alpha \nabla_y f(x, y)$, a fixed number of times.
+
+    From $y_0$ on a quadratic it tends to the projection of $y_0$ on the set of minima,
+    $\Pi(y_0, S(x))$: this is the implicit bias that makes a cold start one.
+    """
+
+    step_size: ScalarLike = eqx.field(converter=as_rate)
+    num_steps: int
+    # Every optimistix solver has these three. Here nothing is tested against them.
+    rtol: float
+    atol: float
+    norm: Callable[[PyTree], Scalar]
+
+    def __init__(self, step_size: ScalarLike, num_steps: int):
+        r"""**Arguments:**
+
+        - `step_size`: $\alpha$, positive.
+        - `num_steps`: the number of steps, at least one. It says nothing of convergence:
+            the response that uses it checks that.
+        """
+        self.step_size = step_size
+        self.num_steps = num_steps
+        self.rtol = 0.0
+        self.atol = 0.0
+        self.norm = optx.two_norm
+
+    def __check_init__(self):
+        check_positive(self.step_size, "step_size", "GradientDescent")
+        check_count(self.num_steps, "num_steps", "GradientDescent")
+
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+        return jnp.array(0)
+
+    def step(self, fn, y, args, options, state, tags):
+        gradient, aux = jax.grad(fn, has_aux=True)(y, args)
+        return tree_axpy(-jnp.asarray(self.step_size), gradient, y), state + 1, aux
+
+    def terminate(self, fn, y, args, options, state, tags):
+        return state >= self.num_steps, optx.RESULTS.successful
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+        return y, aux, {}

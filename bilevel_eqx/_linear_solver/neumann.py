@@ -1,0 +1,157 @@
+"""The truncated Neumann series."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Float, ScalarLike
+
+from .._misc import (
+    as_rate,
+    check_count,
+    check_positive,
+    is_traced,
+    tree_axpy,
+    tree_dot,
+    tree_dtype,
+    tree_scale,
+)
+from .misc import check_square, relative
+
+
+# Beyond this many terms, diagonalising a matrix of this size is the cheaper way.
+_MANY_TERMS = 1000
+_SMALL = 256
+
+
+class _Spectrum(eqx.Module):
+    eigenvalues: Float[Array, " n"]
+    vectors: Float[Array, "n n"]
+
+
+def _converges(residual):
+    # The slack is for rounding: on the null space a term never shrinks. Negated, so
+    # that NaN counts as divergence.
+    diverges = ~(residual <= 1.001)
+    return lx.RESULTS.where(diverges, lx.RESULTS.breakdown, lx.RESULTS.successful)
+
+
+class Neumann(lx.AbstractLinearSolver):
+    r"""The first $K$ terms of the Neumann series,
+
+    $$H^{-1} \approx \alpha \sum_{j=0}^{K-1} (I - \alpha H)^j.$$
+
+    It takes exactly $K$ products with $H$, or $\min(n, K)$: where $H$ is small enough
+    to be diagonalised, and $K$ is beyond a thousand or known only at run time, the sum
+    is taken in closed form as the spectral filter $m_K(s) = (1 - (1 - \alpha s)^K) / s$.
+    On a fixed quadratic, $K$ terms are
+    the derivative of exactly $K$ steps of gradient descent with step size $\alpha$.
+    The series converges iff $0 < \alpha < 2 / \lambda_{\max}(H)$. (The paper sums to
+    $K$, one term more, and drops $\alpha$.)
+
+    On the null space of $H$ each term adds $\alpha$ to the sum, which therefore grows
+    as $\alpha K$. That part disappears once $B^\top$ is applied to it, whenever the
+    range of $B$ is within that of $H$, as it is at an interpolating solution.
+
+    The last product yields the residual $b - H q = (I - \alpha H)^K b$ for free:
+    `stats["residual"]` is its norm relative to that of $b$. If it exceeds one, the
+    series is diverging and the result is `RESULTS.breakdown`; `stats["curvature"]` is
+    then close to the eigenvalue to blame. If it is positive, step sizes below
+    `2 / stats["curvature"]` are the ones to try; if it is negative, none converges.
+
+    ??? cite "Reference"
+
+        Lorraine, Vicol and Duvenaud, *Optimizing Millions of Hyperparameters by Implicit
+        Differentiation*, AISTATS 2020.
+    """
+
+    num_terms: int
+    step_size: ScalarLike = eqx.field(converter=as_rate)
+
+    def __check_init__(self):
+        check_count(self.num_terms, "num_terms", "Neumann")
+        check_positive(self.step_size, "step_size", "Neumann")
+
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
+        del options
+        check_square(operator, "Neumann")
+        many = is_traced(self.num_terms) or self.num_terms > _MANY_TERMS
+        small = operator.in_size() <= _SMALL
+        if many and small and lx.is_symmetric(operator):
+            eigenvalues, vectors = jnp.linalg.eigh(operator.as_matrix())
+            return _Spectrum(eigenvalues, vectors)
+        return lx.linearise(operator)
+
+    def compute(self, state, vector, options):
+        del options
+        if isinstance(state, _Spectrum):
+            return self._filter(state, vector)
+        return self._sum(state, vector)
+
+    def _filter(self, spectrum, vector):
+        b, unravel = jax.flatten_util.ravel_pytree(vector)
+        s = spectrum.eigenvalues
+        step_size = jnp.asarray(self.step_size, s.dtype)
+        num_terms = jnp.asarray(self.num_terms, s.dtype)
+        # (1 - step_size s)^K, through a logarithm that is exact where step_size s is
+        # small. At step_size s = 1 that is minus infinity, and the power zero.
+        t = step_size * s
+        over = t > 1
+        logarithm = jnp.where(
+            over, jnp.log(jnp.where(over, t - 1, 1)), jnp.log1p(-jnp.where(over, 0, t))
+        )
+        sign = jnp.where(over & (self.num_terms % 2 == 1), -1, 1).astype(s.dtype)
+        power = sign * jnp.exp(num_terms * logarithm)
+        difference = jnp.where(over, 1 - power, -jnp.expm1(num_terms * logarithm))
+        safe = jnp.where(s == 0, 1, s)
+        total = jnp.where(s == 0, num_terms * step_size, difference / safe)
+        coordinates = spectrum.vectors.T @ b
+        curvature = s[jnp.argmax(jnp.where(coordinates == 0, -jnp.inf, logarithm))]
+        residual = relative(power * coordinates, b)
+        return (
+            unravel(spectrum.vectors @ (total * coordinates)),
+            _converges(residual),
+            {"residual": residual, "curvature": curvature},
+        )
+
+    def _sum(self, operator, vector):
+        step_size = jnp.asarray(self.step_size)
+
+        def add_term(_, carry):
+            term, total, curvature = carry
+            total = tree_axpy(1.0, term, total)
+            product = operator.mv(term)
+            # A diverging series turns towards the eigenvector to blame: its Rayleigh
+            # quotient is what to report, and the last one before it overflows.
+            quotient = tree_dot(term, product) / tree_dot(term, term)
+            curvature = jnp.where(jnp.isfinite(quotient), quotient, curvature)
+            return tree_axpy(-step_size, product, term), total, curvature
+
+        zeros = jtu.tree_map(jnp.zeros_like, vector)
+        carry = vector, zeros, jnp.zeros((), tree_dtype(vector))
+        last, total, curvature = jax.lax.fori_loop(0, self.num_terms, add_term, carry)
+        residual = relative(last, vector)
+        stats = {"residual": residual, "curvature": curvature}
+        return tree_scale(self.step_size, total), _converges(residual), stats
+
+    def transpose(self, state, options):
+        is_spectrum = isinstance(state, _Spectrum)
+        return (state if is_spectrum else state.transpose()), options
+
+    def conj(self, state, options):
+        is_spectrum = isinstance(state, _Spectrum)
+        return (state if is_spectrum else lx.conj(state)), options
+
+    def assume_full_rank(self):
+        return False
+
+
+Neumann.__init__.__doc__ = r"""**Arguments:**
+
+- `num_terms`: the number $K$ of terms, which is the number of products with $H$.
+- `step_size`: $\alpha$, in $(0, 2 / \lambda_{\max}(H))$.
+"""

@@ -1,0 +1,143 @@
+"""Truncated conjugate gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+
+from .._misc import (
+    check_count,
+    tree_axpy,
+    tree_dot,
+    tree_dtype,
+    tree_max,
+    tree_scale,
+    tree_zeros_like,
+)
+from .misc import check_square, relative
+
+
+# On an ill-conditioned but regular system the residual may rise for a while, before it
+# falls: CG decreases the error in the norm of H, not the residual.
+_GROWTH = 10.0
+
+
+class TruncatedCG(lx.AbstractLinearSolver):
+    r"""At most $K$ steps of conjugate gradients on $H q = b$, from $q = 0$.
+
+    Each step is one product with $H$ and there are no others: exactly $K$ products,
+    unless it stops before, and then what it has is the answer. It stops
+
+    - when the residual is down to rounding error (convergence);
+    - at a direction of negative curvature. If that is the first direction of all there
+      is no answer to give, and the result is `RESULTS.breakdown`.
+
+    Where $H$ is singular and $b$ is not in its range, which is the rule for a
+    hypergradient in an overparameterised problem, there comes a direction without
+    curvature, and there the textbook method divides zero by zero. That direction is the
+    part of $b$ in the null space. It is taken out of the residual, and the iteration goes
+    on from there: after at most $2 r + 1$ steps, with $r$ the rank, $B^\top q$ is
+    exact. With fewer steps the residual may have grown instead, and the result is then
+    `RESULTS.stagnation`.
+
+    All three tests compare like with like, so that scaling $H$ or $b$ changes nothing.
+    `stats` has `num_steps`, the relative `residual`, and `negative_curvature`.
+
+    !!! warning
+
+        The truncated method is nonlinear in $b$, so that the derivative with respect
+        to $b$ is not quite its transpose. Where both matter use
+        [`bilevel_eqx.Neumann`][] or [`bilevel_eqx.Pseudoinverse`][].
+
+    ??? cite "Reference"
+
+        Pedregosa, *Hyperparameter optimization with approximate gradient*, ICML 2016.
+    """
+
+    num_steps: int
+
+    def __check_init__(self):
+        check_count(self.num_steps, "num_steps", "TruncatedCG")
+
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
+        del options
+        check_square(operator, "TruncatedCG")
+        return lx.linearise(operator)
+
+    def compute(self, state, vector, options):
+        del options
+        operator = state
+        dtype = tree_dtype(vector)
+        eps = jnp.finfo(dtype).eps
+        # Of order one, so that no square below overflows or underflows.
+        scale = tree_max(vector)
+        b = tree_scale(1 / jnp.where(scale == 0, 1, scale), vector)
+        rr0 = tree_dot(b, b)
+
+        def unfinished(carry):
+            num_steps, _, _, _, _, _, stop, _ = carry
+            return ~stop & (num_steps < self.num_steps)
+
+        def step(carry):
+            num_steps, q, r, p, rr, largest, _, _ = carry
+            Hp = operator.mv(p)
+            pp = tree_dot(p, p)
+            curvature = tree_dot(p, Hp) / pp
+            largest = jnp.maximum(largest, jnp.abs(curvature))
+            # `<=`, and so true for the zero operator, whose largest curvature is zero.
+            flat = jnp.abs(curvature) <= 8 * eps * largest
+            # NaN too is worse than flat.
+            bad = ~flat & ~(curvature > 0)
+            step_size = jnp.where(flat | bad, 0, rr / (pp * curvature))
+            q = tree_axpy(step_size, p, q)
+            # Along a flat direction no step is taken, and b loses its share of it.
+            share = jnp.where(flat, tree_dot(r, p) / pp, 0)
+            r = tree_axpy(-step_size, Hp, r)
+            r = jtu.tree_map(lambda u, v: jnp.where(flat, u - share * v, u), r, p)
+            new_rr = tree_dot(r, r)
+            p = tree_axpy(jnp.where(flat, 0, new_rr / rr), p, r)
+            converged = new_rr <= eps**2 * rr0
+            return num_steps + 1, q, r, p, new_rr, largest, bad | converged, bad
+
+        zero = jnp.zeros((), dtype)
+        carry = (
+            jnp.array(0),
+            tree_zeros_like(b),
+            b,
+            b,
+            rr0,
+            zero,
+            rr0 == 0,
+            jnp.array(False),
+        )
+        out = jax.lax.while_loop(unfinished, step, carry)
+        num_steps, q, r, _, _, _, _, bad = out
+        residual = relative(r, b)
+        stats = {
+            "num_steps": num_steps,
+            "residual": residual,
+            "negative_curvature": bad,
+        }
+        # With a singular H and too few steps the residual can only grow.
+        diverged = ~(residual <= _GROWTH)
+        result = lx.RESULTS.where(diverged, lx.RESULTS.stagnation, lx.RESULTS.successful)
+        result = lx.RESULTS.where(bad & (num_steps == 1), lx.RESULTS.breakdown, result)
+        q = jtu.tree_map(lambda u: scale.astype(u.dtype) * u, q)
+        return q, result, stats
+
+    def transpose(self, state, options):
+        return state.transpose(), options
+
+    def conj(self, state, options):
+        return lx.conj(state), options
+
+    def assume_full_rank(self):
+        return False
+
+
+TruncatedCG.__init__.__doc__ = """**Arguments:**
+
+- `num_steps`: the largest number $K$ of steps, each of which is one product with $H$.
+"""

@@ -1,0 +1,2 @@
+from .base import AbstractPipeline as AbstractPipeline
+from .gradient import GradientPipeline as GradientPipeline

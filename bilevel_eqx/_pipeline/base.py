@@ -1,0 +1,57 @@
+"""What a pipeline is: an algorithm that aims at an equilibrium."""
+
+import abc
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from .._equilibrium import AbstractEquilibrium
+from .._problem import AbstractBilevelProblem
+
+
+State = TypeVar("State")
+
+
+class AbstractPipeline(eqx.Module, Generic[State]):
+    """An algorithm, as an initial state and a step. [`bilevel_eqx.solve`][] runs it.
+
+    The state is a pytree with everything that the algorithm carries; it has at least
+    the attributes `x` and `y`, the current outer and inner variables.
+    """
+
+    @abc.abstractmethod
+    def init(
+        self,
+        problem: AbstractBilevelProblem,
+        equilibrium: AbstractEquilibrium,
+        x: PyTree[Array],
+        y: PyTree[Array],
+        key: PRNGKeyArray,
+    ) -> State:
+        """The state before the first step.
+
+        **Arguments:**
+
+        - `problem`, `equilibrium`: what is to be solved.
+        - `x`, `y`: the initial outer and inner variables.
+        - `key`: for algorithms that draw random numbers.
+        """
+
+    @abc.abstractmethod
+    def step(
+        self,
+        problem: AbstractBilevelProblem,
+        equilibrium: AbstractEquilibrium,
+        state: State,
+    ) -> tuple[State, dict[str, Any]]:
+        """One outer step.
+
+        **Returns:**
+
+        The new state, and a dictionary of metrics of it. `solve` makes use of those
+        named `"outer_residual"` and `"inner_residual"` (scalars that are zero where the
+        algorithm stands still; needed if a tolerance is given) and `"result"` (one of
+        `bilevel_eqx.RESULTS`: a failure ends the run at the step before). All
+        others are for the history.
+        """

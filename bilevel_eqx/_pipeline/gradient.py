@@ -1,0 +1,181 @@
+"""Descent along a hypergradient: cold and warm start, Algorithms 1 and 3."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
+
+from .._hypergradient import hypergradient_and_state, reaches_outer
+from .._misc import as_pytree, check_type, optimiser_step, tree_norm
+from .._problem import inner_gradient
+from .._response import AbstractResponse, Implicit, Unrolled
+from .._results import first_failure, RESULTS
+from .base import AbstractPipeline
+
+
+class GradientState(eqx.Module):
+    """All that a run carries from one outer step to the next."""
+
+    x: PyTree[Array]
+    y: PyTree[Array]
+    y0: PyTree[Array]
+    # Where the last hypergradient was taken from: a line search must ask there too.
+    anchor: PyTree[Array]
+    value: Scalar
+    gradient: PyTree[Array]
+    result: RESULTS
+    outer_state: Any
+    inner_state: Any
+    key: PRNGKeyArray
+    num_steps: Int[Array, ""]
+
+
+class GradientPipeline(AbstractPipeline[GradientState]):
+    r"""Moves x along the hypergradient of a response, and lets y answer:
+
+    1. $x \leftarrow x - \alpha\, (F_x + J^\top F_y)$, or what the optimiser makes of it;
+    2. $y \leftarrow$ the follower's answer to the new x, if there is a follower;
+    3. the response answers x: this yields the next hypergradient and, if there is no
+       follower, y.
+
+    Both start from the last y under a warm start, and from $y_0$ under a cold one.
+
+    The paper's algorithms are settings of this:
+
+    - Algorithm 1, which looks ahead by K steps and moves by one:
+        `GradientPipeline(Unrolled(optax.sgd(eta), K), optax.sgd(alpha),
+        follower=Unrolled(optax.sgd(eta), 1))` with [`bilevel_eqx.WarmStart`][];
+    - Algorithm 3: `GradientPipeline(Proximal(epsilon, ...), optax.sgd(alpha))` with
+        [`bilevel_eqx.WarmStart`][];
+    - cold start: `GradientPipeline(Implicit(...), optax.sgd(alpha))` with
+        [`bilevel_eqx.ColdStart`][].
+
+    Where the follower unrolls, its optimiser's state is carried along with y, and a
+    response that unrolls the same optimiser looks ahead from that state.
+    """
+
+    response: AbstractResponse
+    optimiser: optax.GradientTransformation = eqx.field(converter=as_pytree)
+    follower: AbstractResponse | None = None
+
+    def __check_init__(self):
+        owner = "GradientPipeline"
+        check_type(self.response, AbstractResponse, "response", owner)
+        check_type(self.optimiser, optax.GradientTransformation, "optimiser", owner)
+        check_type(self.follower, AbstractResponse | None, "follower", owner)
+
+    def init(self, problem, equilibrium, x, y, key):
+        mover = self.response if self.follower is None else self.follower
+        state = GradientState(
+            x=x,
+            y=y,
+            y0=y,
+            anchor=y,
+            value=jnp.zeros(()),
+            gradient=x,
+            result=RESULTS.successful,
+            outer_state=self.optimiser.init(x),
+            inner_state=mover.init(problem, x, y) if equilibrium.warm else None,
+            key=key,
+            num_steps=jnp.array(0),
+        )
+        state = self._respond(problem, equilibrium, state)
+        if not reaches_outer(problem, x, y, self.response):
+            result = first_failure(state.result, RESULTS.zero_hypergradient)
+            state = eqx.tree_at(lambda s: s.result, state, result)
+        return state
+
+    def step(self, problem, equilibrium, state):
+        def value_fn(x):
+            # For optimisers with a line search. The others never ask.
+            y, _ = self.response.best_response(problem, x, state.anchor)
+            return problem.outer(x, y)
+
+        x, outer_state = optimiser_step(
+            self.optimiser,
+            state.x,
+            state.outer_state,
+            value=state.value,
+            gradient=state.gradient,
+            value_fn=value_fn,
+        )
+        state = eqx.tree_at(
+            lambda s: (s.x, s.outer_state, s.num_steps),
+            state,
+            (x, outer_state, state.num_steps + 1),
+        )
+        if self.follower is not None:
+            anchor = state.y if equilibrium.warm else state.y0
+            answer = self.follower(problem, x, anchor, state.inner_state)
+            inner_state = answer.state if equilibrium.warm else None
+            result = first_failure(state.result, answer.result)
+            state = eqx.tree_at(
+                lambda s: (s.y, s.inner_state, s.result),
+                state,
+                (answer.y, inner_state, result),
+                is_leaf=lambda leaf: leaf is None,
+            )
+        state = self._respond(problem, equilibrium, state)
+        metrics = {
+            "value": state.value,
+            "outer_residual": tree_norm(state.gradient),
+            "inner_residual": self._inner_residual(problem, equilibrium, state),
+            "result": state.result,
+        }
+        return state, metrics
+
+    def _respond(self, problem, equilibrium, state: GradientState) -> GradientState:
+        """The hypergradient at x and, without a follower, the move of y."""
+        anchor = state.y if equilibrium.warm else state.y0
+        carried = state.inner_state
+        if self.follower is not None and not _same_optimiser(
+            self.follower, self.response
+        ):
+            carried = None
+        out, inner_state = hypergradient_and_state(
+            problem, state.x, anchor, self.response, carried
+        )
+        y = out.y
+        if self.follower is not None:
+            y, inner_state = state.y, state.inner_state
+        elif not equilibrium.warm:
+            inner_state = None
+        return GradientState(
+            x=state.x,
+            y=y,
+            y0=state.y0,
+            anchor=anchor,
+            value=out.value,
+            gradient=out.gradient,
+            result=first_failure(state.result, out.result),
+            outer_state=state.outer_state,
+            inner_state=inner_state,
+            key=state.key,
+            num_steps=state.num_steps,
+        )
+
+    def _inner_residual(self, problem, equilibrium, state):
+        """Zero iff y stands still, given that x does."""
+        lags = equilibrium.warm or self.follower is not None
+        if not lags and not isinstance(self.response, Implicit):
+            # y is a function of x, computed anew each time: it cannot lag behind, and
+            # what an unrolled response leaves undone is not for it to do.
+            return jnp.zeros_like(state.value)
+        return tree_norm(inner_gradient(problem, state.x, state.y))
+
+
+GradientPipeline.__init__.__doc__ = """**Arguments:**
+
+- `response`: through which the hypergradient is taken.
+- `optimiser`: any optax optimiser; it moves x. Those with a line search are given the
+    outer objective through the response.
+- `follower`: a response that moves y, where that is not `response` itself.
+"""
+
+
+def _same_optimiser(follower: AbstractResponse, response: AbstractResponse) -> bool:
+    if not (isinstance(follower, Unrolled) and isinstance(response, Unrolled)):
+        return False
+    return eqx.tree_equal(follower.optimiser, response.optimiser) is True

@@ -1,0 +1,173 @@
+"""The loop of a run: steps in blocks, with an entry of the history after each block."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Int, PyTree, ScalarLike
+
+from ._misc import tree_where
+from ._results import finite_or_not, first_failure, RESULTS
+
+
+class Progress(eqx.Module):
+    """Where a run is."""
+
+    state: Any
+    metrics: dict[str, Array]
+    result: RESULTS
+    converged: Bool[Array, ""]
+    num_steps: Int[Array, ""]
+
+    @property
+    def stopped(self) -> Bool[Array, ""]:
+        return self.converged | (self.result != RESULTS.successful)
+
+
+class _Loop(eqx.Module):
+    block: Int[Array, ""]
+    progress: Progress
+    # Of a block that has failed and been undone: why, and how many steps were good.
+    failure: RESULTS
+    num_good: Int[Array, ""]
+    history: PyTree[Array]
+    num_saved: Int[Array, ""]
+
+    @property
+    def retaking(self) -> Bool[Array, ""]:
+        return self.failure != RESULTS.successful
+
+
+def run(
+    step: Callable[[Any], tuple[Any, dict[str, Any]]],
+    record: Callable[[PyTree, PyTree, dict[str, Array]], PyTree],
+    state: Any,
+    *,
+    num_steps: int,
+    save_every: int,
+    tolerance: ScalarLike | None,
+    report: Callable[[int, int, dict[str, Array]], None] | None,
+) -> tuple[Progress, PyTree[Array], Int[Array, ""]]:
+    """Takes steps until there are enough of them, or the run has converged or failed.
+
+    Returns where the run ended, its history, and how many entries of that were reached.
+    """
+    dynamic, static = eqx.partition(state, eqx.is_array)
+
+    def combined(progress: Progress) -> Progress:
+        state = eqx.combine(progress.state, static)
+        return eqx.tree_at(lambda p: p.state, progress, state)
+
+    def advance(progress: Progress, keep_metrics: bool) -> Progress:
+        new_state, metrics = step(eqx.combine(progress.state, static))
+        result = first_failure(
+            metrics.get("result", RESULTS.successful),
+            finite_or_not((new_state.x, new_state.y)),
+        )
+        metrics = {k: jnp.asarray(v) for k, v in metrics.items() if k != "result"}
+        good = result == RESULTS.successful
+        converged = jnp.array(False)
+        if tolerance is not None:
+            # Both: when y lags behind, the hypergradient crosses zero in passing.
+            outer, inner = metrics["outer_residual"], metrics["inner_residual"]
+            converged = good & (outer <= tolerance) & (inner <= tolerance)
+        return Progress(
+            eqx.filter(new_state, eqx.is_array),
+            metrics if keep_metrics else progress.metrics,
+            result,
+            converged,
+            progress.num_steps + good.astype(progress.num_steps.dtype),
+        )
+
+    def advance_if(active, progress: Progress, keep_metrics: bool) -> Progress:
+        advance_ = ft.partial(advance, keep_metrics=keep_metrics)
+        active = active & ~progress.stopped
+        return jax.lax.cond(active, advance_, lambda p: p, progress)
+
+    def entry(progress: Progress) -> PyTree[Array]:
+        state = eqx.combine(progress.state, static)
+        return jtu.tree_map(jnp.asarray, record(state.x, state.y, progress.metrics))
+
+    # The run is a sequence of blocks of `save_every` steps, the last of which may be
+    # shorter. The counter of the loop and its condition are the same for all elements
+    # of a batch, so that under `vmap` the history is written once a block.
+    #
+    # After a failure the last good state is wanted. Keeping it at every step would cost
+    # a pass over all variables each time; so a block that fails is undone instead, and
+    # in the next round as many of its steps as were good are taken again.
+    def unfinished(loop: _Loop):
+        more = (loop.block * save_every < num_steps) | loop.retaking
+        return eqxi.unvmap_any(more & ~loop.progress.stopped)
+
+    def run_block(loop: _Loop) -> _Loop:
+        before, retaking = loop.progress, loop.retaking
+        remaining = jnp.maximum(0, num_steps - loop.block * save_every)
+        length = jnp.minimum(save_every, remaining)
+        length = jnp.where(retaking, loop.num_good, length)
+        # The metrics of a step that nobody looks at are not computed.
+        after = jax.lax.fori_loop(
+            0,
+            save_every - 1,
+            lambda i, p: advance_if(i < length - 1, p, tolerance is not None),
+            before,
+        )
+        after = advance_if(length > 0, after, True)
+
+        fails = ~before.stopped & (after.result != RESULTS.successful)
+        undone = tree_where(fails, before, after)
+        # A block that is cut short, by the end or by convergence, makes no entry.
+        taken = after.num_steps - before.num_steps
+        complete = ~fails & ~retaking & (taken == save_every)
+        history = loop.history
+        if num_saves > 0:
+            slot = jnp.minimum(loop.block, num_saves - 1)
+            history = jtu.tree_map(
+                lambda h, e: h.at[slot].set(jnp.where(complete, e, h[slot])),
+                history,
+                entry(undone),
+            )
+        if report is not None:
+            callback = ft.partial(_report, report, num_steps)
+            jax.debug.callback(callback, undone.num_steps, undone.metrics)
+        return _Loop(
+            loop.block + 1,
+            eqx.tree_at(
+                lambda p: p.result,
+                undone,
+                RESULTS.where(retaking, loop.failure, undone.result),
+            ),
+            RESULTS.where(fails & ~retaking, after.result, loop.failure),
+            jnp.where(fails, after.num_steps - before.num_steps, loop.num_good),
+            history,
+            loop.num_saved + complete.astype(loop.num_saved.dtype),
+        )
+
+    zero = jnp.array(0)
+    before = Progress(dynamic, {}, RESULTS.successful, jnp.array(False), zero)
+    metrics = jtu.tree_map(
+        lambda s: jnp.full(s.shape, _blank(s.dtype), s.dtype),
+        eqx.filter_eval_shape(advance, before, keep_metrics=True).metrics,
+    )
+    before = Progress(dynamic, metrics, RESULTS.successful, jnp.array(False), zero)
+    num_saves = num_steps // save_every
+    history = jtu.tree_map(
+        lambda s: jnp.full((num_saves, *s.shape), _blank(s.dtype), s.dtype),
+        eqx.filter_eval_shape(entry, before),
+    )
+    loop = _Loop(zero, before, RESULTS.successful, zero, history, zero)
+    loop = jax.lax.while_loop(unfinished, run_block, loop)
+    return combined(loop.progress), loop.history, loop.num_saved
+
+
+def _blank(dtype):
+    """What stands where nothing was ever written."""
+    return jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
+
+
+def _report(report, num_steps, step, metrics):
+    report(int(step), num_steps, metrics)

@@ -1,0 +1,198 @@
+"""`solve`: a whole run as one program."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, ScalarLike
+
+from ._custom_types import typechecked, X, Y
+from ._equilibrium import AbstractEquilibrium
+from ._misc import as_rate, as_variables, check_count, check_positive, is_traced
+from ._pipeline import AbstractPipeline
+from ._problem import AbstractBilevelProblem, check_problem
+from ._registry import default_pipeline, pipeline_named
+from ._results import first_failure, RESULTS, throw_if_failed
+from ._run import run
+from ._solution import Solution
+
+
+def record_metrics(x: PyTree, y: PyTree, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The default `record` of `solve`: the metrics of the pipeline."""
+    return {name: value for name, value in metrics.items() if name != "result"}
+
+
+def solve(
+    problem: AbstractBilevelProblem[X, Y],
+    equilibrium: AbstractEquilibrium,
+    x0: X,
+    y0: Y,
+    *,
+    pipeline: AbstractPipeline | str | None = None,
+    num_steps: int,
+    tolerance: ScalarLike | None = None,
+    key: PRNGKeyArray | None = None,
+    record: Callable[[X, Y, dict[str, Any]], PyTree] = record_metrics,
+    save_every: int = 1,
+    progress: bool | Callable[[int, int, dict[str, Any]], None] = False,
+    state: Any = None,
+    throw: bool = True,
+) -> Solution[X, Y]:
+    """Computes an equilibrium of a bilevel problem, and certifies it.
+
+    The whole run is one compiled program. It can be vmapped over anything that is an
+    array: initial points, keys, the arrays in the problem, the epsilon of a warm start,
+    the rates of a pipeline.
+
+    **Arguments:**
+
+    - `problem`: the bilevel problem.
+    - `equilibrium`: which equilibrium is meant: [`bilevel_eqx.ColdStart`][],
+        [`bilevel_eqx.WarmStart`][], ...
+    - `x0`: the initial outer variables, a pytree of floating-point arrays.
+    - `y0`: the initial inner variables, a pytree of floating-point arrays. For a cold
+        start they are part of the question.
+    - `pipeline`: the algorithm: a pipeline, or the name of a registered one. By default
+        the one that the registry has for this equilibrium. Keyword only argument.
+    - `num_steps`: the number of outer steps, or the largest number if there is a
+        tolerance. Keyword only argument.
+    - `tolerance`: if given, the run stops once the outer and the inner residual of the
+        pipeline (norms of gradients) are both below it, and not reaching it is a
+        failure. Keyword only argument.
+    - `key`: a key for pipelines that draw random numbers. Keyword only argument.
+    - `record`: a function of `(x, y, metrics)`, with a pytree of arrays as its value:
+        what to keep for the history. By default the metrics: `value`,
+        `outer_residual`, `inner_residual`. Keyword only argument.
+    - `save_every`: how many steps lie between two entries of the history. Keyword only
+        argument.
+    - `progress`: `True` prints a line at each entry of the history; a function of
+        `(step, num_steps, metrics)` is called there instead. Keyword only argument.
+    - `state`: the `state` of an earlier [`bilevel_eqx.Solution`][], to go on from it;
+        `x0` and `y0` then only say what shapes to expect. Keyword only argument.
+    - `throw`: whether a failure raises, or is returned as `result` with the last finite
+        state and the history so far. Keyword only argument.
+
+    **Returns:**
+
+    A [`bilevel_eqx.Solution`][].
+
+    **Raises:**
+
+    A `ValueError` for a problem or an argument that cannot be right (see
+    [`bilevel_eqx.hypergradient`][]), or an equilibrium for which no pipeline is
+    registered. An `eqx.EquinoxRuntimeError`, unless `throw` is `False`, if a solve that
+    the pipeline relies on fails, if the hypergradient can only be zero, if something is
+    not finite (it says at which step), or if the tolerance is not reached.
+
+    !!! Example
+
+        ```python
+        solution = blx.solve(problem, blx.WarmStart(), x0, y0, num_steps=100)
+        print(solution.value, solution.certificate)
+        ```
+    """
+    if isinstance(pipeline, str):
+        pipeline = pipeline_named(pipeline, equilibrium, problem)
+    elif pipeline is None:
+        pipeline = default_pipeline(equilibrium, problem)
+    check_count(num_steps, "num_steps", "solve")
+    check_count(save_every, "save_every", "solve")
+    if tolerance is not None:
+        check_positive(tolerance, "tolerance", "solve")
+        tolerance = as_rate(tolerance)
+    if progress is True:
+        progress = print_progress
+    solution, num_saved = _solve(
+        problem,
+        equilibrium,
+        x0,
+        y0,
+        pipeline,
+        num_steps,
+        tolerance,
+        jr.key(0) if key is None else key,
+        record,
+        save_every,
+        progress or None,
+        state,
+    )
+    if not is_traced(num_saved):
+        # A run that ended early has fewer entries than were set aside for it.
+        kept = int(num_saved)
+        history = jtu.tree_map(lambda h: h[:kept], solution.history)
+        solution = eqx.tree_at(
+            lambda s: s.history, solution, history, is_leaf=lambda leaf: leaf is None
+        )
+    if throw:
+        solution = throw_if_failed(solution, solution.result, _describe)
+    return solution
+
+
+def print_progress(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
+    """The default line of `solve(..., progress=True)`."""
+    figures = "  ".join(f"{k} {float(v):.3e}" for k, v in metrics.items())
+    print(f"step {step:>{len(str(num_steps))}}/{num_steps}  {figures}", flush=True)
+
+
+def _describe(solution: Solution) -> str:
+    step = int(solution.stats["num_steps"])
+    if bool(solution.result == RESULTS.outer_max_steps_reached):
+        outer = float(solution.stats["outer_residual"])
+        inner = float(solution.stats["inner_residual"])
+        return (
+            f"After {step} outer steps the outer residual is {outer:.3g} and the inner "
+            f"residual {inner:.3g}."
+        )
+    return f"At outer step {step + 1}:"
+
+
+@eqx.filter_jit
+@typechecked
+def _solve(
+    problem: AbstractBilevelProblem,
+    equilibrium: AbstractEquilibrium,
+    x0: PyTree,
+    y0: PyTree,
+    pipeline: AbstractPipeline,
+    num_steps: int,
+    tolerance: ScalarLike | None,
+    key: PRNGKeyArray,
+    record: Callable,
+    save_every: int,
+    report: Callable | None,
+    state: Any,
+) -> tuple[Solution, Int[Array, ""]]:
+    x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
+    check_problem(problem, x0, y0)
+    if state is None:
+        state = pipeline.init(problem, equilibrium, x0, y0, key)
+    end, history, num_saved = run(
+        ft.partial(pipeline.step, problem, equilibrium),
+        record,
+        state,
+        num_steps=num_steps,
+        save_every=save_every,
+        tolerance=tolerance,
+        report=report,
+    )
+    result = end.result
+    if tolerance is not None:
+        in_time = RESULTS.where(
+            end.converged, RESULTS.successful, RESULTS.outer_max_steps_reached
+        )
+        result = first_failure(result, in_time)
+    x, y = end.state.x, end.state.y
+    solution = Solution(
+        x=x,
+        y=y,
+        value=problem.outer(x, y),
+        result=result,
+        certificate=equilibrium.certify(problem, x, y, y0),
+        history=history,
+        stats={"num_steps": end.num_steps, **end.metrics},
+        state=end.state,
+    )
+    return solution, num_saved

@@ -1,0 +1,92 @@
+"""What comes with `import bilevel_eqx`, and what does not."""
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import equinox as eqx
+import pytest
+
+import bilevel_eqx as blx
+from bilevel_eqx import tasks
+
+
+def _public(module):
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+def test_import_is_light():
+    # In an interpreter of its own: here, others may have imported anything.
+    code = (
+        "import sys, bilevel_eqx\n"
+        "print(','.join(sorted(m.split('.')[0] for m in sys.modules)))\n"
+        "import jax\n"
+        "from jax._src import xla_bridge\n"
+        "print(xla_bridge.backends_are_initialized())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules, started = run.stdout.split()
+    assert "bilevel_eqx" in modules.split(",")
+    assert "matplotlib" not in modules.split(",")
+    # Whoever sets a platform or a precision after the import must still be heard.
+    assert started == "False"
+
+
+def test_typed_marker():
+    assert (Path(blx.__file__).parent / "py.typed").is_file()
+
+
+def test_version():
+    assert blx.__version__ == importlib.metadata.version("bilevel_eqx")
+
+
+def test_public_names():
+    # The names that are promised; there may be more.
+    promised = """
+        AbstractBilevelProblem BilevelProblem AbstractLeastSquaresProblem
+        LeastSquaresProblem inner_hessian cross_derivative response_jacobian Neumann
+        TruncatedCG Pseudoinverse IdentityInverse Implicit Proximal Unrolled Fixed
+        best_response hypergradient GradientDescent Projection ColdStart WarmStart
+        AbstractPipeline GradientPipeline register default_pipeline registered solve
+        Solution certify RESULTS
+    """
+    assert set(promised.split()) <= set(_public(blx))
+
+
+@pytest.mark.parametrize("module", (blx, tasks), ids=("bilevel_eqx", "tasks"))
+def test_every_public_name_has_a_docstring(module):
+    for name, value in _public(module).items():
+        if isinstance(value, type) or callable(value):
+            # Not one that is inherited from a base class that says something else.
+            doc = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__
+            assert doc and doc.strip(), name
+
+
+@pytest.mark.parametrize("module", (blx, tasks), ids=("bilevel_eqx", "tasks"))
+def test_every_method_has_a_docstring(module):
+    inherited = {"init", "step", "certify", "compute", "transpose", "conj", "terminate"}
+    inherited |= {"postprocess", "assume_full_rank", "best_response", "reaches"}
+    inherited |= {"outer", "inner", "inner_residual"}
+    for name, value in _public(module).items():
+        if not (isinstance(value, type) and issubclass(value, eqx.Module)):
+            continue
+        for method, fn in vars(value).items():
+            if method.startswith("_") or not inspect.isfunction(inspect.unwrap(fn)):
+                continue
+            # What implements an abstract method is documented there.
+            bases = value.__mro__[1:]
+            if method in inherited and any(hasattr(base, method) for base in bases):
+                continue
+            assert fn.__doc__ and fn.__doc__.strip(), f"{name}.{method}"

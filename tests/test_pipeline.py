@@ -1,0 +1,452 @@
+"""Pipelines against the paper's closed forms: toy A, and T6 to T10."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    as_numpy,
+    damped_jacobian,
+    dtypes,
+    LinearBilevel,
+    LinearLeastSquares,
+    make_features,
+    make_linear,
+    make_moving,
+    moving_features,
+    neumann_jacobian,
+    project,
+    tolerance,
+    toy_a,
+    tree_allclose,
+    tree_has_dtype,
+)
+from jaxtyping import Array
+
+import bilevel_eqx as blx
+from bilevel_eqx import tasks
+
+
+exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+
+
+@pytest.fixture
+def as_optax_likes_it():
+    """Its L-BFGS mixes types and ranks of its own."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+#
+# Toy A
+#
+
+toy = toy_a()
+ALPHA, K = 0.3, 3
+M = 1 - (1 - ALPHA) ** K
+
+
+def _toy_pipelines():
+    """A concept, a response, and w as a function of where the start has x1 = c."""
+    inner = optax.sgd(ALPHA)
+
+    def proximal(epsilon):
+        return blx.Proximal(epsilon, blx.Projection(), blx.Pseudoinverse())
+
+    warm, cold = blx.WarmStart(), blx.ColdStart()
+    return {
+        "full warm": (warm, exact, None, lambda c: (1 + c) / 2),
+        "cold": (cold, exact, None, lambda c: (1 + c) / 2),
+        "partial": (
+            blx.WarmStart(0.5),
+            proximal(0.5),
+            None,
+            # Where (w - c) + (w - 1) / (1 + epsilon) = 0.
+            lambda c: (1 + 1.5 * c) / 2.5,
+        ),
+        "K steps, warm": (
+            warm,
+            blx.Unrolled(inner, K),
+            None,
+            lambda c: (c + M) / (1 + M),
+        ),
+        "Algorithm 1": (
+            warm,
+            blx.Unrolled(inner, K),
+            blx.Unrolled(inner, 1),
+            lambda c: (c + M) / (1 + M),
+        ),
+        "Neumann": (
+            warm,
+            blx.Implicit(blx.Projection(), blx.Neumann(K, ALPHA)),
+            None,
+            lambda c: (c + M) / (1 + M),
+        ),
+        # From (0, c), K steps get to x0 = M w: minimise
+        # (w - c)^2 / 2 + (M w - 1)^2 / 2.
+        "K steps, cold": (
+            cold,
+            blx.Unrolled(inner, K),
+            None,
+            lambda c: (c + M) / (1 + M**2),
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+@pytest.mark.parametrize("name", list(_toy_pipelines()))
+def test_toy_a(name, dtype):
+    equilibrium, response, follower, expected = _toy_pipelines()[name]
+    pipeline = blx.GradientPipeline(response, optax.sgd(0.5), follower)
+
+    def run(c):
+        y0 = jnp.stack([jnp.zeros_like(c), c])
+        return blx.solve(
+            toy, equilibrium, jnp.zeros((), dtype), y0, pipeline=pipeline, num_steps=300
+        )
+
+    # At c = 0: 1/2, 1 / (2 + epsilon), m / (1 + m) and m / (1 + m^2).
+    c = np.array([0.0, 0.4, -1.3])
+    solution = jax.vmap(run)(jnp.asarray(c, dtype))
+    tol = tolerance(dtype)
+    assert tree_allclose(solution.x, expected(c), rtol=tol)
+    assert tree_allclose(solution.y[:, 1], c, rtol=tol)
+    assert tree_has_dtype(solution, dtype)
+    # What truncates comes to rest, and yet not at the equilibrium asked for.
+    assert np.all(solution.stats["outer_residual"] < 10 * tol)
+    certified = np.asarray(solution.certificate.largest)
+    if name in ("full warm", "cold", "partial"):
+        assert np.all(certified < 10 * tol)
+    else:
+        assert np.all(certified > 1e-2)
+
+
+@pytest.mark.parametrize(
+    "equilibrium, dtype",
+    ((blx.ColdStart(), jnp.float32), (blx.WarmStart(), jnp.float64)),
+)
+def test_toy_a_defaults(equilibrium, dtype, as_optax_likes_it):
+    y0 = jnp.asarray([0.0, 0.4], dtype)
+    solution = blx.solve(toy, equilibrium, jnp.zeros((), dtype), y0, num_steps=20)
+    tol = tolerance(dtype)
+    assert tree_allclose(solution.x, 0.7, rtol=tol)
+    assert tree_allclose(solution.y, np.array([0.7, 0.4]), rtol=tol)
+    assert tree_allclose(solution.value, 0.09, rtol=tol)
+    assert solution.certificate.largest < 10 * tol
+    assert tree_has_dtype((solution.x, solution.y, solution.certificate), dtype)
+
+
+def test_toy_a_default_partial_warm_start(as_optax_likes_it):
+    # The line search must be given the objective that the gradient is of: from another
+    # anchor it finds no decrease and the run stands still for a hundred steps.
+    epsilon = jnp.array([0.1, 0.3, 1.0, 3.0])
+    y0 = jnp.array([0.0, 0.4])
+
+    def run(e):
+        equilibrium = blx.WarmStart(e)
+        return blx.solve(toy, equilibrium, jnp.zeros(()), y0, num_steps=60)
+
+    solution = jax.vmap(run)(epsilon)
+    expected = (1 + 0.4 * (1 + epsilon)) / (2 + epsilon)
+    assert tree_allclose(solution.x, expected, rtol=1e-8)
+    assert np.all(solution.certificate.largest < 1e-6)
+
+
+#
+# T6 and T7: projections, one after the other. x says which equation is to be met, and
+# the optimiser is one that goes through them in turn.
+#
+
+NUM_ROWS = 3
+in_turn = optax.stateless(lambda updates, x: jnp.mod(x + 1, NUM_ROWS) - x)
+
+
+class OneOfSeveral(blx.AbstractLeastSquaresProblem):
+    features: Array
+    targets: Array
+
+    def outer(self, x, y):
+        return 0.5 * jnp.sum((y - 1) ** 2)
+
+    def inner_residual(self, x, y):
+        # At x = i, the i-th row; in between, so that there is a derivative, a mixture.
+        weight = jnp.maximum(0, 1 - jnp.abs(x - jnp.arange(NUM_ROWS, dtype=x.dtype)))
+        return jnp.sum(weight * (self.features @ y - self.targets))
+
+
+def _one_of_several():
+    rng = np.random.default_rng(11)
+    features = make_features(2, singular_values=(1.3, 1.0, 0.8))
+    problem = OneOfSeveral(jnp.asarray(features), jnp.asarray(rng.normal(size=3)))
+    return problem, jnp.array(0.0), jnp.asarray(rng.normal(size=5))
+
+
+def _points(x, y, metrics):
+    return x, y
+
+
+def test_t6_full_warm_start_takes_kaczmarz_steps():
+    problem, x0, y0 = _one_of_several()
+    pipeline = blx.GradientPipeline(exact, in_turn)
+    solution = blx.solve(
+        problem,
+        blx.WarmStart(),
+        x0,
+        y0,
+        pipeline=pipeline,
+        num_steps=200,
+        record=_points,
+    )
+    rows, targets = as_numpy(problem.features), as_numpy(problem.targets)
+    x, y = 0, as_numpy(y0)
+    y = y + rows[x] * (targets[x] - rows[x] @ y) / (rows[x] @ rows[x])
+    for step in range(200):
+        x = (x + 1) % NUM_ROWS
+        y = y + rows[x] * (targets[x] - rows[x] @ y) / (rows[x] @ rows[x])
+        if step < 7:
+            assert tree_allclose(solution.history[0][step], float(x), rtol=0)
+            assert tree_allclose(solution.history[1][step], y, rtol=1e-10)
+    # T7: where it ends is nearest to the start among the points on all three.
+    assert tree_allclose(solution.y, project(rows, targets, y0), rtol=1e-10)
+
+
+def test_t7_partial_cycling_reaches_the_same_point():
+    problem, x0, y0 = _one_of_several()
+
+    def run(epsilon):
+        response = blx.Proximal(epsilon, blx.Projection(), blx.Pseudoinverse())
+        return blx.solve(
+            problem,
+            blx.WarmStart(epsilon),
+            x0,
+            y0,
+            pipeline=blx.GradientPipeline(response, in_turn),
+            num_steps=1500,
+            record=_points,
+            save_every=100,
+        )
+
+    solution = jax.vmap(run)(jnp.array([0.05, 1.0, 5.0]))
+    expected = project(problem.features, problem.targets, y0)
+    assert tree_allclose(solution.y, np.stack([expected] * 3), rtol=1e-8)
+    # On the way there they differ.
+    first = solution.history[1][:, 0]
+    assert np.linalg.norm(first[2] - first[1]) > 1e-3
+
+
+def test_t7_a_cold_start_does_not_cycle():
+    # It forgets every equation but the last.
+    problem, x0, y0 = _one_of_several()
+    solution = blx.solve(
+        problem,
+        blx.ColdStart(),
+        x0,
+        y0,
+        pipeline=blx.GradientPipeline(exact, in_turn),
+        num_steps=50,
+    )
+    last = 50 % NUM_ROWS
+    row, target = problem.features[last][None], problem.targets[last][None]
+    assert tree_allclose(solution.y, project(row, target, y0), rtol=1e-10)
+    everything = project(problem.features, problem.targets, y0)
+    assert np.linalg.norm(solution.y - everything) > 0.1
+
+
+def _paths(problem, x0, y0, num_steps=12):
+    pipeline = blx.GradientPipeline(exact, optax.sgd(0.2))
+    histories = [
+        blx.solve(
+            problem,
+            equilibrium,
+            x0,
+            y0,
+            pipeline=pipeline,
+            num_steps=num_steps,
+            record=_points,
+        ).history
+        for equilibrium in (blx.WarmStart(), blx.ColdStart())
+    ]
+    return histories
+
+
+def test_t6_with_fixed_features_full_warm_is_cold():
+    warm, cold = _paths(*make_linear(LinearBilevel, jnp.float64))
+    assert tree_allclose(warm, cold, rtol=1e-10)
+    # On a path that goes somewhere.
+    assert np.linalg.norm(warm[0][-1] - warm[0][0]) > 0.1
+
+
+def test_t6_with_moving_features_they_separate():
+    problem, x0, y0 = make_moving()
+    warm, cold = _paths(problem, x0, y0)
+    for (xs, ys), carries in ((warm, True), (cold, False)):
+        anchor = y0
+        phi = as_numpy(moving_features(x0))[None]
+        if carries:
+            anchor = project(phi, as_numpy(problem.target)[None], y0)
+        for x, y in zip(xs, ys):
+            phi = as_numpy(moving_features(x))[None]
+            expected = project(phi, as_numpy(problem.target)[None], anchor)
+            assert tree_allclose(y, expected, rtol=1e-10)
+            anchor = expected if carries else y0
+    assert np.abs(warm[0][-1] - cold[0][-1]) > 1e-2
+
+
+#
+# T8 to T10: anti-distillation
+#
+
+
+def _numpy_fixed_point(problem, jacobian):
+    """T8, by pseudoinverses, for a given response Jacobian."""
+    phi = as_numpy(problem.features)
+    validation = as_numpy(problem.validation_features)
+    targets = as_numpy(problem.validation_targets)
+    pinv = np.linalg.pinv(phi)
+    G = jacobian.T @ validation.T
+    x = G @ np.linalg.solve(validation @ pinv @ G, targets)
+    return x, pinv @ x
+
+
+def _small_tasks(num_validation):
+    """Both bases, small and well conditioned enough for plain gradient descent."""
+    inputs, targets = {
+        1: ([0.0], [2.0]),
+        2: ([-1.0, 0.7], [2.0, -1.0]),
+    }[num_validation]
+    problems = []
+    for basis in ("exponential", "reciprocal"):
+        problem, x0, y0 = tasks.anti_distillation(
+            basis=basis,
+            num_points=4,
+            num_frequencies=3,
+            interval=(-2.5, 2.5),
+            validation_inputs=jnp.asarray(inputs),
+            validation_targets=jnp.asarray(targets),
+        )
+        problems.append(problem)
+    return problems, x0, y0
+
+
+@pytest.mark.parametrize("name", ("Algorithm 1", "Algorithm 3", "Neumann"))
+@pytest.mark.parametrize("num_validation", (1, 2))
+def test_t9_all_reach_the_closed_form(name, num_validation):
+    problems, x0, y0 = _small_tasks(num_validation)
+    num_terms = 4
+    alphas, epsilons, rates, expected = [], [], [], []
+    for problem in problems:
+        phi = as_numpy(problem.features)
+        alpha = 0.9 / np.linalg.norm(phi, 2) ** 2
+        epsilon = 1 / (alpha * num_terms)
+        if name == "Algorithm 3":
+            jacobian = damped_jacobian(phi, epsilon)
+        else:
+            jacobian = neumann_jacobian(phi, num_terms, alpha)
+        expected.append(_numpy_fixed_point(problem, jacobian))
+        # A tenth of the largest rate that is stable if y does not lag.
+        validation = as_numpy(problem.validation_features)
+        through = validation @ np.linalg.pinv(phi) @ jacobian.T @ validation.T
+        rates.append(0.2 / np.max(np.abs(np.linalg.eigvals(through))))
+        alphas.append(alpha)
+        epsilons.append(epsilon)
+
+    def run(problem, alpha, epsilon, rate):
+        follower, equilibrium = None, blx.WarmStart()
+        if name == "Algorithm 1":
+            inner = optax.sgd(alpha)
+            response = blx.Unrolled(inner, num_terms)
+            follower = blx.Unrolled(inner, 1)
+        elif name == "Algorithm 3":
+            equilibrium = blx.WarmStart(epsilon)
+            response = blx.Proximal(epsilon, blx.Projection(), blx.Pseudoinverse())
+        else:
+            linear_solver = blx.Neumann(num_terms, alpha)
+            response = blx.Implicit(blx.Projection(), linear_solver)
+        return blx.solve(
+            problem,
+            equilibrium,
+            x0,
+            y0,
+            pipeline=blx.GradientPipeline(response, optax.sgd(rate), follower),
+            num_steps=4000,
+            tolerance=1e-9,
+            save_every=500,
+        )
+
+    batch = jax.tree.map(lambda *u: jnp.stack(u), *problems)
+    solution = jax.vmap(run)(batch, *map(jnp.asarray, (alphas, epsilons, rates)))
+    for i, (problem, (x, y)) in enumerate(zip(problems, expected)):
+        assert tree_allclose(solution.x[i], x, rtol=1e-7)
+        assert tree_allclose(solution.y[i], y, rtol=1e-7)
+        # The library's own closed form, which the examples are drawn with.
+        if name == "Algorithm 3":
+            filter = tasks.proximal_filter(epsilons[i])
+        else:
+            filter = tasks.neumann_filter(num_terms, alphas[i])
+        assert tree_allclose(tasks.fixed_point(problem, filter), (x, y), rtol=1e-10)
+        # That the filter matters: the limit is elsewhere.
+        limit = _numpy_fixed_point(problem, np.linalg.pinv(problem.features))
+        assert np.linalg.norm(limit[0] - x) > 1e-2
+
+
+def test_t10_default_cold_start_is_the_limit(as_optax_likes_it):
+    # The whole of Figure 3's task, whose H has rank 13 and a condition number of 1e5.
+    problem, x0, y0 = tasks.anti_distillation()
+    solution = blx.solve(problem, blx.ColdStart(), x0, y0, num_steps=30)
+    assert tree_allclose(solution.x, 2.0 * np.eye(13)[6], rtol=1e-6)
+    phi = as_numpy(problem.features)
+    assert tree_allclose(solution.y, np.linalg.pinv(phi)[:, 6] * 2, rtol=1e-6)
+    assert solution.certificate.largest < 1e-6
+
+
+#
+# What a pipeline reports
+#
+
+
+def test_inner_residuals():
+    problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)
+    phi = as_numpy(problem.features)
+    sgd = optax.sgd(0.4)
+    settings = {
+        # y is a function of x: nothing can lag, and it is not for the response to
+        # finish what it was told to truncate.
+        "cold unrolled": (blx.ColdStart(), blx.Unrolled(sgd, 2), None, True),
+        "cold implicit": (
+            blx.ColdStart(),
+            blx.Implicit(blx.GradientDescent(0.4, 3), blx.Pseudoinverse(), None),
+            None,
+            False,
+        ),
+        "warm unrolled": (blx.WarmStart(), blx.Unrolled(sgd, 2), None, False),
+        "cold follower": (
+            blx.ColdStart(),
+            blx.Unrolled(sgd, 2),
+            blx.Unrolled(sgd, 1),
+            False,
+        ),
+    }
+    for equilibrium, response, follower, is_zero in settings.values():
+        pipeline = blx.GradientPipeline(response, optax.sgd(0.1), follower)
+        solution = blx.solve(problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=2)
+        x, y = as_numpy(solution.x), as_numpy(solution.y)
+        expected = 0.0 if is_zero else np.linalg.norm(phi.T @ (phi @ y - x))
+        residual = solution.stats["inner_residual"]
+        assert tree_allclose(residual, expected, rtol=1e-10)
+        assert is_zero or expected > 1e-3
+
+
+def test_by_hand():
+    # `init` and `step` are for use outside of `solve` too.
+    problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)
+    pipeline = blx.GradientPipeline(exact, optax.sgd(0.1))
+    equilibrium = blx.WarmStart()
+    solution = blx.solve(problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=3)
+    state = pipeline.init(problem, equilibrium, x0, y0, jax.random.key(0))
+    step = eqx.filter_jit(pipeline.step)
+    for i in range(3):
+        state, metrics = step(problem, equilibrium, state)
+        assert tree_allclose(metrics["value"], solution.history["value"][i], rtol=1e-12)
+    assert tree_allclose((state.x, state.y), (solution.x, solution.y), rtol=1e-12)

@@ -1,0 +1,870 @@
+"""`solve`: that a run is the loop it stands for, when it stops, what it keeps, and
+what it says when it fails."""
+
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    as_numpy,
+    damped_jacobian,
+    dtypes,
+    gradient_descent,
+    linear_reference,
+    LinearBilevel,
+    LinearLeastSquares,
+    make_linear,
+    make_ridge,
+    neumann_jacobian,
+    project,
+    STEP_SIZE,
+    tolerance,
+    toy_a,
+    tree_allclose,
+    tree_has_dtype,
+)
+from jaxtyping import Array
+
+import bilevel_eqx as blx
+
+
+exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+RATE = 0.1
+
+
+def _points(x, y, metrics):
+    return {"x": x, "y": y, "value": metrics["value"]}
+
+
+def _identical(a, b):
+    """Bit for bit, whatever the leaves are."""
+    a, b = (eqx.filter(tree, eqx.is_array) for tree in (a, b))
+    assert jtu.tree_structure(a) == jtu.tree_structure(b)
+
+    def same(u, v):
+        if jnp.issubdtype(u.dtype, jax.dtypes.prng_key):
+            u, v = jr.key_data(u), jr.key_data(v)
+        return u.dtype == v.dtype and np.array_equal(u, v, equal_nan=True)
+
+    return all(jtu.tree_leaves(jtu.tree_map(same, a, b)))
+
+
+#
+# A run is a loop. The loops here are NumPy's.
+#
+
+
+def _algorithms():
+    """A concept, a pipeline, and in NumPy: the response with its Jacobian, and the
+    follower."""
+    K, epsilon = 3, 0.7
+    sgd = optax.sgd(STEP_SIZE)
+    outer = optax.sgd(RATE)
+
+    def projection(phi, x, anchor):
+        return project(phi, x, anchor), np.linalg.pinv(phi)
+
+    def unroll(phi, x, anchor):
+        y = gradient_descent(phi, x, anchor, K, STEP_SIZE)
+        return y, neumann_jacobian(phi, K, STEP_SIZE)
+
+    def one_step(phi, x, anchor):
+        return gradient_descent(phi, x, anchor, 1, STEP_SIZE)
+
+    def proximal(phi, x, anchor):
+        hessian = phi.T @ phi + epsilon * np.eye(phi.shape[1])
+        y = np.linalg.solve(hessian, phi.T @ x + epsilon * anchor)
+        return y, damped_jacobian(phi, epsilon)
+
+    def gradient(response, follower=None):
+        return blx.GradientPipeline(response, outer, follower)
+
+    algorithm_1 = gradient(blx.Unrolled(sgd, K), blx.Unrolled(sgd, 1))
+    algorithm_3 = gradient(blx.Proximal(epsilon, blx.Projection(), lx.Cholesky()))
+    cold, warm, partial = blx.ColdStart(), blx.WarmStart(), blx.WarmStart(epsilon)
+    return {
+        "full warm": (warm, gradient(exact), projection, None),
+        "Algorithm 1": (warm, algorithm_1, unroll, one_step),
+        "Algorithm 3": (partial, algorithm_3, proximal, None),
+        "cold": (cold, gradient(exact), projection, None),
+        "cold unrolled": (cold, gradient(blx.Unrolled(sgd, K)), unroll, None),
+    }
+
+
+def _numpy_run(problem, x, y0, warm, response, follower, num_steps):
+    phi, x, y0 = as_numpy(problem.features), as_numpy(x), as_numpy(y0)
+    outer_phi = as_numpy(problem.outer_features)
+    targets = as_numpy(problem.outer_targets)
+    y = y0
+    ahead, jacobian = response(phi, x, y0)
+    y = ahead if follower is None else y0
+    history = []
+    for _ in range(num_steps):
+        x = x - RATE * linear_reference(problem, x, ahead, jacobian)
+        if follower is not None:
+            y = follower(phi, x, y if warm else y0)
+        ahead, jacobian = response(phi, x, y if warm else y0)
+        y = ahead if follower is None else y
+        misfit = outer_phi @ ahead - targets
+        value = 0.5 * misfit @ misfit + 0.25 * np.sum((x - 1) ** 2)
+        history.append((x, y, value))
+    return dict(zip(("x", "y", "value"), map(np.stack, zip(*history))))
+
+
+@pytest.mark.parametrize("name", list(_algorithms()))
+def test_a_run_is_a_loop(name):
+    equilibrium, pipeline, response, follower = _algorithms()[name]
+    problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)
+    solution = blx.solve(
+        problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=7, record=_points
+    )
+    expected = _numpy_run(problem, x0, y0, equilibrium.warm, response, follower, 7)
+    assert tree_allclose(solution.history, expected, rtol=1e-10)
+    last = jtu.tree_map(lambda h: h[-1], expected)
+    assert tree_allclose(solution.x, last["x"], rtol=1e-10)
+    assert tree_allclose(solution.y, last["y"], rtol=1e-10)
+    assert solution.result == blx.RESULTS.successful
+    # The value is that of the point returned, which need not be the point ahead.
+    value = problem.outer(solution.x, solution.y)
+    assert tree_allclose(solution.value, value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_one_step_of_gradient_descent(dtype):
+    problem, x0, y0 = make_linear(LinearBilevel, dtype)
+    phi = as_numpy(problem.features)
+    solution = blx.solve(
+        problem,
+        blx.WarmStart(),
+        x0,
+        y0,
+        pipeline=blx.GradientPipeline(exact, optax.sgd(RATE)),
+        num_steps=1,
+    )
+    y = project(phi, x0, y0)
+    gradient = linear_reference(problem, x0, y, np.linalg.pinv(phi))
+    x = as_numpy(x0) - RATE * gradient
+    tol = tolerance(dtype)
+    assert tree_allclose(solution.x, x, rtol=tol)
+    assert tree_allclose(solution.y, project(phi, x, y), rtol=tol)
+    assert tree_has_dtype(solution, dtype)
+
+
+class Mixed(blx.AbstractBilevelProblem):
+    """y = {"matrix": (u, 2 u), "scalar": v / (1 + |u|^2)}, with x = (u, {"v": v})."""
+
+    def outer(self, x, y):
+        misfit = jnp.sum((y["matrix"] - 1) ** 2) + (y["scalar"] - 1) ** 2
+        return 0.5 * misfit + 0.05 * x[1]["v"] ** 2
+
+    def inner(self, x, y):
+        u, v = x[0], x[1]["v"]
+        rows = jnp.stack([u, 2 * u])
+        matrix = 0.5 * (1 + jnp.exp(v)) * jnp.sum((y["matrix"] - rows) ** 2)
+        scalar = 0.5 * (1 + jnp.sum(u**2)) * y["scalar"] ** 2 - v * y["scalar"]
+        return matrix + scalar
+
+    def solution(self, x):
+        u, v = x[0], x[1]["v"]
+        return {"matrix": jnp.stack([u, 2 * u]), "scalar": v / (1 + jnp.sum(u**2))}
+
+
+def test_pytrees_of_mixed_shapes():
+    problem = Mixed()
+    x = jnp.array([0.3, -0.2, 0.5]), {"v": jnp.array(0.7)}
+    y0 = {"matrix": jnp.ones((2, 3)), "scalar": jnp.array(0.0)}
+    pipeline = blx.GradientPipeline(
+        blx.Implicit(blx.Projection(), lx.Cholesky()), optax.sgd(RATE)
+    )
+    solution = blx.solve(problem, blx.ColdStart(), x, y0, pipeline=pipeline, num_steps=5)
+
+    @jax.jit
+    def step(x):
+        gradient = jax.grad(lambda x: problem.outer(x, problem.solution(x)))(x)
+        return jtu.tree_map(lambda u, g: u - RATE * g, x, gradient)
+
+    for _ in range(5):
+        x = step(x)
+    assert tree_allclose(solution.x, x, rtol=1e-10)
+    assert tree_allclose(solution.y, problem.solution(x), rtol=1e-10)
+
+
+#
+# The state of an inner optimiser
+#
+
+
+@pytest.mark.parametrize("equilibrium", (blx.WarmStart(), blx.ColdStart()))
+@pytest.mark.parametrize("with_follower", (False, True))
+def test_inner_optimiser_state(equilibrium, with_follower):
+    # Carried along with y under a warm start, begun anew under a cold one.
+    problem, x0, y0 = make_ridge()
+    y0 = y0 + 0.3
+    optimiser = optax.sgd(0.05, momentum=0.9)
+    follower = blx.Unrolled(optimiser, 1) if with_follower else None
+    pipeline = blx.GradientPipeline(blx.Unrolled(optimiser, 2), optax.sgd(1.0), follower)
+    solution = blx.solve(
+        problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=6, record=_points
+    )
+
+    def unroll(x, y, velocity, num_steps):
+        for _ in range(num_steps):
+            velocity = 0.9 * velocity + jax.grad(problem.inner, argnums=1)(x, y)
+            y = y - 0.05 * velocity
+        return y, velocity
+
+    @jax.jit
+    def look_ahead(x, y, velocity):
+        def value(x):
+            answer = unroll(x, y, velocity, 2)
+            return problem.outer(x, answer[0]), answer
+
+        return jax.grad(value, has_aux=True)(x)
+
+    def loop(carries):
+        start = y0, jnp.zeros_like(y0)
+        x, last = x0, start
+        gradient, ahead = look_ahead(x, *start)
+        if not with_follower:
+            last = ahead
+        history = []
+        for _ in range(6):
+            x = x - gradient
+            anchor = last if carries else start
+            if with_follower:
+                last = anchor = unroll(x, *anchor, 1)
+                anchor = anchor if carries else start
+            gradient, ahead = look_ahead(x, *anchor)
+            if not with_follower:
+                last = ahead
+            history.append((x, last[0]))
+        return jnp.stack([x for x, _ in history]), jnp.stack([y for _, y in history])
+
+    x, y = loop(equilibrium.warm)
+    assert tree_allclose(solution.history["x"], x, rtol=1e-10)
+    assert tree_allclose(solution.history["y"], y, rtol=1e-10)
+    # That the two can be told apart here.
+    other, _ = loop(not equilibrium.warm)
+    assert np.max(np.abs(other - x)) > 1e-3
+
+
+def test_adam_inside_and_outside():
+    problem, x0, y0 = make_ridge()
+    inner, outer = optax.adam(0.1), optax.adam(0.2)
+    pipeline = blx.GradientPipeline(blx.Unrolled(inner, 2), outer)
+    # Adam itself mixes types.
+    with jax.numpy_dtype_promotion("standard"):
+        solution = blx.solve(
+            problem, blx.WarmStart(), x0, y0, pipeline=pipeline, num_steps=4
+        )
+
+        @jax.jit
+        def look_ahead(x, y, state):
+            def value(x):
+                y_, state_ = y, state
+                for _ in range(2):
+                    gradient = jax.grad(problem.inner, argnums=1)(x, y_)
+                    updates, state_ = inner.update(gradient, state_, y_)
+                    y_ = optax.apply_updates(y_, updates)
+                return problem.outer(x, y_), (y_, state_)
+
+            return jax.grad(value, has_aux=True)(x)
+
+        x, outer_state = x0, outer.init(x0)
+        gradient, answer = look_ahead(x0, y0, inner.init(y0))
+        for _ in range(4):
+            updates, outer_state = outer.update(gradient, outer_state, x)
+            x = optax.apply_updates(x, updates)
+            gradient, answer = look_ahead(x, *answer)
+    assert tree_allclose(solution.x, x, rtol=1e-10)
+    assert tree_allclose(solution.y, answer[0], rtol=1e-10)
+    # Eight inner steps and the two of the beginning.
+    assert optax.tree.get(solution.state.inner_state, "count") == 10
+
+
+#
+# A problem on which every number of a run is known. Its x moves by RATE a step, up to
+# the value at which the outer objective stops being one.
+#
+
+
+class Cliff(blx.AbstractBilevelProblem):
+    edge: Array
+
+    def outer(self, x, y):
+        return jnp.where(y > self.edge, jnp.nan, -y)
+
+    def inner(self, x, y):
+        return 0.5 * (y - x) ** 2
+
+
+march = blx.GradientPipeline(
+    blx.Implicit(blx.GradientDescent(1.0, 1), lx.Cholesky()), optax.sgd(RATE)
+)
+zero = jnp.array(0.0)
+
+
+def _march(edge, num_steps, **kwargs):
+    kwargs.setdefault("pipeline", march)
+    kwargs.setdefault("record", _points)
+    return blx.solve(
+        Cliff(jnp.asarray(edge)),
+        blx.WarmStart(),
+        zero,
+        zero,
+        num_steps=num_steps,
+        **kwargs,
+    )
+
+
+#
+# The history
+#
+
+
+@pytest.mark.parametrize("save_every", (1, 4, 10, 11))
+def test_history(save_every):
+    solution = _march(np.inf, 10, save_every=save_every)
+    steps = np.arange(save_every, 11, save_every)
+    expected = {"x": RATE * steps, "y": RATE * steps, "value": -RATE * steps}
+    assert tree_allclose(solution.history, expected, rtol=1e-12)
+    # What does not divide the number of steps is taken all the same.
+    assert tree_allclose(solution.x, 1.0, rtol=1e-12)
+    assert solution.stats["num_steps"] == 10
+
+
+def test_default_record():
+    problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)
+    equilibrium, pipeline, response, follower = _algorithms()["Algorithm 1"]
+    solution = blx.solve(
+        problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=7, save_every=2
+    )
+    assert set(solution.history) == {"value", "outer_residual", "inner_residual"}
+    run = _numpy_run(problem, x0, y0, True, response, follower, 7)
+    phi = as_numpy(problem.features)
+    for entry, step in enumerate((1, 3, 5)):
+        x, y = run["x"][step], run["y"][step]
+        gradient = linear_reference(problem, x, *response(phi, x, y))
+        inner = np.linalg.norm(phi.T @ (phi @ y - x))
+        expected = {
+            "value": run["value"][step],
+            "outer_residual": np.linalg.norm(gradient),
+            "inner_residual": inner,
+        }
+        got = {name: h[entry] for name, h in solution.history.items()}
+        assert tree_allclose(got, expected, rtol=1e-10)
+    # And the statistics are those of the last step, recorded or not.
+    x, y = run["x"][6], run["y"][6]
+    gradient = linear_reference(problem, x, *response(phi, x, y))
+    outer = solution.stats["outer_residual"]
+    assert tree_allclose(outer, np.linalg.norm(gradient), rtol=1e-10)
+
+
+def test_record_of_a_pytree():
+    def record(x, y, metrics):
+        return {"sign": x > 0.25, "both": (x, 1), "count": jnp.asarray(3, jnp.int32)}
+
+    history = _march(np.inf, 4, record=record).history
+    assert history["sign"].dtype == bool
+    assert history["sign"].tolist() == [False, False, True, True]
+    assert history["both"][1].tolist() == [1] * 4
+    assert history["count"].dtype == jnp.int32 and history["count"].shape == (4,)
+    assert tree_allclose(history["both"][0], RATE * np.arange(1, 5), rtol=1e-12)
+
+
+def test_no_record():
+    assert _march(np.inf, 4, record=lambda x, y, metrics: None).history is None
+
+
+def test_progress_is_reported(capfd):
+    calls = []
+
+    def report(step, num_steps, metrics):
+        calls.append((step, num_steps, float(metrics["value"])))
+
+    solution = _march(np.inf, 10, save_every=4, progress=report)
+    jax.effects_barrier()
+    assert tree_allclose(solution.x, 1.0, rtol=1e-12)
+    expected = [(4, 10, -0.4), (8, 10, -0.8)]
+    # The last two steps make no entry; that they are reported is no harm.
+    assert np.allclose(calls[:2], expected)
+    assert np.allclose(calls[2:], [(10, 10, -1.0)][: len(calls) - 2])
+    _march(np.inf, 10, save_every=4, progress=True)
+    jax.effects_barrier()
+    printed = capfd.readouterr().out
+    assert re.search(r"step  4/10 .*value -4\.000e-01", printed)
+    assert re.search(r"step  8/10 .*value -8\.000e-01", printed)
+
+
+#
+# Going on
+#
+
+
+@pytest.mark.parametrize("equilibrium", (blx.WarmStart(), blx.ColdStart()))
+def test_resumed_is_uninterrupted(equilibrium):
+    problem, x0, y0 = make_ridge()
+    momentum = optax.sgd(0.05, momentum=0.9)
+    follower = blx.Unrolled(momentum, 1) if equilibrium.warm else None
+    pipeline = blx.GradientPipeline(
+        blx.Unrolled(momentum, 2), optax.sgd(0.3, momentum=0.5), follower
+    )
+
+    def run(num_steps, x, y, state=None):
+        return blx.solve(
+            problem,
+            equilibrium,
+            x,
+            y,
+            pipeline=pipeline,
+            num_steps=num_steps,
+            state=state,
+            record=_points,
+        )
+
+    whole = run(10, x0, y0)
+    first = run(4, x0, y0)
+    # Only the shapes of these count, where the start is not part of the question.
+    x, y = (x0 + 5, y0 - 7) if equilibrium.warm else (x0, y0)
+    second = run(6, x, y, first.state)
+    assert _identical(whole.state, second.state)
+    for attribute in ("x", "y", "value", "certificate"):
+        assert _identical(getattr(whole, attribute), getattr(second, attribute))
+    joined = jtu.tree_map(
+        lambda u, v: jnp.concatenate([u, v]), first.history, second.history
+    )
+    assert _identical(whole.history, joined)
+    # That there was anything to carry on: a fresh start from there goes elsewhere.
+    fresh = run(4, first.x, first.y)
+    assert not np.allclose(fresh.x, whole.history["x"][7], rtol=1e-4)
+
+
+#
+# Stopping
+#
+
+# y lags behind x, both overshoot, and the hypergradient crosses zero in passing.
+lagging = blx.GradientPipeline(
+    blx.Unrolled(optax.sgd(0.1), 1), optax.sgd(2.0), blx.Unrolled(optax.sgd(0.1), 1)
+)
+TOLERANCE = 0.01
+
+
+def _spring(tolerance, num_steps=400, save_every=1, x0=zero, **kwargs):
+    return blx.solve(
+        Spring(jnp.array(1.0)),
+        blx.WarmStart(),
+        x0,
+        zero,
+        pipeline=lagging,
+        num_steps=num_steps,
+        tolerance=tolerance,
+        save_every=save_every,
+        **kwargs,
+    )
+
+
+class Spring(blx.AbstractBilevelProblem):
+    target: Array
+
+    def outer(self, x, y):
+        return 0.5 * (y - self.target) ** 2
+
+    def inner(self, x, y):
+        return 0.5 * (y - x) ** 2
+
+
+def _spring_residuals(x, num_steps=400):
+    """Both residuals after each step, by hand."""
+    y, residuals = 0.0, []
+    for _ in range(num_steps):
+        ahead = y + 0.1 * (x - y)
+        x = x - 2.0 * 0.1 * (ahead - 1)
+        y = y + 0.1 * (x - y)
+        ahead = y + 0.1 * (x - y)
+        residuals.append((abs(0.1 * (ahead - 1)), abs(y - x), x))
+    return np.array(residuals)
+
+
+@pytest.mark.parametrize("save_every", (1, 5))
+def test_stops_on_both_residuals(save_every):
+    residuals = _spring_residuals(0.0)
+    small = residuals[:, :2] <= TOLERANCE
+    stop = int(np.argmax(small.all(axis=1))) + 1
+    # Either alone would stop in passing, far from the equilibrium at 1.
+    for alone in small.T:
+        early = int(np.argmax(alone))
+        assert early < stop - 5 and abs(residuals[early, 2] - 1) > 0.2
+    solution = _spring(TOLERANCE, save_every=save_every)
+    assert solution.result == blx.RESULTS.successful
+    assert solution.stats["num_steps"] == stop
+    assert tree_allclose(solution.x, residuals[stop - 1, 2], rtol=1e-10)
+    outer = residuals[save_every - 1 : stop : save_every, 0]
+    assert outer.shape == (stop // save_every,)
+    assert tree_allclose(solution.history["outer_residual"], outer, rtol=1e-8)
+
+
+def test_stops_under_vmap():
+    # Each element at a step of its own, with what is never reached blank.
+    starts = jnp.array([0.0, 0.9, 3.0])
+    solution = jax.vmap(lambda x0: _spring(TOLERANCE, x0=x0))(starts)
+    for i, start in enumerate(starts):
+        residuals = _spring_residuals(float(start))
+        small = residuals[:, :2] <= TOLERANCE
+        stop = int(np.argmax(small.all(axis=1))) + 1
+        assert solution.stats["num_steps"][i] == stop
+        assert tree_allclose(solution.x[i], residuals[stop - 1, 2], rtol=1e-10)
+        outer = solution.history["outer_residual"][i]
+        assert tree_allclose(outer[:stop], residuals[:stop, 0], rtol=1e-8)
+        assert np.all(np.isnan(outer[stop:]))
+
+
+def test_tolerance_not_reached():
+    with pytest.raises(eqx.EquinoxRuntimeError) as info:
+        _spring(TOLERANCE, num_steps=12)
+    outer, inner, x = _spring_residuals(0.0)[11]
+    numbers = (
+        f"After 12 outer steps the outer residual is {outer:.3g} and the inner residual "
+        f"{inner:.3g}."
+    )
+    assert numbers in str(info.value)
+    assert "did not both fall below `tolerance`" in str(info.value)
+    solution = _spring(TOLERANCE, num_steps=12, throw=False)
+    assert solution.result == blx.RESULTS.outer_max_steps_reached
+    assert tree_allclose(solution.x, x, rtol=1e-10)
+    assert solution.history["value"].shape == (12,)
+
+
+#
+# Failing
+#
+
+
+@pytest.mark.parametrize("save_every", (1, 5, 7, 11, 20))
+def test_failure_at_a_known_step(save_every):
+    # x is 1.1 after step 11, which is the first of a block, or the last, or between.
+    solution = _march(1.05, 15, save_every=save_every, throw=False)
+    assert solution.result == blx.RESULTS.nonfinite_step
+    assert solution.stats["num_steps"] == 10
+    short = _march(1.05, 10)
+    assert _identical(solution.state, short.state)
+    for name in ("x", "y", "value", "certificate"):
+        assert _identical(getattr(solution, name), getattr(short, name))
+    expected = jtu.tree_map(lambda h: h[save_every - 1 :: save_every], short.history)
+    assert solution.history["x"].shape == (10 // save_every,)
+    assert tree_allclose(solution.history, expected, rtol=1e-12)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="At outer step 11: NaN or inf"):
+        _march(1.05, 15, save_every=save_every)
+    # Had it ended there, nothing would have been amiss.
+    assert short.result == blx.RESULTS.successful
+
+
+@pytest.mark.parametrize("save_every", (1, 7))
+def test_one_failure_of_a_batch(save_every):
+    edges = jnp.array([1.05, np.inf, 0.25])
+
+    def run(edge):
+        return _march(edge, 15, save_every=save_every, throw=False)
+
+    solution = jax.vmap(run)(edges)
+    assert solution.stats["num_steps"].tolist() == [10, 15, 2]
+    failed = solution.result != blx.RESULTS.successful
+    assert failed.tolist() == [True, False, True]
+    for i, edge in enumerate(edges):
+        alone = run(edge)
+        assert tree_allclose(solution.x[i], alone.x, rtol=1e-12)
+        assert tree_allclose(solution.y[i], alone.y, rtol=1e-12)
+        kept = len(alone.history["x"])
+        history = jtu.tree_map(lambda h: h[i], solution.history)
+        start = jtu.tree_map(lambda h: h[:kept], history)
+        assert tree_allclose(start, alone.history, rtol=1e-12)
+        assert np.all(np.isnan(history["x"][kept:]))
+    if save_every == 1:
+        with pytest.raises(eqx.EquinoxRuntimeError, match="NaN or infinity appeared"):
+            jax.vmap(lambda edge: _march(edge, 15))(edges)
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_divergence(dtype):
+    # x is multiplied by -9999 a step, until the square of it overflows.
+    problem = blx.BilevelProblem(
+        outer=lambda x, y: 0.5 * y**2, inner=lambda x, y: 0.5 * (y - x) ** 2
+    )
+    one = jnp.ones((), dtype)
+    pipeline = blx.GradientPipeline(exact, optax.sgd(1e4))
+    largest = float(jnp.finfo(dtype).max)
+    good = int(np.floor(np.log(largest) / 2 / np.log(9999)))
+
+    def run(**kwargs):
+        return blx.solve(
+            problem, blx.WarmStart(), one, one, pipeline=pipeline, num_steps=60, **kwargs
+        )
+
+    with pytest.raises(eqx.EquinoxRuntimeError, match=f"At outer step {good + 1}: "):
+        run()
+    solution = run(throw=False)
+    assert solution.stats["num_steps"] == good
+    assert tree_allclose(solution.x, (-9999.0) ** good, rtol=1e-4)
+    assert np.isfinite(solution.value)
+    assert solution.history["value"].shape == (good,)
+    assert np.all(np.isfinite(solution.history["value"]))
+
+
+def _failures():
+    sgd = optax.sgd(RATE)
+    slow = blx.Implicit(blx.GradientDescent(1e-3, 1), lx.Cholesky())
+    wild = blx.Implicit(blx.Projection(), blx.Neumann(30, 2.5))
+    return {
+        "inner": (slow, "inner solve did not converge", "inner_not_converged"),
+        "neumann": (wild, "Neumann series diverges", "neumann_diverged"),
+        "nothing": (blx.Fixed(), "hypergradient is exactly zero", "zero_hypergradient"),
+    }, sgd
+
+
+@pytest.mark.parametrize("name", list(_failures()[0]))
+def test_failure_from_the_start(name):
+    failures, optimiser = _failures()
+    response, match, result = failures[name]
+    pipeline = blx.GradientPipeline(response, optimiser)
+    problem = Spring(jnp.array(1.0))
+    x0, y0 = jnp.array(0.5), jnp.array(0.2)
+
+    def run(**kwargs):
+        return blx.solve(
+            problem, blx.WarmStart(), x0, y0, pipeline=pipeline, num_steps=5, **kwargs
+        )
+
+    with pytest.raises(eqx.EquinoxRuntimeError, match=f"At outer step 1: .*{match}"):
+        run()
+    solution = run(throw=False)
+    assert solution.result == getattr(blx.RESULTS, result)
+    assert solution.stats["num_steps"] == 0
+    assert tree_allclose(solution.x, x0, rtol=0)
+    assert solution.history["value"].shape == (0,)
+
+
+def test_nan_at_the_start():
+    for x0, y0 in ((jnp.array(np.nan), zero), (zero, jnp.array(np.nan))):
+        with pytest.raises(eqx.EquinoxRuntimeError, match="NaN or infinity appeared"):
+            blx.solve(
+                Spring(jnp.array(1.0)),
+                blx.WarmStart(),
+                x0,
+                y0,
+                pipeline=lagging,
+                num_steps=5,
+            )
+
+
+#
+# Transformations. Toy A has a closed form for each of these.
+#
+
+toy = toy_a()
+C = 0.4
+start = jnp.array([0.1, C])
+
+
+def _toy(equilibrium, response, rate=0.5, num_steps=80, w0=zero, y0=start, **kwargs):
+    return blx.solve(
+        toy,
+        equilibrium,
+        w0,
+        y0,
+        pipeline=blx.GradientPipeline(response, optax.sgd(rate)),
+        num_steps=num_steps,
+        **kwargs,
+    )
+
+
+def test_vmap_over_initial_points():
+    w0 = jnp.array([0.0, -1.0, 2.0])
+    y0 = jnp.array([[0.1, 0.4], [0.0, -1.0], [3.0, 1.5]])
+    solution = jax.vmap(lambda w, y: _toy(blx.WarmStart(), exact, w0=w, y0=y))(w0, y0)
+    assert tree_allclose(solution.x, (1 + y0[:, 1]) / 2, rtol=1e-10)
+    assert np.all(solution.certificate.largest < 1e-8)
+
+
+def test_vmap_over_epsilon():
+    epsilon = jnp.array([0.05, 0.5, 3.0])
+
+    def run(e):
+        response = blx.Proximal(e, blx.Projection(), blx.Pseudoinverse())
+        return _toy(blx.WarmStart(e), response)
+
+    solution = jax.vmap(run)(epsilon)
+    w = (1 + C * (1 + epsilon)) / (2 + epsilon)
+    assert tree_allclose(solution.x, w, rtol=1e-10)
+    assert np.all(solution.certificate.largest < 1e-8)
+
+
+@pytest.mark.parametrize("name", ("neumann", "unrolled"))
+def test_vmap_over_the_number_of_steps(name):
+    num_steps = jnp.array([1, 3, 20])
+
+    def run(K):
+        if name == "neumann":
+            response = blx.Implicit(blx.Projection(), blx.Neumann(K, 0.3))
+        else:
+            response = blx.Unrolled(optax.sgd(0.3), K)
+        return _toy(blx.WarmStart(), response, num_steps=300)
+
+    solution = jax.vmap(run)(num_steps)
+    m = 1 - 0.7 ** np.asarray(num_steps)
+    assert tree_allclose(solution.x, (C + m) / (1 + m), rtol=1e-10)
+
+
+def test_vmap_over_data_and_rates():
+    targets = jnp.array([1.0, -2.0])
+    rates = jnp.array([0.3, 0.5])
+
+    def run(target, rate):
+        pipeline = blx.GradientPipeline(exact, optax.sgd(rate))
+        return blx.solve(
+            Spring(target), blx.ColdStart(), zero, zero, pipeline=pipeline, num_steps=9
+        )
+
+    solution = jax.vmap(run)(targets, rates)
+    expected = targets * (1 - (1 - rates) ** 9)
+    assert tree_allclose(solution.x, expected, rtol=1e-10)
+
+
+def test_jit():
+    jitted = eqx.filter_jit(lambda w0, **kwargs: _toy(blx.WarmStart(), exact, w0=w0))
+    solution = jitted(jnp.array(2.0))
+    assert tree_allclose(solution.x, (1 + C) / 2, rtol=1e-10)
+    assert solution.history["value"].shape == (80,)
+    # The sentence comes through; the numbers cannot.
+    failing = eqx.filter_jit(lambda edge: _march(edge, 15).x)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="NaN or infinity appeared"):
+        failing(jnp.array(1.05))
+    # A history that is cut short outside of `jit` has a fixed shape inside.
+    stopped = eqx.filter_jit(lambda edge: _march(edge, 15, throw=False))
+    history = stopped(jnp.array(1.05)).history["x"]
+    assert tree_allclose(history[:10], RATE * np.arange(1, 11), rtol=1e-12)
+    assert history.shape == (15,) and np.all(np.isnan(history[10:]))
+
+
+@pytest.mark.parametrize("mode", ("sgd", "momentum"))
+def test_float32_stays_float32(mode):
+    # With 64-bit types on, and rates in float64.
+    y0 = start.astype(jnp.float32)
+    w0 = zero.astype(jnp.float32)
+    if mode == "sgd":
+        equilibrium = blx.WarmStart(0.3)
+        response = blx.Proximal(0.3, blx.Projection(), blx.Pseudoinverse())
+        w = (1 + C * 1.3) / 2.3
+    else:
+        equilibrium = blx.WarmStart()
+        response = blx.Unrolled(optax.sgd(0.3, momentum=0.3), 30)
+        w = (1 + C) / 2
+    solution = _toy(equilibrium, response, w0=w0, y0=y0)
+    assert tree_has_dtype(solution, jnp.float32)
+    assert tree_allclose(solution.x, w, rtol=1e-5)
+
+
+def test_new_data_do_not_recompile():
+    traces = []
+
+    class Traced(blx.AbstractBilevelProblem):
+        target: Array
+
+        def outer(self, x, y):
+            traces.append(None)
+            return 0.5 * (y - self.target) ** 2
+
+        def inner(self, x, y):
+            return 0.5 * (y - x) ** 2
+
+    counts = []
+    for target, x0 in ((1.0, 0.0), (2.0, 0.5)):
+        problem, x0 = Traced(jnp.array(target)), jnp.array(x0)
+        blx.solve(problem, blx.WarmStart(), x0, zero, pipeline=march, num_steps=3)
+        counts.append(len(traces))
+    assert 0 < counts[0] == counts[1]
+
+
+#
+# What cannot be right
+#
+
+
+def _good():
+    return dict(
+        problem=Spring(jnp.array(1.0)),
+        equilibrium=blx.WarmStart(),
+        x0=zero,
+        y0=zero,
+        pipeline=march,
+        num_steps=3,
+    )
+
+
+@pytest.mark.parametrize(
+    "bad, match",
+    (
+        ({"num_steps": 0}, r"`solve\(num_steps=...\)` must be at least one; it is 0"),
+        ({"num_steps": 2.5}, r"`solve\(num_steps=...\)` must be a positive integer"),
+        ({"save_every": 0}, r"`solve\(save_every=...\)` must be at least one"),
+        ({"tolerance": 0.0}, r"`solve\(tolerance=...\)` must be greater than zero"),
+        ({"tolerance": -1.0}, r"`solve\(tolerance=...\)` must be greater than zero"),
+        ({"x0": jnp.array(1)}, r"every leaf of `x0` .* type int64"),
+        ({"y0": {"a": [0.5]}}, r"Every leaf of `y0` .*`y0\['a'\]\[0\]` is 0\.5"),
+        ({"y0": jnp.arange(3)}, r"Every leaf of `y0` .* type int64"),
+        ({"pipeline": "newton"}, "No pipeline `newton` is registered for `WarmStart`"),
+    ),
+)
+def test_wrong_arguments(bad, match):
+    arguments = {**_good(), **bad}
+    with pytest.raises(ValueError, match=f"(?is){match}"):
+        blx.solve(**arguments)
+
+
+@pytest.mark.parametrize("name", ("outer", "inner"))
+def test_not_a_scalar(name):
+    objectives = {
+        "outer": lambda x, y: 0.5 * jnp.sum((y - 1) ** 2),
+        "inner": lambda x, y: 0.5 * jnp.sum((y - x) ** 2),
+        name: lambda x, y: y - x,
+    }
+    arguments = {**_good(), "x0": jnp.zeros(2), "y0": jnp.zeros(2)}
+    arguments["problem"] = blx.BilevelProblem(**objectives)
+    match = rf"The {name} objective must return .*scalar.* shape \(2,\)"
+    with pytest.raises(ValueError, match=match):
+        blx.solve(**arguments)
+
+
+def test_inner_objective_without_y():
+    arguments = {
+        **_good(),
+        "problem": blx.BilevelProblem(lambda x, y: (y - x) ** 2, lambda x, y: x**2),
+    }
+    with pytest.raises(ValueError, match="inner objective does not depend on y"):
+        blx.solve(**arguments)
+
+
+def test_unregistered_equilibrium():
+    class Unheard(blx.AbstractEquilibrium):
+        warm = True
+
+        def certify(self, problem, x, y, y0):
+            return blx.Certificate("nothing", {})
+
+    arguments = {**_good(), "equilibrium": Unheard(), "pipeline": None}
+    with pytest.raises(ValueError) as info:
+        blx.solve(**arguments)
+    assert "No pipeline is registered for `Unheard`" in str(info.value)
+    # The refusal lists what there is.
+    for concept in ("ColdStart", "WarmStart"):
+        assert concept in str(info.value)
+    # A pipeline that is given needs no registry.
+    arguments["pipeline"] = march
+    solution = blx.solve(**arguments)
+    assert tree_allclose(solution.x, 1 - 0.9**3, rtol=1e-10)

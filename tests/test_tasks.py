@@ -1,0 +1,356 @@
+"""The paper's tasks."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from helpers import as_numpy, tree_allclose, tree_has_dtype
+
+import bilevel_eqx as blx
+from bilevel_eqx import tasks
+
+
+#
+# Anti-distillation
+#
+
+
+def _features(inputs, num_frequencies, basis):
+    """Feature by feature."""
+    columns = [np.ones(len(inputs))]
+    for function in (np.cos, np.sin):
+        for n in range(1, num_frequencies + 1):
+            amplitude = 2.0 ** (num_frequencies - n) if basis == "exponential" else 1 / n
+            columns.append(amplitude * function(n * np.asarray(inputs)))
+    return np.stack(columns, axis=1)
+
+
+@pytest.mark.parametrize("basis", ("exponential", "reciprocal"))
+@pytest.mark.parametrize("num_frequencies", (1, 10))
+def test_fourier_features(basis, num_frequencies):
+    inputs = np.array([-3.0, -0.4, 0.0, 2.5])
+    features = tasks.fourier_features(
+        jnp.asarray(inputs), num_frequencies=num_frequencies, basis=basis
+    )
+    expected = _features(inputs, num_frequencies, basis)
+    assert tree_allclose(features, expected, rtol=1e-12)
+    single = tasks.fourier_features(jnp.asarray(inputs, jnp.float32), basis=basis)
+    assert tree_has_dtype(single, jnp.float32)
+
+
+def test_fourier_features_of_no_basis():
+    with pytest.raises(Exception, match="basis"):
+        tasks.fourier_features(jnp.zeros(2), basis="polynomial")  # pyright: ignore
+
+
+def _singular_values(interval):
+    problem, _, _ = tasks.anti_distillation(interval=interval)
+    assert problem.features.shape == (13, 21)
+    return np.linalg.svd(as_numpy(problem.features), compute_uv=False)
+
+
+def test_conditioning():
+    # With both ends of a period, two of the 13 rows are the same one.
+    s = _singular_values((-np.pi, np.pi))
+    assert s[11] > 1 and s[12] < 1e-10
+    s = _singular_values((-3.0, 3.0))
+    assert tree_allclose((s[0] / s[-1]) ** 2, 1.162e5, rtol=1e-3)
+    s = _singular_values((-1.0, 1.0))
+    assert tree_allclose((s[0] / s[-1]) ** 2, 9.05e10, rtol=1e-2)
+
+
+def test_anti_distillation():
+    problem, x0, y0 = tasks.anti_distillation()
+    inputs = np.linspace(-3, 3, 13)
+    assert tree_allclose(
+        problem.features, _features(inputs, 10, "exponential"), rtol=1e-12
+    )
+    assert tree_allclose(
+        problem.validation_features, _features([0.0], 10, "exponential"), rtol=1e-12
+    )
+    assert tree_allclose(problem.validation_targets, np.array([2.0]), rtol=0)
+    assert tree_allclose((x0, y0), (np.zeros(13), np.zeros(21)), rtol=0)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=13), rng.normal(size=21)
+    outer = 0.5 * np.sum((as_numpy(problem.validation_features) @ y - 2.0) ** 2)
+    inner = 0.5 * np.sum((as_numpy(problem.features) @ y - x) ** 2)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    assert tree_allclose(problem.outer(x, y), outer, rtol=1e-12)
+    assert tree_allclose(problem.inner(x, y), inner, rtol=1e-12)
+
+
+# The norms of w and of lambda for each K, as the project's notes on the paper have them.
+_norms = {
+    ("exponential", 1e-8): {
+        1: (0.003383, 3.9635),
+        1e2: (0.003529, 3.4756),
+        1e3: (0.005354, 2.6720),
+        1e4: (0.01077, 2.2273),
+        1e6: (0.02958, 2.0622),
+        np.inf: (0.14684, 2.0),
+    },
+    ("reciprocal", 1e-3): {
+        1: (1.2525, 3.4575),
+        1e2: (1.2771, 3.0918),
+        1e3: (1.7579, 2.2145),
+        1e4: (2.4258, 2.0002),
+        1e6: (2.4491, 2.0),
+        np.inf: (2.4491, 2.0),
+    },
+}
+
+
+@pytest.mark.parametrize("basis, step_size", list(_norms))
+def test_norms_of_the_figures(basis, step_size):
+    problem, _, _ = tasks.anti_distillation(basis=basis)
+    for K, norms in _norms[basis, step_size].items():
+        if np.isfinite(K):
+            filter = tasks.neumann_filter(K, step_size)
+        else:
+            filter = tasks.pseudoinverse_filter()
+        x, y = tasks.fixed_point(problem, filter)
+        got = np.linalg.norm(y), np.linalg.norm(x)
+        # They are given to four or five figures.
+        assert tree_allclose(got, norms, rtol=5e-4, atol=0)
+        # Every setting fits the validation point.
+        assert tree_allclose(problem.validation_features @ y, np.array([2.0]), rtol=1e-8)
+
+
+def _filters(step_size):
+    """The filters, and in NumPy the same as matrix functions of H."""
+
+    def neumann(K):
+        def jacobian(phi):
+            decay = np.eye(phi.shape[1]) - step_size * phi.T @ phi
+            terms = np.eye(phi.shape[1]) - np.linalg.matrix_power(decay, K)
+            return terms @ np.linalg.pinv(phi)
+
+        return tasks.neumann_filter(K, step_size), jacobian
+
+    def proximal(epsilon):
+        def jacobian(phi):
+            damped = phi.T @ phi + epsilon * np.eye(phi.shape[1])
+            return np.linalg.solve(damped, phi.T)
+
+        return tasks.proximal_filter(epsilon), jacobian
+
+    return {
+        "K = 1": neumann(1),
+        "K = 50": neumann(50),
+        "epsilon = 0.1": proximal(0.1),
+        "epsilon = 10": proximal(10.0),
+        "limit": (tasks.pseudoinverse_filter(), np.linalg.pinv),
+    }
+
+
+@pytest.mark.parametrize("basis", ("exponential", "reciprocal"))
+@pytest.mark.parametrize("inputs", ([0.0], [-1.3, 0.2, 2.2]))
+def test_t8_fixed_point(basis, inputs):
+    targets = jnp.array([2.0, -1.0, 0.5])[: len(inputs)]
+    problem, _, _ = tasks.anti_distillation(
+        basis=basis,
+        num_points=7,
+        num_frequencies=5,
+        validation_inputs=jnp.asarray(inputs),
+        validation_targets=targets,
+    )
+    phi, validation = map(as_numpy, (problem.features, problem.validation_features))
+    pinv = np.linalg.pinv(phi)
+    for filter, jacobian in _filters(0.5 / np.linalg.norm(phi, 2) ** 2).values():
+        x, y = tasks.fixed_point(problem, filter)
+        G = jacobian(phi).T @ validation.T
+        expected = G @ np.linalg.solve(validation @ pinv @ G, as_numpy(targets))
+        assert tree_allclose((x, y), (expected, pinv @ expected), rtol=1e-8)
+        # It is one: both residuals of its own dynamics are zero.
+        assert np.linalg.norm(phi @ y - x) < 1e-10
+        assert np.linalg.norm(validation @ y - targets) < 1e-10
+    # T10: in the limit, the targets of least norm.
+    least = np.linalg.pinv(validation @ pinv) @ as_numpy(targets)
+    assert tree_allclose(expected, least, rtol=1e-8)
+
+
+@pytest.mark.parametrize("basis, step_size", list(_norms))
+def test_t10_limits_and_monotone_norms(basis, step_size):
+    problem, _, _ = tasks.anti_distillation(basis=basis)
+    limit = tasks.fixed_point(problem, tasks.pseudoinverse_filter())
+    # With 0 on the grid all is put on that point.
+    assert tree_allclose(limit[0], 2.0 * np.eye(13)[6], rtol=1e-9)
+
+    def norms(make, values):
+        points = jax.vmap(lambda v: tasks.fixed_point(problem, make(v)))(values)
+        return [np.linalg.norm(u, axis=1) for u in points], points
+
+    Ks = jnp.logspace(0, 12, 25)
+    (x, y), points = norms(lambda K: tasks.neumann_filter(K, step_size), Ks)
+    slack = 1e-9
+    assert np.all(np.diff(x) < slack) and np.all(np.diff(y) > -slack)
+    assert x[0] - x[-1] > 1 and y[-1] / y[0] > 1.9
+    last = tuple(u[-1] for u in points)
+    assert tree_allclose(last, limit, rtol=1e-6)
+
+    epsilons = jnp.logspace(-9, 9, 25)
+    (x, y), points = norms(tasks.proximal_filter, epsilons)
+    assert np.all(np.diff(x) > -slack) and np.all(np.diff(y) < slack)
+    assert x[-1] - x[0] > 1 and y[0] / y[-1] > 1.9
+    first = tuple(u[0] for u in points)
+    assert tree_allclose(first, limit, rtol=1e-6)
+
+
+def test_t5_filters_are_alike():
+    # With epsilon = 1 / (alpha K), m_K / m_epsilon is between 1 and 2.
+    s = jnp.logspace(-6, 0, 200)
+    largest = []
+    for K in (1, 10, 10_000):
+        ratio = tasks.neumann_filter(K, 0.99)(s) / tasks.proximal_filter(1 / (0.99 * K))(
+            s
+        )
+        assert np.all(ratio >= 1 - 1e-12) and np.all(ratio <= 2)
+        largest.append(np.max(ratio))
+    assert tree_allclose(largest[-1], 1.2984, rtol=1e-4)
+
+
+#
+# Rings
+#
+
+
+@pytest.mark.parametrize(
+    "num_classes, num_distilled, learn_labels",
+    ((2, None, False), (3, 2, True), (1, 4, True), (2, 5, False)),
+)
+def test_shapes_of_rings(num_classes, num_distilled, learn_labels):
+    problem, x0, y0 = tasks.rings(
+        jr.key(0),
+        num_classes=num_classes,
+        num_distilled=num_distilled,
+        learn_labels=learn_labels,
+        points_per_class=11,
+        width=7,
+        num_hidden=2,
+    )
+    k = num_classes if num_distilled is None else num_distilled
+    assert problem.points.shape == (11 * num_classes, 2)
+    assert np.bincount(problem.labels).tolist() == [11] * num_classes
+    assert x0["points"].shape == (k, 2)
+    if learn_labels:
+        assert x0["logits"].shape == (k, num_classes)
+        assert problem.distilled_labels is None
+    else:
+        assert set(x0) == {"points"}
+        # Dealt out in turn.
+        assert problem.distilled_labels.tolist() == [i % num_classes for i in range(k)]
+    sizes = [2, 7, 7, num_classes]
+    shapes = [((m, n), (n,)) for m, n in itertools.pairwise(sizes)]
+    assert [(w.shape, b.shape) for w, b in y0] == shapes
+    for objective in (problem.outer, problem.inner):
+        value = objective(x0, y0)
+        assert value.shape == () and np.isfinite(value)
+    # With one class there is nothing to get wrong.
+    accuracy = problem.accuracy(y0)
+    assert 0 <= accuracy <= 1
+    assert num_classes > 1 or accuracy == 1
+
+
+def test_radii_and_initial_weights():
+    radii = [0.5, 2.0, 3.0]
+    problem, x0, y0 = tasks.rings(
+        jr.key(1), num_classes=3, radii=radii, noise=0.01, points_per_class=500
+    )
+    for c, radius in enumerate(radii):
+        ring = as_numpy(problem.points)[np.asarray(problem.labels) == c]
+        distances = np.linalg.norm(ring, axis=1)
+        assert abs(np.mean(distances) - radius) < 2e-3
+        assert 0.008 < np.std(distances) < 0.012
+        # All the way round.
+        assert np.linalg.norm(np.mean(ring, axis=0)) < 0.15 * radius
+    # LeCun-normal: the variance is one over the number of inputs.
+    for (weight, bias), size in zip(y0, (2, 200, 200, 200)):
+        assert weight.shape[0] == size
+        assert 0.8 < np.std(weight) * np.sqrt(size) < 1.2
+        assert np.all(bias == 0)
+    default, _, _ = tasks.rings(jr.key(1), num_classes=3, noise=0.0)
+    distances = np.linalg.norm(default.points, axis=1)
+    assert tree_allclose(distances, np.repeat([0.25, 0.5, 0.75], 100), rtol=1e-10)
+
+
+def test_one_radius_for_each_class():
+    with pytest.raises(ValueError, match="3 classes and 2 radii"):
+        tasks.rings(jr.key(0), num_classes=3, radii=[0.5, 1.0])
+
+
+def _numpy_predict(y, points):
+    *hidden, (last_weight, last_bias) = [(as_numpy(w), as_numpy(b)) for w, b in y]
+    activations = as_numpy(points)
+    for weight, bias in hidden:
+        activations = np.maximum(activations @ weight + bias, 0)
+    return activations @ last_weight + last_bias
+
+
+def _numpy_log_softmax(logits):
+    return logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("learn_labels", (False, True))
+def test_losses_of_rings(learn_labels):
+    problem, x0, y0 = tasks.rings(
+        jr.key(2), num_classes=3, learn_labels=learn_labels, width=8, points_per_class=6
+    )
+    # A bias that is not zero.
+    y0 = jax.tree.map(lambda u: u + 0.1, y0)
+    logits = _numpy_predict(y0, problem.points)
+    labels = np.asarray(problem.labels)
+    log_probabilities = _numpy_log_softmax(logits)
+    outer = -np.mean(log_probabilities[np.arange(18), labels])
+    assert tree_allclose(problem.outer(x0, y0), outer, rtol=1e-10)
+    accuracy = np.mean(np.argmax(logits, axis=1) == labels)
+    assert tree_allclose(problem.accuracy(y0), accuracy, rtol=1e-6)
+    log_probabilities = _numpy_log_softmax(_numpy_predict(y0, x0["points"]))
+    if learn_labels:
+        weights = np.exp(_numpy_log_softmax(as_numpy(x0["logits"])))
+    else:
+        weights = np.eye(3)
+    inner = -np.mean(np.sum(weights * log_probabilities, axis=1))
+    assert tree_allclose(problem.inner(x0, y0), inner, rtol=1e-10)
+
+
+def test_seeds_of_rings():
+    def points(key):
+        return tasks.rings(key, points_per_class=5, width=3)[0].points
+
+    assert np.array_equal(points(jr.key(0)), points(jr.key(0)))
+    batch = jax.vmap(points)(jr.split(jr.key(0), 2))
+    assert np.linalg.norm(batch[0] - batch[1]) > 0.1
+
+
+@pytest.mark.parametrize("num_distilled, learn_labels", ((3, False), (2, True)))
+def test_a_short_run_learns(num_distilled, learn_labels):
+    problem, x0, y0 = tasks.rings(
+        jr.key(0),
+        num_classes=3,
+        num_distilled=num_distilled,
+        learn_labels=learn_labels,
+        points_per_class=20,
+        width=32,
+        num_hidden=1,
+    )
+    pipeline = blx.GradientPipeline(
+        blx.Unrolled(optax.sgd(0.1), 1), optax.sgd(1.0, momentum=0.9)
+    )
+    solution = blx.solve(
+        problem,
+        blx.WarmStart(),
+        x0,
+        y0,
+        pipeline=pipeline,
+        num_steps=300,
+        save_every=100,
+    )
+    assert solution.value < problem.outer(x0, y0) - 0.05
+    assert solution.history["value"].shape == (3,)
+    for name in x0:
+        moved = np.linalg.norm(solution.x[name] - x0[name], axis=1)
+        assert np.all(moved > 1e-2)
