@@ -1,0 +1,111 @@
+"""Unrolled hypergradients: time and peak memory.
+
+C: K in {100, 1000} steps of gradient descent on a 784-256-256-10 network with a batch of
+   256 and a log-penalty for each of its weights, and the hypergradient through them.
+
+The baseline is a plain `jax.lax.scan`, all of whose intermediate values are kept for the
+way back. For comparison there is also the adjoint written by hand: it stores the iterates
+and takes one joint product with the second derivatives a step on its way back. The ratio
+is a contender's time over the baseline's.
+"""
+
+import argparse
+import functools as ft
+
+import _timing
+import jax
+import jax.random as jr
+import optax
+from _problems import penalised_network
+
+import bilevel_eqx as blx
+
+
+_STEP_SIZE = 0.01
+
+
+def _descend(y, gradient):
+    return jax.tree.map(lambda u, g: u - _STEP_SIZE * g, y, gradient)
+
+
+def plain_scan(problem, x, y, num_steps):
+    """Reverse mode through a scan, by hand."""
+
+    def outer(x):
+        def step(y, _):
+            return _descend(y, jax.grad(problem.inner, argnums=1)(x, y)), None
+
+        end = jax.lax.scan(step, y, None, length=num_steps)[0]
+        return problem.outer(x, end)
+
+    return jax.grad(outer)(x)
+
+
+def hand_adjoint(problem, x, y, num_steps):
+    """The same, with only the iterates stored."""
+
+    def step(y, _):
+        return _descend(y, jax.grad(problem.inner, argnums=1)(x, y)), y
+
+    end, iterates = jax.lax.scan(step, y, None, length=num_steps)
+    outer_x, adjoint = jax.grad(problem.outer, argnums=(0, 1))(x, end)
+
+    def step_back(carry, y):
+        total, adjoint = carry
+        both = jax.grad(problem.inner, argnums=(0, 1))
+        _, (cross, curved) = jax.jvp(lambda y: both(x, y), (y,), (adjoint,))
+        return (_descend(total, cross), _descend(adjoint, curved)), None
+
+    carry = outer_x, adjoint
+    return jax.lax.scan(step_back, carry, iterates, reverse=True)[0][0]
+
+
+def unrolled(mode):
+    def hypergradient(problem, x, y, num_steps):
+        response = blx.Unrolled(optax.sgd(_STEP_SIZE), num_steps, mode)
+        return blx.hypergradient(problem, x, y, response, throw=False).gradient
+
+    return hypergradient
+
+
+_CONTENDERS = {
+    "plain scan": plain_scan,
+    "hand adjoint": hand_adjoint,
+    "Unrolled, reverse": unrolled("reverse"),
+    "Unrolled, checkpointed": unrolled("checkpointed"),
+}
+
+
+def measure(problem, x, y, num_steps, args, rounds):
+    def runner(contender):
+        compiled = jax.jit(contender, static_argnames="num_steps")
+        return lambda: compiled(problem, x, y, num_steps)
+
+    runners = {name: runner(contender) for name, contender in _CONTENDERS.items()}
+    rows, gradients = _timing.compare(runners, args, "plain scan", rounds=rounds)
+    for name, row in rows.items():
+        row["peak_mebibytes"] = _timing.temporary_mebibytes(
+            ft.partial(_CONTENDERS[name], num_steps=num_steps), problem, x, y
+        )
+        row["difference"] = _timing.relative_difference(
+            gradients[name], gradients["plain scan"]
+        )
+    _timing.print_table(f"C, K = {num_steps}", rows)
+    return rows
+
+
+def main(args: argparse.Namespace) -> None:
+    batch_size, sizes = 256, (784, 256, 256, 10)
+    if args.quick:
+        batch_size, sizes = 32, (784, 32, 32, 10)
+    problem, x, y = penalised_network(jr.key(0), batch_size, sizes, num_steps=0)
+    figures = {}
+    for num_steps in (100, 1000):
+        # A round of the second takes about a minute on two cores.
+        rounds = args.rounds if num_steps == 100 else max(3, args.rounds // 3)
+        figures[f"K = {num_steps}"] = measure(problem, x, y, num_steps, args, rounds)
+    _timing.write(args, figures)
+
+
+if __name__ == "__main__":
+    main(_timing.parse_arguments(__doc__, rounds=9))
