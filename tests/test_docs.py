@@ -22,6 +22,12 @@ def _public_names(module):
     }
 
 
+def _plot_names():
+    # Read and not imported: the tests do not need matplotlib.
+    source = (Path(blx.__file__).parent / "plot" / "__init__.py").read_text()
+    return {f"bilevel_eqx.plot.{name}" for name in re.findall(r"(\w+) as \1\b", source)}
+
+
 def _documented_names():
     pages = [page.read_text() for page in sorted((DOCS / "api").glob("*.md"))]
     return re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE)
@@ -32,10 +38,14 @@ def test_every_public_name_is_documented(module):
     assert _public_names(module) - set(_documented_names()) == set()
 
 
+def test_every_plot_is_documented():
+    assert _plot_names() - set(_documented_names()) == set()
+
+
 def test_nothing_else_is_documented_nor_anything_twice():
     documented = _documented_names()
     assert len(set(documented)) == len(documented)
-    public = _public_names(blx) | _public_names(bilevel_eqx.tasks)
+    public = _public_names(blx) | _public_names(bilevel_eqx.tasks) | _plot_names()
     assert set(documented) - public == set()
 
 
