@@ -453,7 +453,7 @@ def test_hypergradient_of_closed_over_tracers():
         return out.gradient
 
     # c (c x)^2, differentiated by x.
-    cs = jnp.array([1.0, 2.0, 3.0])
+    cs = jnp.array([1.0, 3.0])
     expected = 2 * cs[:, None] ** 3
     assert tree_allclose(jax.jit(jax.vmap(gradient))(cs), expected, rtol=1e-12)
     # A new function each time, and so nothing stale from the one before.

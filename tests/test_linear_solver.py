@@ -52,6 +52,12 @@ def _solve(operator, vector, solver):
     return solution.value, solution.result, solution.stats
 
 
+@eqx.filter_jit
+def _solve_at(problem, x, y, vector, solver):
+    """The same for the Hessian of a problem."""
+    return _solve(blx.inner_hessian(problem, x, y), vector, solver)
+
+
 #
 # Neumann
 #
@@ -190,10 +196,14 @@ def test_transpose(solver):
     rng = np.random.default_rng(0)
     matrix = jnp.asarray(np.eye(4) + 0.3 * rng.normal(size=(4, 4)))
     operator = lx.MatrixLinearOperator(matrix)
-    inverse = lx.invert(operator, solver)
-    # The columns are the solves; the rows are what reverse mode makes of them.
-    columns = inverse.as_matrix()
-    rows = inverse.T.as_matrix()
+
+    @eqx.filter_jit
+    def both(operator, solver):
+        # The columns are the solves; the rows are what reverse mode makes of them.
+        inverse = lx.invert(operator, solver)
+        return inverse.as_matrix(), inverse.T.as_matrix()
+
+    columns, rows = both(operator, solver)
     assert tree_allclose(rows, columns.T, rtol=1e-12)
     if isinstance(solver, blx.Neumann):
         expected, _ = _neumann(matrix, np.eye(4), solver.num_terms, 0.3)
@@ -470,11 +480,11 @@ def test_pseudoinverse_of_a_factor(dense_size, dtype):
 
     problem = blx.LeastSquaresProblem(lambda x, y: jnp.sum(y), residual)
     x, y = jnp.ones(3, dtype), jnp.ones(5, dtype)
-    H = blx.inner_hessian(problem, x, y)
     target = np.array([0.5, -1.0, 2.0])
     solver = blx.Pseudoinverse(dense_size=dense_size)
     # H^+ Phi^T t = Phi^+ t.
-    value, result, _ = _solve(H, jnp.asarray(features.T @ target, dtype), solver)
+    b = jnp.asarray(features.T @ target, dtype)
+    value, result, _ = _solve_at(problem, x, y, b, solver)
     expected = np.linalg.pinv(features) @ target
     assert result == lx.RESULTS.successful
     assert tree_has_dtype(value, dtype)
@@ -490,11 +500,10 @@ def test_curved_residual(dense_size, dtype, getkey):
     answer here would be another by some per cent."""
     problem, x, y = make_curved(dtype)
     vector = random_like(getkey(), y)
-    H = blx.inner_hessian(problem, x, y)
     H_dense, _, _, _ = dense_derivatives(problem, x, y)
     expected = np.linalg.solve(H_dense, flatten(vector))
     solver = blx.Pseudoinverse(dense_size=dense_size)
-    value, result, _ = _solve(H, vector, solver)
+    value, result, _ = _solve_at(problem, x, y, vector, solver)
     assert result == lx.RESULTS.successful
     assert tree_has_dtype(value, dtype)
     rtol = 1e-9 if dtype == jnp.float64 else 2e-4
@@ -580,9 +589,9 @@ def test_rates_do_not_recompile():
 def test_solvers_of_the_problem_and_of_a_matrix_agree():
     # The operators of a problem are lineax operators like any others.
     problem, x, y = make_linear(LinearBilevel, jnp.float64)
-    H = blx.inner_hessian(problem, x, y)
-    matrix = _symmetric(as_numpy(H.as_matrix()))
+    features = as_numpy(problem.features)
+    matrix = _symmetric(features.T @ features)
     for solver in (blx.Neumann(5, 0.4), blx.TruncatedCG(2), blx.Pseudoinverse()):
-        ours, _, _ = _solve(H, y, solver)
+        ours, _, _ = _solve_at(problem, x, y, y, solver)
         theirs, _, _ = _solve(matrix, y, solver)
         assert tree_allclose(ours, theirs, rtol=1e-10)
