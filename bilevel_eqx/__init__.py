@@ -1,10 +1,21 @@
 import importlib.metadata
 
+from ._compare import (
+    compare as compare,
+    Comparison as Comparison,
+    retrain_gap as retrain_gap,
+    RetrainGap as RetrainGap,
+)
 from ._equilibrium import (
     AbstractEquilibrium as AbstractEquilibrium,
     Certificate as Certificate,
     certify as certify,
     ColdStart as ColdStart,
+    Nash as Nash,
+    Optimistic as Optimistic,
+    Pessimistic as Pessimistic,
+    ProximalEquilibrium as ProximalEquilibrium,
+    Stackelberg as Stackelberg,
     WarmStart as WarmStart,
 )
 from ._hypergradient import (
@@ -30,6 +41,12 @@ from ._operators import (
 from ._pipeline import (
     AbstractPipeline as AbstractPipeline,
     GradientPipeline as GradientPipeline,
+    GradientPlay as GradientPlay,
+    NullSpaceAscent as NullSpaceAscent,
+    NullSpaceDescent as NullSpaceDescent,
+    PenaltyAscent as PenaltyAscent,
+    ProximalPlay as ProximalPlay,
+    ValueFunctionDescent as ValueFunctionDescent,
 )
 from ._problem import (
     AbstractBilevelProblem as AbstractBilevelProblem,
@@ -44,8 +61,10 @@ from ._registry import (
 )
 from ._response import (
     AbstractResponse as AbstractResponse,
+    Aggregated as Aggregated,
     Fixed as Fixed,
     Implicit as Implicit,
+    MinimumDisplacement as MinimumDisplacement,
     Proximal as Proximal,
     Response as Response,
     Unrolled as Unrolled,

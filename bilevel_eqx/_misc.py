@@ -74,6 +74,13 @@ def tree_zeros_like(a: PyTree) -> PyTree[Array]:
     return jtu.tree_map(lambda u: jnp.zeros(u.shape, u.dtype), a)
 
 
+def tree_waves(a: PyTree[Array]) -> PyTree[Array]:
+    """A vector that is orthogonal to nothing in particular, without a random key."""
+    return jtu.tree_map(
+        lambda u: jnp.cos(1 + jnp.arange(u.size, dtype=u.dtype)).reshape(u.shape), a
+    )
+
+
 def tree_size(a: PyTree) -> int:
     """The number of scalars in `a`, which may be of arrays or of their shapes."""
     return sum(int(np.prod(u.shape)) for u in jtu.tree_leaves(a))
@@ -98,6 +105,24 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     for leaf in leaves:
         finite = finite & jnp.all(jnp.isfinite(leaf))
     return finite
+
+
+def largest_curvature(fn: Callable[[PyTree], Scalar], at: PyTree[Array]) -> Scalar:
+    """An estimate from below of the largest curvature of `fn`, by power iteration.
+
+    For choosing a step size that will not diverge. It has no derivative.
+    """
+    at = jax.lax.stop_gradient(at)
+    _, product = jax.linearize(jax.grad(fn), at)
+
+    def multiply(vector, _):
+        image = product(vector)
+        size = tree_norm(image)
+        return tree_scale(1 / jnp.where(size == 0, 1, size), image), size
+
+    start = tree_waves(at)
+    start = tree_scale(1 / tree_norm(start), start)
+    return jax.lax.scan(multiply, start, None, length=20)[1][-1]
 
 
 #
@@ -177,6 +202,12 @@ def optimiser_step(
             gradient, state, variables, value=value, grad=gradient, value_fn=value_fn
         )
         return optax.apply_updates(variables, updates), state
+
+
+def first_order(value: Scalar, gradient: PyTree, x: PyTree, at: PyTree) -> Scalar:
+    """`value` at `at`, as a function of x whose derivative there is `gradient`."""
+    change = tree_dot(gradient, tree_sub(x, at))
+    return value + change.astype(value.dtype)
 
 
 def check_positive(value: Any, name: str, owner: str, or_zero: bool = False) -> None:

@@ -23,6 +23,19 @@ from ._problem import (
 )
 
 
+class _CurvedTag:
+    def __repr__(self):
+        return "curved_tag"
+
+
+curved_tag = _CurvedTag()
+"""A tag of lineax operators: an inner Hessian that depends on y.
+
+Its null space is the tangent space of $S(x)$ only at an exact minimum. Near one, what
+should be zero is as large as the error of y, and a pseudoinverse must not invert it.
+"""
+
+
 class LeastSquaresHessian(lx.AbstractLinearOperator):
     r"""The inner Hessian of a sum of squares, which also knows the factor of its main
     part: $H = A^\top A + C$, where $A = \partial r / \partial y$.
@@ -92,7 +105,9 @@ def gradient_and_hessian(
     gradient, hessian = _linearised(lambda y: inner_gradient(problem, x, y), y, tags)
     if isinstance(problem, AbstractLeastSquaresProblem):
         _, jacobian = _linearised(lambda y: problem.inner_residual(x, y), y)
-        hessian = LeastSquaresHessian(hessian, jacobian, _is_curved(problem, x, y))
+        hessian = LeastSquaresHessian(
+            hessian, jacobian, _is_curved_residual(problem, x, y)
+        )
     return gradient, hessian
 
 
@@ -106,7 +121,31 @@ def gauss_newton_hessian(
     return LeastSquaresHessian(hessian, jacobian, curved=False)
 
 
-def _is_curved(problem, x, y):
+def is_curved(
+    problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array]
+) -> bool:
+    """Whether the inner Hessian depends on y, so that S(x) need not be a plane."""
+
+    def product(y):
+        return jax.jvp(lambda y: inner_gradient(problem, x, y), (y,), (y_tangent,))[1]
+
+    y_tangent = jax.tree.map(jnp.ones_like, y)
+    return depends_on(product, y)
+
+
+class HessianAt(eqx.Module):
+    """y -> the Hessian for a Newton step: Gauss and Newton's, for a sum of squares."""
+
+    problem: AbstractBilevelProblem
+    x: PyTree[Array]
+
+    def __call__(self, y: PyTree[Array]) -> lx.AbstractLinearOperator:
+        if isinstance(self.problem, AbstractLeastSquaresProblem):
+            return gauss_newton_hessian(self.problem, self.x, y)
+        return gradient_and_hessian(self.problem, self.x, y)[1]
+
+
+def _is_curved_residual(problem, x, y):
     def jacobian_times_ones(y):
         ones = jax.tree.map(jnp.ones_like, y)
         return jax.jvp(lambda y: problem.inner_residual(x, y), (y,), (ones,))[1]

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
 from ._custom_types import X, Y
-from ._misc import depends_on, tree_dot, tree_sub
+from ._misc import depends_on, tree_dot, tree_size, tree_sub
 
 
 class AbstractBilevelProblem(eqx.Module, Generic[X, Y]):
@@ -197,11 +197,17 @@ def proximal(
 ) -> AbstractBilevelProblem:
     r"""`problem` with the inner objective $f(x, y) + \frac\epsilon2 \|y - a\|^2$.
 
-    (Equation 3 of the paper. A sum of squares stays one.)
+    (Equation 3 of the paper. A sum of squares stays one, if it is small.)
     """
-    if isinstance(problem, AbstractLeastSquaresProblem):
+    # The pull adds as many squares as there are variables. Where those are too many for
+    # a dense factor nothing is gained by them: the damped Hessian is well conditioned.
+    is_small = tree_size(anchor) <= _DENSE_SIZE
+    if isinstance(problem, AbstractLeastSquaresProblem) and is_small:
         return _ProximalLeastSquaresProblem(problem, anchor, epsilon)
     return _ProximalProblem(problem, anchor, epsilon)
+
+
+_DENSE_SIZE = 1024
 
 
 def _no_outer(x, y):

@@ -6,12 +6,30 @@ from collections.abc import Callable
 import equinox as eqx
 import optax
 
-from ._equilibrium import AbstractEquilibrium, ColdStart, WarmStart
+from ._equilibrium import (
+    AbstractEquilibrium,
+    ColdStart,
+    Nash,
+    Optimistic,
+    Pessimistic,
+    ProximalEquilibrium,
+    Stackelberg,
+    WarmStart,
+)
 from ._inner_solver import Projection
 from ._linear_solver import Pseudoinverse
-from ._pipeline import AbstractPipeline, GradientPipeline
+from ._pipeline import (
+    AbstractPipeline,
+    GradientPipeline,
+    GradientPlay,
+    NullSpaceAscent,
+    NullSpaceDescent,
+    PenaltyAscent,
+    ProximalPlay,
+    ValueFunctionDescent,
+)
 from ._problem import AbstractBilevelProblem
-from ._response import Implicit, Proximal
+from ._response import Aggregated, Implicit, MinimumDisplacement, Proximal
 
 
 Factory = Callable[[AbstractEquilibrium, AbstractBilevelProblem], AbstractPipeline]
@@ -122,6 +140,11 @@ def registered(
 ) -> Entries:
     """The registered pipelines; `print` them for a table.
 
+    In the costs of ours, Hv is a product with a Hessian in y; a Newton solve takes n Hv
+    and a factorisation where the n inner variables, or the residuals of a sum of squares,
+    are at most 1,024, and steps of LSMR elsewhere, each of 2 Hv; and what follows the
+    last semicolon is memory, in numbers.
+
     **Arguments:**
 
     - `equilibrium_type`: the type of an equilibrium, to see only its pipelines.
@@ -174,6 +197,17 @@ def pipeline_named(
     raise _not_registered(equilibrium, name)
 
 
+def check_pair(equilibrium: AbstractEquilibrium, pipeline: AbstractPipeline) -> None:
+    """Refuses a pipeline that can only aim at an equilibrium of another kind."""
+    aims_at = type(pipeline).aims_at
+    if aims_at is not None and not isinstance(equilibrium, aims_at):
+        kinds = " and ".join(f"`{kind.__name__}`" for kind in aims_at)
+        raise ValueError(
+            f"`{type(pipeline).__name__}` aims at {kinds}, and not at "
+            f"`{type(equilibrium).__name__}`. These are registered:\n{registered()}"
+        )
+
+
 def _not_registered(equilibrium, name: str | None = None) -> ValueError:
     concept = type(equilibrium).__name__
     what = "pipeline" if name is None else f"pipeline `{name}`"
@@ -189,37 +223,129 @@ def _not_registered(equilibrium, name: str | None = None) -> ValueError:
 #
 
 # L-BFGS has no rate to choose, and like gradient descent it moves x only within the
-# span of the gradients, which is what selects among many outer solutions.
+# span of the gradients, which is what selects among many outer solutions. It presumes
+# that the gradient is that of the value: where that is only nearly so there is Adam.
+
+
+def _implicit():
+    return Implicit(Projection(), Pseudoinverse())
 
 
 def _cold_start(equilibrium, problem):
     del equilibrium, problem
-    return GradientPipeline(Implicit(Projection(), Pseudoinverse()), optax.lbfgs())
+    # `solve` certifies how near to the nearest minimum its answer is.
+    response = MinimumDisplacement(selection_tolerance=None)
+    return GradientPipeline(response, optax.lbfgs())
 
 
 def _warm_start(equilibrium, problem):
     del problem
+    response = _implicit()
     if equilibrium.partial:
         response = Proximal(equilibrium.epsilon, Projection(), Pseudoinverse())
-    else:
-        response = Implicit(Projection(), Pseudoinverse())
     return GradientPipeline(response, optax.lbfgs())
 
 
-_cost = "one or two Newton solves; n products or one decomposition each where small"
+_newton = "1-2 Newton solves"
+_vicol = "Vicol et al. 2021"
+
+register(
+    ColdStart,
+    "minimum displacement",
+    _cold_start,
+    reference=f"{_vicol}, Def. 3.1",
+    cost=f"{_newton}; +1 and 100 Hv a step along a curved S(x); n^2 or 70 n",
+    demands="an inner minimum",
+    default=True,
+)
 register(
     ColdStart,
     "implicit",
-    _cold_start,
-    reference="Vicol et al. 2021, Table 1",
-    cost=_cost,
-    demands="an inner minimum",
+    lambda equilibrium, problem: GradientPipeline(_implicit(), optax.lbfgs()),
+    reference=f"{_vicol}, Table 1",
+    cost=f"{_newton}; n^2 or 10 n",
+    demands="an inner minimum; H independent of x",
 )
 register(
     WarmStart,
     "implicit",
     _warm_start,
-    reference="Vicol et al. 2021, Algorithm 3",
-    cost=_cost,
+    reference=f"{_vicol}, Algorithm 3",
+    cost=f"{_newton}; n^2 or 10 n",
     demands="an inner minimum",
+)
+register(
+    Optimistic,
+    "null-space descent",
+    lambda equilibrium, problem: NullSpaceDescent(),
+    reference="exact if linear-quadratic",
+    cost=f"{_newton}; +1 and 100 Hv a step along S(x); n^2 or 10 n",
+    demands="an inner minimum; F bounded on S(x)",
+    default=True,
+)
+register(
+    Optimistic,
+    "value function",
+    lambda equilibrium, problem: ValueFunctionDescent(),
+    reference="BOME (Liu et al. 2022)",
+    cost="13 gradients of f, 1 of F, 10 Hv; 5 n",
+    demands="F bounded on S(x)",
+)
+register(
+    Optimistic,
+    "aggregation",
+    lambda equilibrium, problem: GradientPipeline(Aggregated(50), optax.adam(0.05)),
+    reference="BDA (Liu et al. 2020)",
+    cost="50 gradients of f and F, and adjoints; 50 n",
+    demands="F bounded on S(x)",
+)
+register(
+    Pessimistic,
+    "null-space ascent",
+    lambda equilibrium, problem: NullSpaceAscent(),
+    reference="Moré & Sorensen 1983",
+    cost=f"{_newton}; +1 and 64-1024 Hv a step along S(x); n^2 or 130 n",
+    demands="an inner minimum",
+    default=True,
+)
+register(
+    Pessimistic,
+    "penalty",
+    lambda equilibrium, problem: PenaltyAscent(),
+    reference="SiPBA (2025)",
+    cost="6 gradients of f, 2 of F; 8 n",
+    demands="H independent of x",
+)
+register(
+    Stackelberg,
+    "implicit",
+    lambda equilibrium, problem: GradientPipeline(_implicit(), optax.lbfgs()),
+    reference="Bengio 2000; Pedregosa 2016",
+    cost=f"{_newton}; n^2 or 10 n",
+    demands="a positive definite H",
+)
+register(
+    Nash,
+    "simultaneous",
+    lambda equilibrium, problem: GradientPlay(),
+    reference="Malitsky 2020",
+    cost="2 gradients of f, 2 of F; 6 n",
+    demands="a monotone game",
+    default=True,
+)
+register(
+    Nash,
+    "alternating",
+    lambda equilibrium, problem: GradientPlay(alternating=True),
+    reference="after Malitsky 2020",
+    cost="3 gradients of f, 3 of F; 6 n",
+    demands="a monotone game",
+)
+register(
+    ProximalEquilibrium,
+    "proximal play",
+    lambda equilibrium, problem: ProximalPlay(),
+    reference="Farnia & Ozdaglar 2020",
+    cost=f"{_newton}; n^2 or 10 n",
+    demands="f = -F",
 )

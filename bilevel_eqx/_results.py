@@ -18,6 +18,12 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
         "presumes nothing; or raise the `tolerance` of the response (`None` accepts "
         "any point) if an approximate hypergradient is what you want."
     )
+    not_selected = (
+        "An inner minimum was found, but not the one that was asked for: the search "
+        "along the set of inner minima stopped short of the nearest of them. Give it "
+        "more steps (`selection_steps=...`); or, where that set has kinks, as that of a "
+        "network of ReLUs has, accept a point on the way (`selection_tolerance=None`)."
+    )
     neumann_diverged = (
         "The Neumann series diverges: the residual of the linear system that it should "
         "solve has grown. It converges for step sizes below 2 / (largest eigenvalue of "

@@ -14,7 +14,7 @@ from ._equilibrium import AbstractEquilibrium
 from ._misc import as_rate, as_variables, check_count, check_positive, is_traced
 from ._pipeline import AbstractPipeline
 from ._problem import AbstractBilevelProblem, check_problem
-from ._registry import default_pipeline, pipeline_named
+from ._registry import check_pair, default_pipeline, pipeline_named
 from ._results import first_failure, RESULTS, throw_if_failed
 from ._run import run
 from ._solution import Solution
@@ -81,11 +81,12 @@ def solve(
 
     **Raises:**
 
-    A `ValueError` for a problem or an argument that cannot be right (see
-    [`bilevel_eqx.hypergradient`][]), or an equilibrium for which no pipeline is
-    registered. An `eqx.EquinoxRuntimeError`, unless `throw` is `False`, if a solve that
-    the pipeline relies on fails, if the hypergradient can only be zero, if something is
-    not finite (it says at which step), or if the tolerance is not reached.
+    A `ValueError`, before any work is done, for a problem or an argument that cannot be
+    right (see [`bilevel_eqx.hypergradient`][]), for an equilibrium that the problem
+    cannot have, or for one that the pipeline does not aim at. An
+    `eqx.EquinoxRuntimeError`, unless `throw` is `False`, if a solve that the pipeline
+    relies on fails, if the hypergradient can only be zero, if something is not finite
+    (it says at which step), or if the tolerance is not reached.
 
     !!! Example
 
@@ -94,10 +95,15 @@ def solve(
         print(solution.value, solution.certificate)
         ```
     """
+    x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
+    _check(problem, equilibrium, x0, y0)
+    # Before any work is done, and outside of the program: here the numbers are known.
+    equilibrium.check(problem, x0, y0)
     if isinstance(pipeline, str):
         pipeline = pipeline_named(pipeline, equilibrium, problem)
     elif pipeline is None:
         pipeline = default_pipeline(equilibrium, problem)
+    check_pair(equilibrium, pipeline)
     check_count(num_steps, "num_steps", "solve")
     check_count(save_every, "save_every", "solve")
     if tolerance is not None:
@@ -129,6 +135,19 @@ def solve(
     if throw:
         solution = throw_if_failed(solution, solution.result, _describe)
     return solution
+
+
+@eqx.filter_jit
+@typechecked
+def _check(
+    problem: AbstractBilevelProblem,
+    equilibrium: AbstractEquilibrium,
+    x0: PyTree,
+    y0: PyTree,
+) -> None:
+    """Asks of the shapes alone, and so once for all that have the same."""
+    del equilibrium
+    check_problem(problem, x0, y0)
 
 
 def print_progress(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
@@ -165,8 +184,6 @@ def _solve(
     report: Callable | None,
     state: Any,
 ) -> tuple[Solution, Int[Array, ""]]:
-    x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
-    check_problem(problem, x0, y0)
     if state is None:
         state = pipeline.init(problem, equilibrium, x0, y0, key)
     end, history, num_saved = run(

@@ -346,8 +346,9 @@ def test_certificate_prints():
     certificate = blx.certify(toy, blx.ColdStart(), w, y, y0=jnp.array([0.0, C]))
     assert set(certificate.residuals) == {"inner", "displacement", "outer"}
     assert set(certificate.meanings) == set(certificate.residuals)
-    header, *lines = str(certificate).splitlines()
+    header, *lines, accuracy = str(certificate).splitlines()
     assert header == "Certificate for a cold start"
+    assert f"{float(certificate.accuracy):.2e}" in accuracy
     for line, (name, meaning) in zip(lines, certificate.meanings.items(), strict=True):
         assert name in line and meaning in line
         assert f"{float(certificate.residuals[name]):.2e}" in line
@@ -370,7 +371,7 @@ def test_certificate_prints_under_transformations():
     traced(jnp.array(0.7))
     assert "traced" in printed[0]
     batch = jax.vmap(lambda w: blx.certify(toy, blx.WarmStart(), w, y))(jnp.ones(2))
-    assert "outer           [0.3 0.3]" in str(batch)
+    assert "outer  [0.3 0.3]" in str(batch)
 
 
 def test_largest_hands_nan_on():

@@ -1,16 +1,19 @@
 """What an equilibrium is, and what certifies one."""
 
 import abc
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
 from .._custom_types import typechecked
-from .._misc import as_variables, tree_norm
+from .._misc import as_variables, is_traced, tree_norm
 from .._problem import AbstractBilevelProblem, check_problem
+from .._solution_set import SolutionSet
 
 
 class Certificate(eqx.Module):
@@ -19,26 +22,44 @@ class Certificate(eqx.Module):
 
     **Attributes:**
 
-    - `residuals`: a dictionary from names to values. They are relative: see
-        `meanings`.
+    - `residuals`: a dictionary from names to values. They are relative, so that 1e-6
+        means the same everywhere: see [`bilevel_eqx.certify`][].
     - `concept`: the equilibrium in question.
     - `meanings`: a dictionary from the same names to what each one measures.
     - `largest`: the largest of the residuals.
+    - `accuracy`: how accurate the linear solves behind the residuals were, as a relative
+        residual that was measured and not presumed; `None` if there were none.
+    - `notes`: what the residuals do not say: where the picture is only local, or where
+        a condition is empty.
     """
 
     residuals: dict[str, Scalar]
+    accuracy: Scalar | None
     concept: str = eqx.field(static=True)
+    notes: tuple[str, ...] = eqx.field(static=True)
     _meanings: tuple[tuple[str, str], ...] = eqx.field(static=True)
 
-    def __init__(self, concept: str, residuals: dict[str, tuple[Any, str]]):
+    def __init__(
+        self,
+        concept: str,
+        residuals: dict[str, tuple[Any, str]],
+        *,
+        accuracy: Any = None,
+        notes: Iterable[str] = (),
+    ):
         """**Arguments:**
 
         - `concept`: the name of the equilibrium.
         - `residuals`: from the name of each residual to a pair of its value and of a
             sentence on what it measures.
+        - `accuracy`: the relative residual of the linear solves behind them. Keyword
+            only argument.
+        - `notes`: further sentences. Keyword only argument.
         """
         self.concept = concept
         self.residuals = {k: jnp.asarray(value) for k, (value, _) in residuals.items()}
+        self.accuracy = None if accuracy is None else jnp.asarray(accuracy)
+        self.notes = tuple(notes)
         self._meanings = tuple((k, meaning) for k, (_, meaning) in residuals.items())
 
     @property
@@ -54,19 +75,26 @@ class Certificate(eqx.Module):
         return largest
 
     def __str__(self):
+        width = max([len(name) for name, _ in self._meanings], default=0)
         lines = [f"Certificate for {self.concept}"]
         for name, meaning in self._meanings:
-            value = self.residuals[name]
-            if eqx.is_array(value) and not isinstance(value, np.ndarray):
-                try:
-                    text = np.array2string(np.asarray(value), precision=2)
-                    text = f"{float(value):.2e}" if np.ndim(value) == 0 else text
-                except Exception:  # traced: there are no numbers yet
-                    text = "traced"
-            else:
-                text = str(value)
-            lines.append(f"  {name:<14} {text:>10}   {meaning}")
+            value = _as_text(self.residuals[name])
+            lines.append(f"  {name:<{width}}  {value:>8}   {meaning}")
+        if self.accuracy is not None:
+            accuracy = _as_text(self.accuracy)
+            lines.append(f"  (linear solves behind these are right to {accuracy})")
+        lines.extend(f"  ({note})" for note in self.notes)
         return "\n".join(lines)
+
+
+def _as_text(value) -> str:
+    if is_traced(value):
+        return "traced"
+    if not eqx.is_array(value):  # a placeholder, in a tree of something else
+        return str(value)
+    if value.ndim == 0:
+        return f"{float(value):.2e}"
+    return np.array2string(np.asarray(value), precision=2)
 
 
 class AbstractEquilibrium(eqx.Module):
@@ -75,6 +103,15 @@ class AbstractEquilibrium(eqx.Module):
     warm: eqx.AbstractClassVar[bool]
     """Whether the inner variables start from where they were (a warm start) or from
     `y0` each time (a cold one)."""
+
+    def check(
+        self, problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array]
+    ) -> None:
+        """Raises a `ValueError`, with the reason, if `problem` cannot have such an
+        equilibrium. Called by [`bilevel_eqx.solve`][] before any work is done, with the
+        initial variables; these may be traced, and then there are no numbers to go by.
+        """
+        del problem, x, y
 
     @abc.abstractmethod
     def certify(
@@ -114,9 +151,13 @@ def certify(
 
     **Returns:**
 
-    A [`bilevel_eqx.Certificate`][]. Every gradient in it is scaled as by Dennis and
-    Schnabel, $\|\nabla\phi(v)\| \max(1, \|v\|) / \max(1, |\phi|)$: the relative change
-    of the objective for a relative change of its variable.
+    A [`bilevel_eqx.Certificate`][]. Its residuals are relative:
+
+    - a gradient is scaled as by Dennis and Schnabel, $\|\nabla\phi(v)\| \max(1, \|v\|)
+      / \max(1, |\phi|)$: the relative change of the objective for a relative change of
+      its variable;
+    - a distance by the way from $y_0$, or by one if that is longer;
+    - a curvature by the largest there is.
 
     **Raises:**
 
@@ -136,3 +177,25 @@ def relative_gradient(
     r"""$\|\nabla\phi(v)\| \max(1, \|v\|) / \max(1, |\phi(v)|)$."""
     size = jnp.maximum(1, tree_norm(variables))
     return tree_norm(gradient) * size / jnp.maximum(1, jnp.abs(value))
+
+
+def inner_residual(problem, x, y, what: str = "y is an inner minimum") -> dict:
+    """The entry that all certificates have."""
+    value, gradient = jax.value_and_grad(problem.inner, argnums=1)(x, y)
+    return {"inner": (relative_gradient(gradient, y, value), f"{what}: f_y = 0")}
+
+
+def require_start(y0, call: str, concept: str) -> None:
+    """Refuses to certify without y0 what is defined by it."""
+    if y0 is None:
+        raise ValueError(
+            f"{concept} is an equilibrium with respect to where the inner variables "
+            f"start: call `certify(problem, {call}, x, y, y0=...)`."
+        )
+
+
+def curved_notes(S: SolutionSet) -> tuple[str, ...]:
+    """What to say where S(x) is known only locally."""
+    if S.is_flat:
+        return ()
+    return ("the inner problem is not quadratic: what concerns S(x) is local",)

@@ -3,19 +3,13 @@
 from typing import ClassVar
 
 import equinox as eqx
-import jax
-import lineax as lx
 from jaxtyping import ScalarLike
 
-from .._linear_solver import Pseudoinverse
 from .._misc import as_rate, check_positive, tree_sub
-from .._operators import (
-    cross_derivative_operator,
-    gradient_and_hessian,
-    is_nonzero,
-)
+from .._operators import cross_derivative_operator, is_nonzero
 from .._problem import outer_gradients, proximal
-from .base import AbstractEquilibrium, Certificate, relative_gradient
+from .._solution_set import SolutionSet
+from .base import AbstractEquilibrium, Certificate, inner_residual, relative_gradient
 
 
 def _zero_or_rate(epsilon):
@@ -59,26 +53,22 @@ class WarmStart(AbstractEquilibrium):
 
     def certify(self, problem, x, y, y0):
         value, outer_x, outer_y = outer_gradients(problem, x, y)
-        inner, inner_y = jax.value_and_grad(problem.inner, argnums=1)(x, y)
         # At the anchor itself the pull vanishes but its curvature, epsilon I, does not.
         answering = proximal(problem, y, self.epsilon) if self.partial else problem
-        _, H = gradient_and_hessian(answering, x, y, {lx.positive_semidefinite_tag})
-        q = lx.linear_solve(H, outer_y, Pseudoinverse(), throw=False).value
+        S = SolutionSet(answering, x, y)
         B = cross_derivative_operator(problem, x, y)
-        hypergradient = tree_sub(outer_x, B.T.mv(q))
+        hypergradient = tree_sub(outer_x, B.T.mv(S.pinv(outer_y)))
         name = "(H + epsilon I)^-1" if self.partial else "H^+"
         return Certificate(
             "a partial warm start" if self.partial else "a full warm start",
             {
-                "inner": (
-                    relative_gradient(inner_y, y, inner),
-                    "y is its own answer: f_y = 0",
-                ),
+                **inner_residual(problem, x, y, "y is its own answer"),
                 "outer": (
                     relative_gradient(hypergradient, x, value),
                     f"x is stationary through it: F_x - B^T {name} F_y = 0",
                 ),
             },
+            accuracy=S.accuracy(outer_y),
         )
 
 

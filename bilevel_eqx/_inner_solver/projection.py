@@ -11,8 +11,10 @@ import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._linear_solver import Pseudoinverse
+from .._linear_solver.truncated_cg import newton_direction
 from .._misc import (
     check_count,
+    depends_on,
     tree_axpy,
     tree_dot,
     tree_dtype,
@@ -20,6 +22,7 @@ from .._misc import (
     tree_scale,
     tree_struct,
 )
+from .._operators import LeastSquaresHessian
 
 
 class _ProjectionState(eqx.Module):
@@ -37,6 +40,11 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
     the steps are damped by a backtracking line search on $f$, and least-squares
     problems take Gauss–Newton steps, which always descend.
 
+    On the way to minima that are not isolated, the Hessian of a nonlinear problem has
+    small eigenvalues of either sign that vanish only when one is reached. Inverting
+    those leads astray, and so there the Newton system is solved by conjugate gradients,
+    the more exactly the smaller the gradient is; this still converges superlinearly.
+
     It supports the following `options` of `optimistix.minimise`:
 
     - `hessian`: a function of `y` with the Hessian as a lineax operator. The responses
@@ -45,10 +53,12 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
     ??? cite "Reference"
 
         Vicol, Lorraine, Duvenaud and Grosse, *Implicit Regularization in
-        Overparameterized Bilevel Optimization*, 2021: Appendices C and E.
+        Overparameterized Bilevel Optimization*, 2021: Appendices C and E. Rebjock and
+        Boumal, *Fast convergence to non-isolated minima: four equivalent conditions for
+        C2 functions*, 2024, for the last point.
     """
 
-    linear_solver: lx.AbstractLinearSolver
+    linear_solver: lx.AbstractLinearSolver | None
     max_steps: int
     rtol: float | None
     atol: float
@@ -56,16 +66,17 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
 
     def __init__(
         self,
-        linear_solver: lx.AbstractLinearSolver = Pseudoinverse(),
+        linear_solver: lx.AbstractLinearSolver | None = None,
         max_steps: int = 50,
         rtol: float | None = None,
         atol: float = 0.0,
     ):
         """**Arguments:**
 
-        - `linear_solver`: the lineax solver of the Newton system,
-            [`bilevel_eqx.Pseudoinverse`][] by default. With that one the steps stay
-            orthogonal to the set of minima.
+        - `linear_solver`: the lineax solver of the Newton system. By default
+            [`bilevel_eqx.Pseudoinverse`][] for quadratics and least squares, whose steps
+            are orthogonal to the set of minima, and truncated conjugate gradients
+            elsewhere.
         - `max_steps`: the largest number of Newton steps.
         - `rtol`: it stops once a step is below `rtol` times the norm of y, or the
             gradient below `rtol` times what it was. `None`, the default, is a hundred
@@ -99,11 +110,17 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             )
         else:
             hessian = hessian_at(y)
-        solve = lx.linear_solve(hessian, gradient, self.linear_solver, throw=False)
-        slope = tree_dot(gradient, solve.value)
+        if self.linear_solver is None and _is_curved(hessian, objective, y):
+            shrunk = tree_norm(gradient) / state.first_norm
+            rtol = jnp.minimum(0.1, jnp.sqrt(shrunk))
+            newton = newton_direction(hessian, gradient, rtol)
+        else:
+            solver = Pseudoinverse() if self.linear_solver is None else self.linear_solver
+            newton = lx.linear_solve(hessian, gradient, solver, throw=False).value
+        slope = tree_dot(gradient, newton)
         # Where the curvature is negative the Newton step climbs: take its opposite.
         sign = jnp.where(slope < 0, 1, -1).astype(slope.dtype)
-        direction = tree_scale(sign, solve.value)
+        direction = tree_scale(sign, newton)
         t = _backtrack(objective, y, value, direction, -jnp.abs(slope))
         new_y = tree_axpy(t, direction, y)
         (_, aux), new_gradient = jax.value_and_grad(fn, has_aux=True)(new_y, args)
@@ -122,6 +139,14 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
         return y, aux, {}
+
+
+def _is_curved(hessian, objective, y) -> bool:
+    """Whether the Hessian depends on y, and is not Gauss and Newton's."""
+    ones = jax.tree.map(jnp.ones_like, y)
+    return not isinstance(hessian, LeastSquaresHessian) and depends_on(
+        lambda y: jax.jvp(jax.grad(objective), (y,), (ones,))[1], y
+    )
 
 
 _MAX_HALVINGS = 30

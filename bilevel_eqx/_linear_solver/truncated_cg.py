@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
+from jaxtyping import Array, PyTree, ScalarLike
 
 from .._misc import (
     check_count,
@@ -14,6 +15,8 @@ from .._misc import (
     tree_dtype,
     tree_max,
     tree_scale,
+    tree_size,
+    tree_where,
     tree_zeros_like,
 )
 from .misc import check_square, relative
@@ -42,6 +45,9 @@ class TruncatedCG(lx.AbstractLinearSolver):
     exact. With fewer steps the residual may have grown instead, and the result is then
     `RESULTS.stagnation`.
 
+    It supports the option `rtol` of `lineax.linear_solve`: a relative residual at which
+    to stop before rounding error.
+
     All three tests compare like with like, so that scaling $H$ or $b$ changes nothing.
     `stats` has `num_steps`, the relative `residual`, and `negative_curvature`.
 
@@ -67,10 +73,10 @@ class TruncatedCG(lx.AbstractLinearSolver):
         return lx.linearise(operator)
 
     def compute(self, state, vector, options):
-        del options
         operator = state
         dtype = tree_dtype(vector)
         eps = jnp.finfo(dtype).eps
+        rtol = jnp.maximum(jnp.asarray(options.get("rtol", 0), dtype), eps)
         # Of order one, so that no square below overflows or underflows.
         scale = tree_max(vector)
         b = tree_scale(1 / jnp.where(scale == 0, 1, scale), vector)
@@ -98,7 +104,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
             r = jtu.tree_map(lambda u, v: jnp.where(flat, u - share * v, u), r, p)
             new_rr = tree_dot(r, r)
             p = tree_axpy(jnp.where(flat, 0, new_rr / rr), p, r)
-            converged = new_rr <= eps**2 * rr0
+            converged = new_rr <= rtol**2 * rr0
             return num_steps + 1, q, r, p, new_rr, largest, bad | converged, bad
 
         zero = jnp.zeros((), dtype)
@@ -141,3 +147,27 @@ TruncatedCG.__init__.__doc__ = """**Arguments:**
 
 - `num_steps`: the largest number $K$ of steps, each of which is one product with $H$.
 """
+
+
+def newton_direction(
+    hessian: lx.AbstractLinearOperator, downhill: PyTree[Array], rtol: ScalarLike = 0.0
+) -> PyTree[Array]:
+    r"""A direction of descent: $H^{-1}$ applied to `downhill`, by conjugate gradients,
+    as far as the curvature is positive.
+
+    Where it is not from the outset, downhill itself, scaled by the size of the curvature.
+    """
+    solver = TruncatedCG(min(_NEWTON_STEPS, 2 * tree_size(downhill) + 1))
+    options = {"rtol": rtol}
+    solve = lx.linear_solve(hessian, downhill, solver, options=options, throw=False)
+    square = tree_dot(downhill, downhill)
+    curvature = jnp.abs(tree_dot(downhill, hessian.mv(downhill)))
+    length = jnp.where(
+        curvature == 0, 1, square / jnp.where(curvature == 0, 1, curvature)
+    )
+    descends = tree_dot(solve.value, downhill) > 0
+    good = descends & (solve.result != lx.RESULTS.breakdown)
+    return tree_where(good, solve.value, tree_scale(length, downhill))
+
+
+_NEWTON_STEPS = 100

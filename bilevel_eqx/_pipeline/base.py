@@ -1,7 +1,7 @@
 """What a pipeline is: an algorithm that aims at an equilibrium."""
 
 import abc
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray, PyTree
@@ -18,7 +18,13 @@ class AbstractPipeline(eqx.Module, Generic[State]):
 
     The state is a pytree with everything that the algorithm carries; it has at least
     the attributes `x` and `y`, the current outer and inner variables.
+
+    One that can aim only at some equilibria says so by the class variable `aims_at`, a
+    tuple of their types; `solve` then refuses it for others.
     """
+
+    aims_at: ClassVar[tuple[type[AbstractEquilibrium], ...] | None] = None
+    """The types of equilibria that it can aim at; `None` if it is up to its parts."""
 
     @abc.abstractmethod
     def init(

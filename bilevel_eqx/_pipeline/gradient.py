@@ -3,12 +3,13 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._hypergradient import hypergradient_and_state, reaches_outer
-from .._misc import as_pytree, check_type, optimiser_step, tree_norm
+from .._misc import as_pytree, check_type, first_order, optimiser_step, tree_norm
 from .._problem import inner_gradient
 from .._response import AbstractResponse, Implicit, Unrolled
 from .._results import first_failure, RESULTS
@@ -30,6 +31,11 @@ class GradientState(eqx.Module):
     inner_state: Any
     key: PRNGKeyArray
     num_steps: Int[Array, ""]
+
+
+# A program of its own, so that it is traced once and not wherever it is asked for: in
+# each branch of a line search, for one.
+_respond = eqx.filter_jit(hypergradient_and_state)
 
 
 class GradientPipeline(AbstractPipeline[GradientState]):
@@ -89,9 +95,11 @@ class GradientPipeline(AbstractPipeline[GradientState]):
 
     def step(self, problem, equilibrium, state):
         def value_fn(x):
-            # For optimisers with a line search. The others never ask.
-            y, _ = self.response.best_response(problem, x, state.anchor)
-            return problem.outer(x, y)
+            # For optimisers with a line search. The others never ask. The derivative is
+            # the hypergradient, whatever approximation that is.
+            fixed = jax.lax.stop_gradient(x)
+            at, _ = _respond(problem, fixed, state.anchor, self.response)
+            return first_order(at.value, at.gradient, x, fixed)
 
         x, outer_state = optimiser_step(
             self.optimiser,
@@ -134,9 +142,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             self.follower, self.response
         ):
             carried = None
-        out, inner_state = hypergradient_and_state(
-            problem, state.x, anchor, self.response, carried
-        )
+        out, inner_state = _respond(problem, state.x, anchor, self.response, carried)
         y = out.y
         if self.follower is not None:
             y, inner_state = state.y, state.inner_state

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
-from jaxtyping import PyTree
 
 from .._inner_solver import GradientDescent
 from .._linear_solver import IdentityInverse, Neumann, Pseudoinverse, TruncatedCG
@@ -24,12 +23,12 @@ from .._misc import (
 )
 from .._operators import (
     cross_derivative_operator,
-    gauss_newton_hessian,
+    curved_tag,
     gradient_and_hessian,
+    HessianAt,
+    is_curved,
 )
 from .._problem import (
-    AbstractBilevelProblem,
-    AbstractLeastSquaresProblem,
     closure_converted,
     inner_gradient,
 )
@@ -84,11 +83,11 @@ class Implicit(AbstractResponse):
         return None
 
     def __call__(self, problem, x, anchor, state=None):
-        y, result, stats = self._minimise(problem, x, anchor)
-        gradient, H = gradient_and_hessian(problem, x, y, _tags)
+        y, result, stats = self.minimum(problem, x, anchor)
+        gradient, H = gradient_and_hessian(problem, x, y, self._tags(problem, x, y))
         B = cross_derivative_operator(problem, x, y)
         jacobian = -(lx.invert(H, self.linear_solver) @ B)
-        result = self._check(result, anchor, y, gradient, H)
+        result = self.judge(result, anchor, y, gradient, H)
         stats["inner_residual"] = tree_norm(gradient)
         pullback = _Pullback(H, B, self.linear_solver)
         return Response(y, jacobian, result, stats, pullback)
@@ -105,7 +104,8 @@ class Implicit(AbstractResponse):
     def reaches(self, problem, x, anchor):
         return depends_on(lambda x: inner_gradient(problem, x, anchor), x)
 
-    def _minimise(self, problem, x, anchor):
+    def minimum(self, problem, x, anchor):
+        """The point that the inner solver ends at, whether it is finite, and `stats`."""
         if self.solver is None:
             return anchor, RESULTS.successful, {}
         # Gradient descent has a number of steps of its own.
@@ -115,7 +115,7 @@ class Implicit(AbstractResponse):
             self.solver,
             anchor,
             args=(problem, x),
-            options={"hessian": _HessianAt(problem, x)},
+            options={"hessian": HessianAt(problem, x)},
             max_steps=max_steps,
             throw=False,
         )
@@ -124,7 +124,13 @@ class Implicit(AbstractResponse):
         stats = {"inner_steps": jnp.asarray(solution.stats["num_steps"])}
         return solution.value, result, stats
 
-    def _check(self, result, anchor, y, gradient, hessian):
+    def _tags(self, problem, x, y):
+        """What the linear solver should know of H."""
+        if isinstance(self.linear_solver, Pseudoinverse) and is_curved(problem, x, y):
+            return _tags | {curved_tag}
+        return _tags
+
+    def judge(self, result, anchor, y, gradient, hessian):
         """Whether y is a minimum, in terms that do not depend on the scale of f."""
         if self.solver is None or self.tolerance is None:
             return result
@@ -161,18 +167,6 @@ Implicit.__init__.__doc__ = """**Arguments:**
 def _inner_objective(y, args):
     problem, x = args
     return problem.inner(x, y)
-
-
-class _HessianAt(eqx.Module):
-    """What `Projection` needs to know of the problem that its function came from."""
-
-    problem: AbstractBilevelProblem
-    x: PyTree
-
-    def __call__(self, y):
-        if isinstance(self.problem, AbstractLeastSquaresProblem):
-            return gauss_newton_hessian(self.problem, self.x, y)
-        return gradient_and_hessian(self.problem, self.x, y)[1]
 
 
 class _Pullback(eqx.Module):
@@ -232,9 +226,9 @@ _FOREIGN_TOLERANCE = 1e-2
 
 @eqx.filter_custom_jvp
 def _argmin(response: Implicit, problem, x, anchor):
-    y, result, _ = response._minimise(problem, x, anchor)
-    gradient, hessian = gradient_and_hessian(problem, x, y, _tags)
-    return y, response._check(result, anchor, y, gradient, hessian)
+    y, result, _ = response.minimum(problem, x, anchor)
+    gradient, hessian = gradient_and_hessian(problem, x, y)
+    return y, response.judge(result, anchor, y, gradient, hessian)
 
 
 @_argmin.def_jvp
@@ -249,6 +243,6 @@ def _argmin_jvp(primals, tangents):
         return inner_gradient(problem, x, y)
 
     _, t_gradient = eqx.filter_jvp(stationarity, (problem, x), (t_problem, t_x))
-    _, H = gradient_and_hessian(problem, x, y, _tags)
+    _, H = gradient_and_hessian(problem, x, y, response._tags(problem, x, y))
     t_y = tree_scale(-1, lx.linear_solve(H, t_gradient, response.linear_solver).value)
     return (y, result), (t_y, jtu.tree_map(lambda _: None, result))

@@ -70,31 +70,7 @@ class Unrolled(AbstractResponse):
         def unroll(x, mode=self.mode):
             return self._unroll(problem, x, anchor, state, mode)
 
-        if self.mode == "forward":
-            y, new_state, jacobian = _forward_jacobian(unroll, x)
-
-            transpose = jacobian.T.mv
-        else:
-            y, vjp, new_state = jax.vjp(unroll, x, has_aux=True)
-            if isinstance(self.num_steps, int):
-                jacobian = lx.JacobianLinearOperator(lambda x, _: unroll(x)[0], x)
-            else:
-                # A loop of unknown length is checkpointed by a rule for reverse mode
-                # alone. Nothing of this is computed unless it is asked for.
-                _, _, jacobian = _forward_jacobian(lambda x: unroll(x, "forward"), x)
-
-            # The steps were taken once, here; `jacobian.T` would take them again.
-            transpose = _First(vjp)
-
-        stats = {"inner_residual": jnp.zeros((), tree_dtype(y))}
-        return Response(
-            y,
-            jacobian,
-            RESULTS.successful,
-            stats,
-            TransposedJacobian(transpose),
-            new_state,
-        )
+        return differentiated(unroll, x, self.mode, isinstance(self.num_steps, int))
 
     def best_response(self, problem, x, anchor):
         return self._unroll(problem, x, anchor, None, self.mode)[0], RESULTS.successful
@@ -124,7 +100,7 @@ class Unrolled(AbstractResponse):
             )
             return (y, _cast(state, structure)), None
 
-        return _repeat(step, (anchor, state), self.num_steps, mode)
+        return repeat(step, (anchor, state), self.num_steps, mode)
 
 
 Unrolled.__init__.__doc__ = """**Arguments:**
@@ -141,6 +117,26 @@ Unrolled.__init__.__doc__ = """**Arguments:**
 """
 
 
+def differentiated(unroll, x, mode="checkpointed", known_length=True) -> Response:
+    """The response of `unroll(x)`, which returns y and a state, by differentiating it."""
+    if mode == "forward":
+        y, new_state, jacobian = _forward_jacobian(unroll, x)
+        transpose = jacobian.T.mv
+    else:
+        y, vjp, new_state = jax.vjp(unroll, x, has_aux=True)
+        if known_length:
+            jacobian = lx.JacobianLinearOperator(lambda x, _: unroll(x)[0], x)
+        else:
+            # A loop of unknown length is checkpointed by a rule for reverse mode
+            # alone. Nothing of this is computed unless it is asked for.
+            _, _, jacobian = _forward_jacobian(lambda x: unroll(x, "forward"), x)
+        # The steps were taken once, here; `jacobian.T` would take them again.
+        transpose = _First(vjp)
+    stats = {"inner_residual": jnp.zeros((), tree_dtype(y))}
+    pullback = TransposedJacobian(transpose)
+    return Response(y, jacobian, RESULTS.successful, stats, pullback, new_state)
+
+
 class _First(eqx.Module):
     """A function with a tuple of one as its value, without the tuple."""
 
@@ -155,7 +151,7 @@ class _First(eqx.Module):
 _MANY_STEPS = 64
 
 
-def _repeat(step, carry, num_steps, mode):
+def repeat(step, carry, num_steps, mode):
     """`step`, `num_steps` times, in a form that suits the mode of differentiation."""
     if is_traced(num_steps) or not isinstance(num_steps, int):
         return _repeat_dynamic(step, carry, num_steps, mode)

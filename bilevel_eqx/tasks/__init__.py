@@ -7,4 +7,8 @@ from ._anti_distillation import (
     proximal_filter as proximal_filter,
     pseudoinverse_filter as pseudoinverse_filter,
 )
-from ._rings import ConcentricRings as ConcentricRings, rings as rings
+from ._rings import (
+    ConcentricRings as ConcentricRings,
+    rings as rings,
+    SquaredRings as SquaredRings,
+)

@@ -1,15 +1,16 @@
 """Dataset distillation of concentric rings: Figures 2, 5 and 6 of the paper."""
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 from .._custom_types import typechecked
-from .._problem import AbstractBilevelProblem
+from .._problem import AbstractBilevelProblem, AbstractLeastSquaresProblem
 
 
 Distilled: TypeAlias = dict[str, Array]
@@ -20,17 +21,46 @@ Weights: TypeAlias = list[tuple[Array, Array]]
 """The inner variables: a matrix and a bias for each layer of the network."""
 
 
-class ConcentricRings(AbstractBilevelProblem[Distilled, Weights]):
+class _Rings(eqx.Module):
+    """The data set, and the network that is trained on its distillate."""
+
+    points: eqx.AbstractVar[Float[Array, "n 2"]]
+    labels: eqx.AbstractVar[Int[Array, " n"]]
+    distilled_labels: eqx.AbstractVar[Int[Array, " k"] | None]
+    activation: eqx.AbstractVar[Callable[[Array], Array]]
+
+    def predict(self, y: Weights, points: Float[Array, "m 2"]) -> Float[Array, "m c"]:
+        """The outputs of the network with weights `y`, at `points`."""
+        *hidden, (last_weight, last_bias) = y
+        activations = points
+        for weight, bias in hidden:
+            activations = self.activation(activations @ weight + bias[None, :])
+        return activations @ last_weight + last_bias[None, :]
+
+    def accuracy(self, y: Weights) -> Scalar:
+        """The share of the data set that the weights `y` classify correctly."""
+        predicted = jnp.argmax(self.predict(y, self.points), axis=-1)
+        return jnp.mean(predicted == self.labels)
+
+    def distilled_targets(self, x: Distilled, y: Weights) -> Float[Array, "k c"]:
+        """The labels of the learned points, fixed or learned."""
+        if self.distilled_labels is None:
+            return jax.nn.softmax(x["logits"])
+        return _one_hot(self.distilled_labels, y)
+
+
+class ConcentricRings(AbstractBilevelProblem[Distilled, Weights], _Rings):
     r"""Distils a data set of concentric rings into a few points.
 
     The outer variables are the learned points; the inner variables are the weights of
-    a ReLU network; both objectives are mean cross-entropies,
+    a network; both objectives are mean cross-entropies,
 
     $$F(x, y) = \text{loss of } y \text{ on the rings}, \qquad
     f(x, y) = \text{loss of } y \text{ on the points } x.$$
 
     x reaches F through the weights alone. With a handful of points and tens of
-    thousands of weights, S(x) is enormous.
+    thousands of weights, S(x) is enormous. With fixed labels its points lie at infinity:
+    the loss falls for as long as one trains.
 
     **Attributes:**
 
@@ -38,35 +68,45 @@ class ConcentricRings(AbstractBilevelProblem[Distilled, Weights]):
     - `labels`: its classes, integers of shape `(n,)`.
     - `distilled_labels`: the classes of the learned points, integers of shape `(k,)`; or
         `None` if they are learned, as logits.
+    - `activation`: of the hidden units.
     """
 
     points: Float[Array, "n 2"]
     labels: Int[Array, " n"]
     distilled_labels: Int[Array, " k"] | None
-
-    def predict(self, y: Weights, points: Float[Array, "m 2"]) -> Float[Array, "m c"]:
-        """The logits of the network with weights `y`, at `points`."""
-        *hidden, (last_weight, last_bias) = y
-        activations = points
-        for weight, bias in hidden:
-            activations = jax.nn.relu(activations @ weight + bias[None, :])
-        return activations @ last_weight + last_bias[None, :]
+    activation: Callable[[Array], Array] = eqx.field(static=True, default=jax.nn.relu)
 
     def outer(self, x: Distilled, y: Weights) -> Scalar:
         targets = _one_hot(self.labels, y)
         return _cross_entropy(self.predict(y, self.points), targets)
 
     def inner(self, x: Distilled, y: Weights) -> Scalar:
-        if self.distilled_labels is None:
-            targets = jax.nn.softmax(x["logits"])
-        else:
-            targets = _one_hot(self.distilled_labels, y)
+        targets = self.distilled_targets(x, y)
         return _cross_entropy(self.predict(y, x["points"]), targets)
 
-    def accuracy(self, y: Weights) -> Scalar:
-        """The share of the data set that the weights `y` classify correctly."""
-        predicted = jnp.argmax(self.predict(y, self.points), axis=-1)
-        return jnp.mean(predicted == self.labels)
+
+class SquaredRings(AbstractLeastSquaresProblem[Distilled, Weights], _Rings):
+    r"""The same with half the mean square of output minus label for a loss.
+
+    S(x) is then a surface of weights that fit the learned points exactly, within reach
+    and of as many dimensions as there are weights beyond outputs: everything that is
+    said of inner minima holds to the last digit.
+
+    **Attributes:** as for [`bilevel_eqx.tasks.ConcentricRings`][].
+    """
+
+    points: Float[Array, "n 2"]
+    labels: Int[Array, " n"]
+    distilled_labels: Int[Array, " k"] | None
+    activation: Callable[[Array], Array] = eqx.field(static=True, default=jax.nn.relu)
+
+    def outer(self, x: Distilled, y: Weights) -> Scalar:
+        misfit = self.predict(y, self.points) - _one_hot(self.labels, y)
+        return 0.5 * jnp.mean(jnp.sum(misfit**2, axis=-1))
+
+    def inner_residual(self, x: Distilled, y: Weights) -> Float[Array, "k c"]:
+        misfit = self.predict(y, x["points"]) - self.distilled_targets(x, y)
+        return misfit / jnp.sqrt(jnp.asarray(misfit.shape[0], misfit.dtype))
 
 
 def _one_hot(labels, y):
@@ -91,7 +131,9 @@ def rings(
     width: int = 200,
     num_hidden: int = 3,
     spread: float = 0.1,
-) -> tuple[ConcentricRings, Distilled, Weights]:
+    loss: Literal["cross-entropy", "squared"] = "cross-entropy",
+    activation: Callable[[Array], Array] = jax.nn.relu,
+) -> tuple[ConcentricRings | SquaredRings, Distilled, Weights]:
     """Concentric rings, a class each, to be distilled into a few points.
 
     The paper gives the number of points, the network and the learning rates. What it
@@ -111,6 +153,10 @@ def rings(
     - `width`: the number of units in each hidden layer.
     - `num_hidden`: the number of hidden layers.
     - `spread`: the standard deviation of the learned points before training.
+    - `loss`: `"cross-entropy"`, as in the paper, whose inner minima lie at infinity if
+        the labels are fixed; or `"squared"`, whose do not.
+    - `activation`: of the hidden units. With ReLUs S(x) has kinks, and with a smooth one
+        (`jnp.tanh`) it has not.
 
     **Returns:**
 
@@ -118,8 +164,11 @@ def rings(
 
     **Raises:**
 
-    A `ValueError` if there is not one radius for each class.
+    A `ValueError` if there is not one radius for each class, or the loss is neither.
     """
+    kinds = {"cross-entropy": ConcentricRings, "squared": SquaredRings}
+    if loss not in kinds:
+        raise ValueError(f"`rings(loss=...)` is one of {list(kinds)}, and not {loss!r}.")
     if radii is None:
         radii = [0.25 * (i + 1) for i in range(num_classes)]
     if len(radii) != num_classes:
@@ -148,4 +197,4 @@ def rings(
         (jr.normal(k, (m, n)) / jnp.sqrt(jnp.asarray(m, points.dtype)), jnp.zeros(n))
         for k, m, n in zip(jr.split(y_key, len(sizes) - 1), sizes, sizes[1:])
     ]
-    return ConcentricRings(points, labels, distilled_labels), x0, y0
+    return kinds[loss](points, labels, distilled_labels, activation), x0, y0

@@ -1,0 +1,67 @@
+"""The Nash equilibrium."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+
+from .._misc import depends_on, tree_norm, tree_struct
+from .._spectrum import possible_decrease
+from .base import AbstractEquilibrium, Certificate, inner_residual, relative_gradient
+
+
+class Nash(AbstractEquilibrium):
+    r"""The Nash equilibrium: neither player gains by moving alone,
+
+    $$x \in \operatorname{argmin}_{x'} F(x', y), \qquad
+    y \in \operatorname{argmin}_{y'} f(x, y').$$
+
+    The outer player takes y as given, so that the response of y to x plays no part.
+    Where F does not contain x its condition is empty.
+
+    ??? cite "Reference"
+
+        Nash, *Non-cooperative games*, 1951.
+    """
+
+    warm: ClassVar[bool] = True
+
+    def certify(self, problem, x, y, y0):
+        value, outer_x = jax.value_and_grad(problem.outer)(x, y)
+        silent = not depends_on(lambda x: problem.outer(x, y), x)
+        return Certificate(
+            "a Nash equilibrium",
+            {
+                **inner_residual(problem, x, y),
+                "inner gap": (
+                    gap(lambda y: problem.inner(x, y), y),
+                    "y gains nothing by moving, to second order",
+                ),
+                "outer": (
+                    relative_gradient(outer_x, x, value),
+                    "x is stationary at this y: F_x = 0",
+                ),
+                "outer gap": (
+                    gap(lambda x: problem.outer(x, y), x),
+                    "x gains nothing by moving, to second order",
+                ),
+            },
+            notes=("F does not contain x: every x is as good",) if silent else (),
+        )
+
+
+def gap(objective, variables, hessian=None):
+    r"""What a player could gain by moving alone: the decrease of the quadratic model of
+    its objective within $\|s\| \le \max(1, \|v\|)$, relative to the objective.
+
+    Zero iff the gradient vanishes and no curvature is negative.
+    """
+    value, gradient = jax.value_and_grad(objective)(variables)
+    if hessian is None:
+        _, product = jax.linearize(jax.grad(objective), variables)
+        structure = tree_struct(variables)
+        hessian = lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
+    radius = jnp.maximum(1, tree_norm(variables))
+    gain = possible_decrease(hessian, gradient, radius)
+    return jnp.maximum(0, gain) / jnp.maximum(1, jnp.abs(value))

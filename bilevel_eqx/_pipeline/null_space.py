@@ -1,0 +1,245 @@
+"""Descent along the best, or the worst, value of the inner minima."""
+
+import abc
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+import optimistix as optx
+from jaxtyping import Array, Int, PyTree, Scalar
+
+from .._equilibrium import AbstractEquilibrium, Optimistic, Pessimistic
+from .._inner_solver import Projection
+from .._linear_solver import Pseudoinverse
+from .._misc import (
+    as_pytree,
+    check_count,
+    check_type,
+    first_order,
+    optimiser_step,
+    tree_dtype,
+    tree_norm,
+    tree_sub,
+)
+from .._operators import cross_derivative_operator
+from .._problem import AbstractBilevelProblem, outer_gradients
+from .._response import Implicit, MinimumDisplacement
+from .._results import finite_or_not, first_failure, RESULTS
+from .._solution_set import select, SolutionSet
+from .._worst_case import find_worst
+from .base import AbstractPipeline
+
+
+class SelectedValue(eqx.Module):
+    r"""The value $\phi(x)$ of the inner minimum selected at x, and its derivative."""
+
+    y: PyTree[Array]
+    value: Scalar
+    gradient: PyTree[Array]
+    result: RESULTS
+    # Zero iff y is an inner minimum, and the one that was to be selected.
+    residual: Scalar
+
+
+class NullSpaceState(eqx.Module):
+    """All that a run carries from one outer step to the next."""
+
+    x: PyTree[Array]
+    y: PyTree[Array]
+    y0: PyTree[Array]
+    # Where the selection began: a line search must begin there too.
+    anchor: PyTree[Array]
+    selected: SelectedValue
+    outer_state: Any
+    num_steps: Int[Array, ""]
+
+
+class _AbstractValueDescent(AbstractPipeline[NullSpaceState]):
+    r"""$x \leftarrow x - \alpha \nabla \phi(x)$, for the value $\phi$ of a selection."""
+
+    optimiser: eqx.AbstractVar[optax.GradientTransformation]
+
+    @abc.abstractmethod
+    def select(
+        self,
+        problem: AbstractBilevelProblem,
+        equilibrium: AbstractEquilibrium,
+        x: PyTree[Array],
+        y: PyTree[Array],
+        y0: PyTree[Array],
+    ) -> SelectedValue:
+        """The selected point at x, searched from y."""
+
+    def init(self, problem, equilibrium, x, y, key):
+        del key
+        selected = _select(self, problem, equilibrium, x, y, y)
+        outer_state = self.optimiser.init(x)
+        zero = jnp.array(0)
+        return NullSpaceState(x, selected.y, y, y, selected, outer_state, zero)
+
+    def step(self, problem, equilibrium, state):
+        def value_fn(x):
+            # For line searches. By the envelope theorem the derivative is known, and
+            # need not be had by differentiating the search.
+            fixed = jax.lax.stop_gradient(x)
+            at = _select(self, problem, equilibrium, fixed, state.anchor, state.y0)
+            return first_order(at.value, at.gradient, x, fixed)
+
+        x, outer_state = optimiser_step(
+            self.optimiser,
+            state.x,
+            state.outer_state,
+            value=state.selected.value,
+            gradient=state.selected.gradient,
+            value_fn=value_fn,
+        )
+        selected = _select(self, problem, equilibrium, x, state.y, state.y0)
+        metrics = {
+            "value": selected.value,
+            "outer_residual": tree_norm(selected.gradient),
+            "inner_residual": selected.residual,
+            "result": first_failure(state.selected.result, selected.result),
+        }
+        num_steps = state.num_steps + 1
+        state = NullSpaceState(
+            x, selected.y, state.y0, state.y, selected, outer_state, num_steps
+        )
+        return state, metrics
+
+
+# A program of its own, so that it is traced once and not wherever it is asked for: in
+# each branch of a line search, for one.
+@eqx.filter_jit
+def _select(pipeline: _AbstractValueDescent, *args) -> SelectedValue:
+    return pipeline.select(*args)
+
+
+class NullSpaceDescent(_AbstractValueDescent):
+    r"""Aims at [`bilevel_eqx.Optimistic`][] by descending
+    $\phi(x) = \min_{y \in S(x)} F(x, y)$:
+
+    1. y is projected on $S(x)$, and moved along it, in the null space of H, to where F
+       is least: $P F_y = 0$. This is Newton's method with conjugate gradients, and one
+       step where $S(x)$ is a plane and F quadratic.
+    2. There $\nabla \phi = F_x - B^\top H^+ F_y$, exactly.
+    """
+
+    aims_at: ClassVar = (Optimistic,)
+    optimiser: optax.GradientTransformation
+    solver: optx.AbstractMinimiser
+    linear_solver: lx.AbstractLinearSolver
+    selection_steps: int
+
+    def __init__(
+        self,
+        optimiser: optax.GradientTransformation = optax.lbfgs(),
+        solver: optx.AbstractMinimiser = Projection(),
+        linear_solver: lx.AbstractLinearSolver = Pseudoinverse(),
+        selection_steps: int = 10,
+    ):
+        """**Arguments:**
+
+        - `optimiser`: any optax optimiser; it moves x. L-BFGS by default.
+        - `solver`: an optimistix minimiser that brings y to $S(x)$.
+        - `linear_solver`: the lineax solver that stands for $H^+$.
+        - `selection_steps`: the largest number of Newton steps along $S(x)$ in an outer
+            step. The search goes on from where it was.
+        """
+        self.optimiser = as_pytree(optimiser)
+        self.solver = solver
+        self.linear_solver = linear_solver
+        self.selection_steps = selection_steps
+
+    def __check_init__(self):
+        _check(self, "NullSpaceDescent")
+
+    def select(self, problem, equilibrium, x, y, y0):
+        del equilibrium, y0
+        anchor = y
+        implicit = Implicit(self.solver, self.linear_solver)
+        y, result, _ = implicit.minimum(problem, x, anchor)
+        y = select(
+            problem,
+            x,
+            y,
+            lambda y: problem.outer(x, y),
+            self.linear_solver,
+            self.selection_steps,
+        ).y
+        S = SolutionSet(problem, x, y, self.linear_solver)
+        result = implicit.judge(result, anchor, y, S.gradient, S.hessian)
+        value, outer_x, outer_y = outer_gradients(problem, x, y)
+        q, q_result = S.solve(outer_y)
+        gradient = tree_sub(outer_x, cross_derivative_operator(problem, x, y).T.mv(q))
+        result = first_failure(result, q_result, finite_or_not((value, gradient, y)))
+        residual = jnp.hypot(tree_norm(S.gradient), tree_norm(S.project(outer_y)))
+        return SelectedValue(y, value, gradient, result, residual)
+
+
+class NullSpaceAscent(_AbstractValueDescent):
+    r"""Aims at [`bilevel_eqx.Pessimistic`][] by descending
+    $\phi(x) = \max \{F(x, y) : y \in S(x), \|y - c\| \le R\}$:
+
+    1. the center $c = \Pi(y_0, S(x))$ is found, and y moved along $S(x)$ to where F is
+       largest in the ball, by trust-region steps. One step finds the worst point of all
+       where $S(x)$ is a plane and F quadratic, and a local one elsewhere.
+    2. There, by Danskin's theorem,
+       $\nabla \phi = F_x + B^\top \mu + \nu J_c^\top (y - c)$.
+
+    Where two points are equally bad $\phi$ has a kink, and a descent that heeds only one
+    of them zigzags. In the quadratic case the kinks are rounded off by a logarithmic
+    barrier, far below any tolerance.
+    """
+
+    aims_at: ClassVar = (Pessimistic,)
+    optimiser: optax.GradientTransformation
+    solver: optx.AbstractMinimiser
+    linear_solver: lx.AbstractLinearSolver
+    selection_steps: int
+
+    def __init__(
+        self,
+        optimiser: optax.GradientTransformation = optax.lbfgs(),
+        solver: optx.AbstractMinimiser = Projection(),
+        linear_solver: lx.AbstractLinearSolver = Pseudoinverse(),
+        selection_steps: int = 10,
+    ):
+        """**Arguments:** as for [`bilevel_eqx.NullSpaceDescent`][]."""
+        self.optimiser = as_pytree(optimiser)
+        self.solver = solver
+        self.linear_solver = linear_solver
+        self.selection_steps = selection_steps
+
+    def __check_init__(self):
+        _check(self, "NullSpaceAscent")
+
+    def select(self, problem, equilibrium, x, y, y0):
+        nearest = MinimumDisplacement(
+            self.solver, self.linear_solver, selection_tolerance=None
+        )
+        assert isinstance(equilibrium, Pessimistic)
+        center, result, _ = nearest.nearest(problem, x, y0)
+        rounding = float(jnp.finfo(tree_dtype(y)).eps) ** 0.8
+        worst = find_worst(
+            problem,
+            x,
+            y,
+            center,
+            equilibrium.radius,
+            self.selection_steps,
+            rounding,
+        )
+        finite = finite_or_not((worst.value, worst.gradient, worst.y))
+        result = first_failure(result, finite)
+        return SelectedValue(worst.y, worst.value, worst.gradient, result, worst.residual)
+
+
+def _check(pipeline, owner: str) -> None:
+    check_type(pipeline.optimiser, optax.GradientTransformation, "optimiser", owner)
+    check_type(pipeline.solver, optx.AbstractMinimiser, "solver", owner)
+    linear_solver = pipeline.linear_solver
+    check_type(linear_solver, lx.AbstractLinearSolver, "linear_solver", owner)
+    check_count(pipeline.selection_steps, "selection_steps", owner)

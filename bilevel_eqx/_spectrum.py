@@ -1,0 +1,205 @@
+"""Eigenvalues of symmetric operators, and what can be said with them of a quadratic.
+
+Dense where the operator is small; by Lanczos where it is not, and then what is said
+holds within a Krylov space.
+"""
+
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
+
+from ._misc import tree_dtype, tree_scale, tree_zeros_like
+
+
+_DENSE_SIZE = 1024
+_LANCZOS_STEPS = 64
+
+
+class Eigenbasis(eqx.Module):
+    """Orthonormal vectors in which an operator is diagonal: all, or some."""
+
+    values: Float[Array, " k"]
+    vectors: Float[Array, "n k"]
+
+    def coordinates(self, vector: PyTree[Array]) -> Float[Array, " k"]:
+        flat, _ = jax.flatten_util.ravel_pytree(vector)
+        return self.vectors.T @ flat
+
+    def combine(self, coordinates: Float[Array, " k"], like: PyTree) -> PyTree[Array]:
+        _, unravel = jax.flatten_util.ravel_pytree(tree_zeros_like(like))
+        return unravel(self.vectors @ coordinates)
+
+
+def eigenbasis(
+    operator: lx.AbstractLinearOperator, start: PyTree[Array] | None = None
+) -> Eigenbasis:
+    """The eigenvectors of a symmetric operator, or Ritz vectors of its Krylov space.
+
+    That space is spanned from `start`, or from a random vector.
+    """
+    n = operator.in_size()
+    if n <= _DENSE_SIZE:
+        matrix = operator.as_matrix()
+        values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
+        return Eigenbasis(values, vectors)
+    dtype = tree_dtype(operator.in_structure())
+    # Never only `start`: what is orthogonal to it would not be seen.
+    first = jr.normal(jr.PRNGKey(0), (n,), dtype)
+    if start is not None:
+        flat, _ = jax.flatten_util.ravel_pytree(start)
+        size = jnp.linalg.norm(flat)
+        mix = jnp.sqrt(jnp.finfo(dtype).eps) / jnp.sqrt(jnp.asarray(n, dtype))
+        first = jnp.where(size == 0, first, flat / size + mix * first)
+    basis, diagonal, off = _lanczos(operator, first)
+    # Where the Krylov space is exhausted, a value from inside of the spectrum.
+    exhausted = jnp.sum(basis**2, axis=1) == 0
+    diagonal = jnp.where(exhausted, diagonal[0], diagonal)
+    tridiagonal = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    values, rotation = jnp.linalg.eigh(tridiagonal)
+    return Eigenbasis(values, basis.T @ rotation)
+
+
+def _lanczos(operator, first):
+    """An orthonormal Krylov basis, in rows, and the operator in it: tridiagonal."""
+    zeros = tree_zeros_like(operator.in_structure())
+    _, unravel = jax.flatten_util.ravel_pytree(zeros)
+
+    def product(flat):
+        return jax.flatten_util.ravel_pytree(operator.mv(unravel(flat)))[0]
+
+    def step(carry, k):
+        basis, vector, scale = carry
+        basis = basis.at[k].set(vector)
+        image = product(vector)
+        alpha = vector @ image
+        scale = jnp.maximum(scale, jnp.linalg.norm(image))
+        # Against all before it and twice: rounding would bring them back.
+        for _ in range(2):
+            image = image - basis.T @ (basis @ image)
+        beta = jnp.linalg.norm(image)
+        ended = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
+        beta = jnp.where(ended, 0, beta)
+        vector = jnp.where(ended, 0, image / jnp.where(ended, 1, beta))
+        return (basis, vector, scale), (alpha, beta)
+
+    vector = first / jnp.linalg.norm(first)
+    basis = jnp.zeros((_LANCZOS_STEPS, first.size), first.dtype)
+    carry = basis, vector, jnp.zeros((), first.dtype)
+    steps = jnp.arange(_LANCZOS_STEPS)
+    (basis, _, _), (alphas, betas) = jax.lax.scan(step, carry, steps)
+    return basis, alphas, betas[:-1]
+
+
+def negative_curvature(operator: lx.AbstractLinearOperator) -> Scalar:
+    """How negative the most negative eigenvalue is, relative to the largest."""
+    values = eigenbasis(operator).values
+    largest = jnp.max(jnp.abs(values))
+    return jnp.maximum(0, -jnp.min(values)) / jnp.where(largest == 0, 1, largest)
+
+
+def possible_decrease(
+    hessian: lx.AbstractLinearOperator, gradient: PyTree[Array], radius: ScalarLike
+) -> Scalar:
+    r"""$-\min_{\|s\| \le R} g^\top s + \tfrac12 s^\top Q s$: what a move could gain.
+
+    Zero iff the gradient is zero and no curvature is negative.
+    """
+    flipped = lx.FunctionLinearOperator(
+        lambda v: tree_scale(-1, hessian.mv(v)), hessian.in_structure(), lx.symmetric_tag
+    )
+    downhill = tree_scale(-1, gradient)
+    return trust_region(eigenbasis(flipped, downhill), downhill, radius).value
+
+
+class WorstStep(eqx.Module):
+    """Where a quadratic is largest within a ball, with the multiplier of the ball.
+
+    `mixture` is `step`, except where two points tie or nearly so: there it lies between
+    them. The gradient there is that of the maximum with its kinks rounded off, whose
+    value is `lift` above that of the mixture.
+    """
+
+    step: PyTree[Array]
+    mixture: PyTree[Array]
+    lift: Scalar
+    multiplier: Scalar
+    value: Scalar
+
+
+_BISECTIONS = 200
+
+
+def trust_region(
+    basis: Eigenbasis,
+    slope: PyTree[Array],
+    radius: ScalarLike,
+    rounding: ScalarLike = 0.0,
+) -> WorstStep:
+    r"""$\max_{\|s\| \le R} g^\top s + \tfrac12 s^\top Q s$, all of it, not only locally.
+
+    At the maximum $(\lambda I - Q) s = g$ with $\lambda \ge \max(0, \lambda_{\max}(Q))$,
+    and $\|s\| = R$ or $\lambda = 0$ (Moré and Sorensen, 1983).
+    """
+    q, g = basis.values, basis.coordinates(slope)
+    eps = jnp.finfo(q.dtype).eps
+    radius = jnp.asarray(radius, q.dtype)
+    size = jnp.max(jnp.abs(q))
+    top = jnp.max(q)
+    curved = top > 100 * eps * size
+    floor = jnp.where(curved, top, 0)
+    gap = floor - q
+
+    def coordinates(excess):
+        denominator = gap + excess
+        return jnp.where(
+            denominator > 0, g / jnp.where(denominator > 0, denominator, 1), 0
+        )
+
+    def excess_for(barrier):
+        """The excess of lambda over its floor at which the step has length R."""
+
+        def too_long(excess):
+            length = jnp.sum(coordinates(excess) ** 2)
+            return length + 2 * barrier / excess > radius**2
+
+        def bisect(_, bounds):
+            low, high = bounds
+            middle = 0.5 * (low + high)
+            long = too_long(middle)
+            return jnp.where(long, middle, low), jnp.where(long, high, middle)
+
+        high = jnp.linalg.norm(g) / radius + jnp.sqrt(2 * barrier) / radius
+        high = high + 4 * barrier / radius**2
+        bounds = jnp.zeros_like(high), jnp.maximum(high, jnp.finfo(q.dtype).tiny)
+        return jax.lax.fori_loop(0, _BISECTIONS, bisect, bounds)[1]
+
+    excess = excess_for(jnp.zeros((), q.dtype))
+    step = coordinates(excess)
+    # Nothing pushes along the top eigenvector, and both of its directions are as bad.
+    missing = jnp.sqrt(jnp.maximum(0, radius**2 - jnp.sum(step**2)))
+    along_top = jnp.arange(q.size) == jnp.argmax(q)
+    sign = jnp.where(jnp.sum(jnp.where(along_top, g, 0)) < 0, -1, 1)
+    tied = curved & (missing > 100 * jnp.sqrt(eps) * radius)
+    step = jnp.where(tied & along_top, step + sign * missing, step)
+
+    # A logarithmic barrier keeps lambda off its floor, which rounds off the kinks of the
+    # dual, min over lambda of (g^T (lambda I - Q)^-1 g + lambda R^2) / 2.
+    barrier = jnp.asarray(rounding, q.dtype) * radius**2 * size
+    barrier = jnp.where(curved, barrier, 0)
+    rounded = excess_for(barrier)
+    mixture = coordinates(rounded)
+    lift = 0.5 * (floor + rounded) * (radius**2 - jnp.sum(mixture**2))
+    barrier_value = barrier * jnp.log(rounded / jnp.where(size == 0, 1, size))
+    lift = lift - jnp.where(barrier == 0, 0, barrier_value)
+    value = jnp.sum(g * step) + 0.5 * jnp.sum(q * step**2)
+    return WorstStep(
+        basis.combine(step, slope),
+        basis.combine(mixture, slope),
+        lift,
+        floor + excess,
+        value,
+    )

@@ -1,0 +1,179 @@
+"""Several concepts side by side, and the test for leakage."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from helpers import as_numpy, make_moving, moving_features, toy_a, tree_allclose
+
+import bilevel_eqx as blx
+import bilevel_eqx.tasks
+
+
+toy = toy_a()
+
+
+def test_compare():
+    equilibria = (blx.Optimistic(), blx.WarmStart(1.0), blx.Stackelberg())
+    out = blx.compare(toy, jnp.array(0.6), jnp.zeros(2), equilibria, num_steps=30)
+    assert out.names == ("Optimistic()", "WarmStart(1)", "Stackelberg()")
+    best, partly = out.figures["Optimistic()"], out.figures["WarmStart(1)"]
+    expected = {"F": 0, "f": -0.5, "|x|": 1, "|y|": 2**0.5, "|y - y0|": 2**0.5}
+    assert tree_allclose(best, expected, rtol=1e-6)
+    expected = {"F": 5 / 18, "f": -1 / 18, "|x|": 1 / 3, "|y|": 1 / 3, "|y - y0|": 1 / 3}
+    assert tree_allclose(partly, expected, rtol=1e-6)
+    # Each is at its own equilibrium; the optimistic point happens to be the other's too.
+    certificates = {
+        k: {n: c.largest for n, c in r.items()} for k, r in out.certificates.items()
+    }
+    assert certificates["Optimistic()"]["Optimistic()"] < 1e-6
+    assert certificates["WarmStart(1)"]["WarmStart(1)"] < 1e-6
+    assert certificates["WarmStart(1)"]["Optimistic()"] > 1e-2
+    # What cannot be had is said, and stops nothing.
+    assert list(out.refused) == ["Stackelberg()"]
+    assert "singular" in out.refused["Stackelberg()"]
+    table = str(out)
+    for cell in ("Optimistic()", "WarmStart(1)", "|y - y0|", "0.2778", "Stackelberg(): "):
+        assert cell in table
+    assert len({len(line.rstrip()) for line in table.splitlines()[1:4]}) == 1
+
+
+def test_compare_takes_pipelines_by_name():
+    with pytest.raises(ValueError, match="Nonsense"):
+        blx.compare(
+            toy, jnp.array(0.6), jnp.zeros(2), pipelines={"Nonsense()": "implicit"}
+        )
+    sluggish = blx.GradientPipeline(
+        blx.Implicit(blx.Projection(), blx.Pseudoinverse()), optax.sgd(1e-3)
+    )
+    out = blx.compare(
+        toy,
+        jnp.array(0.6),
+        jnp.zeros(2),
+        (blx.WarmStart(),),
+        num_steps=2,
+        pipelines={"WarmStart()": sluggish},
+        tolerance=1e-6,
+    )
+    # The run that did not converge is there, and so is the reason.
+    assert "WarmStart()" in out.solutions
+    assert "stopped after step 2" in out.refused["WarmStart()"]
+
+
+#
+# Leakage
+#
+
+
+def _warm_solution():
+    problem, x, y0 = make_moving()
+    pipeline = blx.GradientPipeline(blx.Unrolled(optax.sgd(0.3), 1), optax.sgd(0.3))
+    solution = blx.solve(
+        problem, blx.WarmStart(), x, y0, pipeline=pipeline, num_steps=200
+    )
+    return problem, y0, solution
+
+
+def _retrained(problem, x, y0):
+    phi = as_numpy(moving_features(x))
+    y0 = as_numpy(y0)
+    y = y0 + phi * (float(problem.target) - phi @ y0) / (phi @ phi)
+    return 0.5 * np.sum((y - 1) ** 2)
+
+
+def test_retrain_gap():
+    problem, y0, solution = _warm_solution()
+    starts = 0.3 * jr.normal(jr.key(1), (4, 3))
+    out = blx.retrain_gap(problem, solution, starts)
+    expected = np.array([_retrained(problem, solution.x, start) for start in starts])
+    assert tree_allclose(out.retrained, expected, rtol=1e-8)
+    assert tree_allclose(out.value, problem.outer(solution.x, solution.y), rtol=1e-12)
+    assert tree_allclose(out.gap, expected.mean() - float(out.value), rtol=1e-8)
+    assert tree_allclose(out.spread, expected.std(), rtol=1e-8)
+    assert jnp.max(out.inner_residuals) < 1e-10 and out.y.shape == (4, 3)
+    assert "4 initialisations" in str(out)
+    # From where the run started, without being told.
+    one = blx.retrain_gap(problem, solution)
+    assert tree_allclose(one.retrained[0], _retrained(problem, solution.x, y0), rtol=1e-8)
+    assert one.spread == 0 and abs(float(one.gap)) > 1e-3
+    # A function from keys, and another way of training.
+    drawn = blx.retrain_gap(
+        problem,
+        solution,
+        lambda key: 0.3 * jr.normal(key, (3,)),
+        num_initialisations=3,
+        key=jr.key(2),
+        response=blx.Unrolled(optax.sgd(0.3), 300),
+    )
+    starts = jax.vmap(lambda key: 0.3 * jr.normal(key, (3,)))(jr.split(jr.key(2), 3))
+    expected = [_retrained(problem, solution.x, start) for start in starts]
+    assert tree_allclose(drawn.retrained, np.array(expected), rtol=1e-8)
+
+
+def test_no_gap_after_a_cold_start():
+    problem, x, y0 = make_moving()
+    solution = blx.solve(problem, blx.ColdStart(), x, y0, num_steps=10)
+    assert abs(float(blx.retrain_gap(problem, solution, y0).gap)) < 1e-12
+
+
+def test_what_retrain_gap_cannot_start_from():
+    problem, _, solution = _warm_solution()
+    with pytest.raises(ValueError, match="shapes of the inner variables"):
+        blx.retrain_gap(problem, solution, jnp.zeros(4))
+    with pytest.raises(ValueError, match="structure of the inner variables"):
+        blx.retrain_gap(problem, solution, (jnp.zeros(3),))
+    with pytest.raises(ValueError, match="solution"):
+        blx.retrain_gap(problem, solution.x, jnp.zeros(3))
+    without = blx.Solution(
+        solution.x,
+        solution.y,
+        *([None] * 5),
+        state=None,  # of a pipeline that has none
+    )
+    with pytest.raises(ValueError, match="where its inner variables started"):
+        blx.retrain_gap(problem, without)
+
+
+#
+# A nonlinear problem whose inner minima form a curved surface
+#
+
+
+@pytest.mark.parametrize(
+    "equilibrium",
+    (blx.ColdStart(), blx.WarmStart(), blx.WarmStart(0.1), blx.Pessimistic(0.5)),
+    ids=lambda e: type(e).__name__,
+)
+def test_rings(equilibrium):
+    problem, x0, y0 = bilevel_eqx.tasks.rings(
+        jr.key(0),
+        points_per_class=20,
+        width=6,
+        num_hidden=2,
+        loss="squared",
+        activation=jnp.tanh,
+    )
+    before = blx.certify(problem, equilibrium, x0, y0, y0=y0)
+    after = blx.solve(problem, equilibrium, x0, y0, num_steps=25, save_every=25)
+    assert 100 * after.certificate.largest < before.largest
+    assert any("local" in note for note in after.certificate.notes) == (
+        not isinstance(equilibrium, blx.WarmStart)
+    )
+
+
+def test_rings_optimistic():
+    problem, x0, y0 = bilevel_eqx.tasks.rings(
+        jr.key(0),
+        points_per_class=20,
+        width=6,
+        num_hidden=2,
+        loss="squared",
+        activation=jnp.tanh,
+    )
+    before = blx.certify(problem, blx.Optimistic(), x0, y0)
+    after = blx.solve(problem, blx.Optimistic(), x0, y0, num_steps=60, save_every=60)
+    assert 100 * after.certificate.largest < before.largest
+    # Of all the weights that fit the two points, some fit the rings as well.
+    assert problem.accuracy(after.y) > 0.95

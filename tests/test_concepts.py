@@ -1,0 +1,421 @@
+"""Every equilibrium: that each registered pipeline reaches it, that its certificate tells
+it from the others, and that what cannot be computed is refused."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import as_numpy, toy_a, tree_allclose
+from jaxtyping import Array
+
+import bilevel_eqx as blx
+
+
+toy = toy_a()
+zeros = jnp.zeros(2)
+
+RADIUS, EPSILON = 0.5, 1.0
+
+
+#
+# Toy A: F = (w - x1)^2 / 2 + (x0 - 1)^2 / 2, f = x0^2 / 2 - w x0, from x1 = 0.
+#
+
+_concepts = {
+    "optimistic": blx.Optimistic(),
+    "cold": blx.ColdStart(),
+    "warm": blx.WarmStart(),
+    "partly warm": blx.WarmStart(EPSILON),
+    "pessimistic": blx.Pessimistic(RADIUS),
+    "Nash": blx.Nash(),
+}
+
+# Where each puts (w, x0, x1).
+_points = {
+    "optimistic": (1.0, 1.0, 1.0),
+    "cold": (0.5, 0.5, 0.0),
+    "warm": (0.5, 0.5, 0.0),
+    "partly warm": (1 / 3, 1 / 3, 0.0),
+    "pessimistic": (0.25, 0.25, -0.5),
+    "Nash": (0.0, 0.0, 0.0),
+    "nowhere": (0.3, -0.4, 2.0),
+}
+
+# The others that satisfy a definition too. A full warm start from x1 = c has
+# w = (1 + c) / 2, whatever c is; the optimistic point is where all gradients vanish.
+_also = {
+    "optimistic": set(),
+    "cold": {"warm"},
+    "warm": {"cold", "optimistic", "pessimistic"},
+    "partly warm": {"optimistic"},
+    "pessimistic": set(),
+    "Nash": {"optimistic"},
+}
+
+# Which pipelines are iterative, with the number of steps and what they then promise.
+_promises = {
+    "value function": (1000, 1e-5),
+    "aggregation": (1000, 1e-5),
+    "penalty": (10_000, 3e-2),
+    "simultaneous": (300, 1e-6),
+    "alternating": (300, 1e-6),
+}
+
+
+def _cases():
+    for concept, equilibrium in _concepts.items():
+        for entry in blx.registered(type(equilibrium)):
+            yield concept, entry.name
+
+
+def _steps_and_promise(name):
+    return _promises.get(name, (30, 1e-6))
+
+
+@pytest.mark.parametrize("concept, name", list(_cases()))
+def test_toy_a(concept, name):
+    equilibrium = _concepts[concept]
+    num_steps, promise = _steps_and_promise(name)
+    solution = blx.solve(
+        toy, equilibrium, jnp.array(0.6), zeros, pipeline=name, num_steps=num_steps
+    )
+    w, x0, x1 = _points[concept]
+    assert tree_allclose(solution.x, w, rtol=promise)
+    assert tree_allclose(solution.y, np.array([x0, x1]), rtol=promise)
+    assert solution.certificate.largest < promise
+
+
+def test_toy_a_by_name_covers_the_registry():
+    tested = {type(equilibrium) for equilibrium in _concepts.values()}
+    others = {blx.Stackelberg, blx.ProximalEquilibrium}  # below
+    registered = {entry.equilibrium for entry in blx.registered()}
+    assert {k for k in registered if k.__module__.startswith("bilevel_eqx")} == (
+        tested | others
+    )
+
+
+def test_toy_a_pessimistic_radii():
+    # From R = 1 on the answer is at a kink: both ends of the ball are as bad.
+    for radius, w in [(0.3, 0.35), (1.0, 0.0), (2.0, 0.0)]:
+        solution = blx.solve(
+            toy, blx.Pessimistic(radius), jnp.array(0.6), zeros, num_steps=30
+        )
+        value = 0.5 * (w + radius) ** 2 + 0.5 * (w - 1) ** 2
+        assert tree_allclose(solution.x, w, rtol=1e-6)
+        assert tree_allclose(jnp.abs(solution.y), np.array([w, radius]), rtol=1e-6)
+        assert tree_allclose(solution.value, value, rtol=1e-6)
+        assert solution.certificate.largest < 1e-6
+
+
+@pytest.mark.parametrize("concept", list(_concepts))
+def test_certificates_tell_toy_a_s_concepts_apart(concept):
+    points = jnp.array(list(_points.values()))
+
+    @jax.jit
+    @jax.vmap
+    def largest(point):
+        equilibrium = _concepts[concept]
+        return blx.certify(toy, equilibrium, point[0], point[1:], y0=zeros).largest
+
+    for at, value in zip(_points, as_numpy(largest(points))):
+        if at in {concept} | _also[concept]:
+            assert value < 1e-6
+        else:
+            assert value > 1e-2
+
+
+def test_unsatisfied_conditions_are_named():
+    # A warm start that is no optimistic equilibrium, and what it is short of.
+    w, y = jnp.array(0.5), jnp.array([0.5, 0.0])
+    warm = blx.certify(toy, blx.WarmStart(), w, y)
+    optimistic = blx.certify(toy, blx.Optimistic(), w, y)
+    assert warm.largest < 1e-12
+    residuals = {k: float(v) for k, v in optimistic.residuals.items()}
+    assert residuals["selection"] == pytest.approx(0.5)
+    assert residuals["inner"] == residuals["curvature"] == 0
+    assert "P_null F_y = 0" in str(optimistic)
+
+
+#
+# Toy C: V = p x^2 / 2 + q x y - r y^2 / 2. At the origin it is proximal for weights up to
+# 3, and so Stackelberg and not Nash.
+#
+
+
+def _toy_c(p=-1.0, q=2.0, r=1.0):
+    def value(x, y):
+        return 0.5 * p * x**2 + q * x * y - 0.5 * r * y**2
+
+    return blx.BilevelProblem(value, lambda x, y: -value(x, y))
+
+
+def test_toy_c_threshold():
+    origin = jnp.array(0.0)
+
+    def largest(weight):
+        equilibrium = blx.ProximalEquilibrium(weight)
+        return blx.certify(_toy_c(), equilibrium, origin, origin).largest
+
+    weights = jnp.array([0.1, 1.0, 2.9, 3.1, 10.0])
+    values = as_numpy(jax.vmap(largest)(weights))
+    assert np.all(values[:3] < 1e-6) and np.all(values[3:] > 1e-2)
+    # The limits are Stackelberg, which it is, and Nash, which it is not.
+    assert largest(0.0) < 1e-6 and largest(jnp.inf) > 1e-2
+    stackelberg = blx.certify(_toy_c(), blx.Stackelberg(), origin, origin)
+    nash = blx.certify(_toy_c(), blx.Nash(), origin, origin)
+    assert stackelberg.largest < 1e-6 and nash.largest > 1e-2
+    # A convex-concave game has them all in one place.
+    convex = _toy_c(p=1.0)
+    for equilibrium in (blx.Nash(), blx.ProximalEquilibrium(10.0), blx.Stackelberg()):
+        assert blx.certify(convex, equilibrium, origin, origin).largest < 1e-6
+
+
+@pytest.mark.parametrize("weight", (0.0, 2.0, jnp.inf))
+def test_toy_c_is_reached(weight):
+    problem = _toy_c(p=-1.0 if weight < 3 else 1.0)
+    solution = blx.solve(
+        problem,
+        blx.ProximalEquilibrium(weight),
+        jnp.array(0.5),
+        jnp.array(0.3),
+        num_steps=500,
+    )
+    assert tree_allclose((solution.x, solution.y), (0.0, 0.0), rtol=1e-6)
+    assert solution.certificate.largest < 1e-6
+
+
+def test_stackelberg_of_toy_c_is_reached():
+    solution = blx.solve(
+        _toy_c(), blx.Stackelberg(), jnp.array(0.5), jnp.array(0.3), num_steps=20
+    )
+    assert tree_allclose((solution.x, solution.y), (0.0, 0.0), rtol=1e-6)
+    assert solution.certificate.largest < 1e-6
+
+
+@pytest.mark.parametrize("alternating", (False, True))
+def test_play_does_not_cycle(alternating):
+    # Plain descent spirals outwards here, and in turn it cycles.
+    bilinear = blx.BilevelProblem(lambda x, y: x * y, lambda x, y: -x * y)
+    x0, y0 = jnp.array(1.0), jnp.array(0.7)
+    play = blx.GradientPlay(alternating)
+    out = blx.solve(bilinear, blx.Nash(), x0, y0, pipeline=play, num_steps=300)
+    assert tree_allclose((out.x, out.y), (0.0, 0.0), rtol=1e-9)
+
+
+#
+#
+
+
+class LinearQuadratic(blx.AbstractBilevelProblem):
+    H: Array
+    B: Array
+    features: Array
+    direct: Array
+    targets: Array
+
+    def outer(self, x, y):
+        misfit = self.features @ y + self.direct @ x - self.targets
+        return 0.5 * jnp.sum(misfit**2) + 0.5 * jnp.sum((x - 1) ** 2)
+
+    def inner(self, x, y):
+        return 0.5 * jnp.sum(y * (self.H @ y)) + jnp.sum(y * (self.B @ x))
+
+
+def _linear_quadratic(seed, n=60, rank=20, m=10, k=70):
+    rng = np.random.default_rng(seed)
+    factor = rng.normal(size=(rank, n)) / np.sqrt(n)
+    arrays = (
+        factor.T @ factor,
+        -factor.T @ rng.normal(size=(rank, m)),
+        rng.normal(size=(k, n)) / np.sqrt(n),
+        rng.normal(size=(k, m)) / 3,
+        rng.normal(size=k),
+    )
+    return arrays, 0.3 * rng.normal(size=n)
+
+
+class ClosedForm:
+    """The dense answers, by NumPy alone."""
+
+    def __init__(self, arrays, y0):
+        H, B, A, C, b = arrays
+        self.arrays, m = arrays, B.shape[1]
+        pinv = np.linalg.pinv(H, rcond=1e-10)
+        values, vectors = np.linalg.eigh(H)
+        self.null = vectors[:, values < 1e-10]
+        self.start = y0 - pinv @ (H @ y0)
+        self.jacobian = -pinv @ B
+        self.along_x = A @ self.jacobian + C
+        self.along_null = A @ self.null
+        self.misfit = A @ self.start - b
+        self.identity = np.eye(m)
+
+    def outer(self, x, y):
+        _, _, A, C, b = self.arrays
+        return 0.5 * np.sum((A @ y + C @ x - b) ** 2) + 0.5 * np.sum((x - 1) ** 2)
+
+    def cold(self):
+        M = self.along_x
+        x = np.linalg.solve(M.T @ M + self.identity, 1 - M.T @ self.misfit)
+        return x, self.start + self.jacobian @ x
+
+    def optimistic(self):
+        m = len(self.identity)
+        both = np.hstack([self.along_x, self.along_null])
+        normal, right = both.T @ both, -both.T @ self.misfit
+        normal[:m, :m] += self.identity
+        right[:m] += 1
+        answer = np.linalg.solve(normal, right)
+        x, z = answer[:m], answer[m:]
+        return x, self.start + self.jacobian @ x + self.null @ z
+
+    def pessimistic(self, radius):
+        """By the dual of the trust region, a convex function of its multiplier."""
+        q, U = np.linalg.eigh(self.along_null.T @ self.along_null)
+        AU, M = self.along_null @ U, self.along_x
+
+        def at(multiplier):
+            weight = np.eye(len(AU)) + AU @ np.diag(1 / (multiplier - q)) @ AU.T
+            normal = M.T @ weight @ M + self.identity
+            x = np.linalg.solve(normal, 1 - M.T @ weight @ self.misfit)
+            misfit = M @ x + self.misfit
+            dual = 0.5 * misfit @ weight @ misfit + 0.5 * multiplier * radius**2
+            return x, dual + 0.5 * np.sum((x - 1) ** 2)
+
+        low, high = -25.0, 10.0
+        for _ in range(200):  # golden section, in the logarithm of the excess
+            a, b = low + 0.382 * (high - low), low + 0.618 * (high - low)
+            if at(q[-1] + np.exp(a))[1] < at(q[-1] + np.exp(b))[1]:
+                high = b
+            else:
+                low = a
+        return at(q[-1] + np.exp(low))
+
+
+@pytest.fixture(scope="module")
+def linear_quadratics():
+    arrays, starts = zip(*(_linear_quadratic(seed) for seed in range(5)))
+    references = [ClosedForm(a, y0) for a, y0 in zip(arrays, starts)]
+    stacked = LinearQuadratic(*(jnp.stack(list(a)) for a in zip(*arrays)))
+    return stacked, jnp.stack(starts), references
+
+
+@eqx.filter_jit
+def _solve_all(problems, starts, equilibrium, num_steps):
+    @jax.vmap
+    def run(problem, y0):
+        out = blx.solve(
+            problem, equilibrium, jnp.zeros(10), y0, num_steps=num_steps, throw=False
+        )
+        return out.x, out.y, out.value, out.certificate.largest
+
+    return run(problems, starts)
+
+
+@pytest.mark.parametrize(
+    "equilibrium", (blx.Optimistic(), blx.ColdStart(), blx.WarmStart()), ids=str
+)
+def test_linear_quadratic(linear_quadratics, equilibrium):
+    problems, starts, references = linear_quadratics
+    out = _solve_all(problems, starts, equilibrium, 40)
+    for x, y, value, largest, reference in zip(*map(as_numpy, out), references):
+        # With fixed features a full warm start is where a cold one is.
+        best = isinstance(equilibrium, blx.Optimistic)
+        true_x, true_y = reference.optimistic() if best else reference.cold()
+        assert np.allclose(x, true_x, rtol=1e-6, atol=1e-6)
+        assert np.allclose(y, true_y, rtol=1e-6, atol=1e-6)
+        assert value == pytest.approx(reference.outer(true_x, true_y), rel=1e-8)
+        assert largest < 1e-6
+
+
+def test_linear_quadratic_pessimistic(linear_quadratics):
+    problems, starts, references = linear_quadratics
+    # In a ball as large as the last, two points are equally bad at the answer.
+    for radius, kink in ((0.5, False), (1.0, False), (20.0, True)):
+        out = _solve_all(problems, starts, blx.Pessimistic(radius), 80)
+        for x, y, value, largest, reference in zip(*map(as_numpy, out), references):
+            true_x, true_value = reference.pessimistic(radius)
+            center = reference.start + reference.jacobian @ x
+            assert np.linalg.norm(y - center) == pytest.approx(radius, rel=1e-6)
+            # Better than the worst is only chance, and better than the best nothing.
+            cold, best = reference.outer(*reference.cold()), reference.optimistic()
+            assert reference.outer(*best) <= cold <= value
+            assert value == pytest.approx(true_value, rel=1e-5 if kink else 1e-7)
+            assert largest < (1e-2 if kink else 1e-6)
+            if not kink:
+                assert np.allclose(x, true_x, rtol=1e-5, atol=1e-5)
+
+
+#
+# What is refused, before any work is done
+#
+
+
+def _refused(equilibrium, *, problem=toy, x0=0.1, y0=zeros, **keywords):
+    with pytest.raises(ValueError) as info:
+        blx.solve(problem, equilibrium, jnp.array(x0), y0, num_steps=1, **keywords)
+    return str(info.value)
+
+
+def test_no_compact_set_is_refused():
+    for radius in ((), (None,), (jnp.inf,)):
+        with pytest.raises(ValueError, match="without a compact set"):
+            blx.Pessimistic(*radius)
+    with pytest.raises(ValueError, match="greater than zero"):
+        blx.Pessimistic(-1.0)
+    with pytest.raises(ValueError, match="y0="):
+        blx.certify(toy, blx.Pessimistic(1.0), jnp.array(0.1), zeros)
+
+
+def test_many_minima_are_refused_by_stackelberg():
+    message = _refused(blx.Stackelberg())
+    assert "singular" in message and "Optimistic()" in message
+    squares = blx.LeastSquaresProblem(toy.outer, lambda w, y: y[0] - w)
+    message = _refused(blx.Stackelberg(), problem=squares)
+    assert "a sum of 1 squares of 2 variables" in message
+
+
+def test_other_than_zero_sum_is_refused():
+    assert "zero-sum" in _refused(blx.ProximalEquilibrium(1.0))
+    with pytest.raises(ValueError, match="at least zero"):
+        blx.ProximalEquilibrium(-1.0)
+
+
+@pytest.mark.parametrize(
+    "equilibrium, pipeline",
+    [
+        (blx.Nash(), blx.NullSpaceDescent()),
+        (blx.Optimistic(), blx.NullSpaceAscent()),
+        (blx.Pessimistic(1.0), blx.ValueFunctionDescent()),
+        (blx.WarmStart(), blx.GradientPlay()),
+        (blx.ColdStart(), blx.ProximalPlay()),
+        (blx.Optimistic(), blx.PenaltyAscent()),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_a_pipeline_for_another_concept_is_refused(equilibrium, pipeline):
+    message = _refused(equilibrium, pipeline=pipeline)
+    assert "aims at" in message and "null-space descent" in message
+
+
+def test_penalty_is_refused_where_the_hessian_moves():
+    moving = blx.BilevelProblem(toy.outer, lambda w, y: 0.5 * (w * y[0] - 1) ** 2)
+    message = _refused(
+        blx.Pessimistic(1.0), problem=moving, pipeline="penalty", y0=jnp.ones(2)
+    )
+    assert "NullSpaceAscent" in message
+
+
+def test_arguments_of_pipelines():
+    with pytest.raises(ValueError, match="optimiser"):
+        blx.NullSpaceDescent(optimiser=0.1)
+    with pytest.raises(ValueError, match="selection_steps"):
+        blx.NullSpaceAscent(selection_steps=0)
+    with pytest.raises(ValueError, match="eta"):
+        blx.ValueFunctionDescent(optax.sgd(0.1), eta=-1.0)
+    with pytest.raises(ValueError, match="penalty"):
+        blx.PenaltyAscent(penalty=0.0)
+    with pytest.raises(ValueError, match="num_steps"):
+        blx.Aggregated(0)

@@ -1,0 +1,282 @@
+"""Points of S(x), and how they move: the nearest one, with its true derivative; what is
+said of quadratics in a ball; and spectra of operators too large to decompose."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    as_numpy,
+    dtypes,
+    finite_difference_jvp,
+    flatten,
+    make_moving,
+    moving_features,
+    random_like,
+    tree_allclose,
+    tree_dot,
+    tree_has_dtype,
+)
+from jaxtyping import Array
+
+import bilevel_eqx as blx
+from bilevel_eqx._spectrum import eigenbasis, negative_curvature, trust_region
+
+
+nearest = blx.MinimumDisplacement()
+warm = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+
+
+#
+# The one-row toy, by hand
+#
+
+
+def _one_row(problem, x, y0):
+    """The projection, its derivative, and -H^+ B."""
+    phi = as_numpy(moving_features(x))
+    d_phi = as_numpy(jax.jacfwd(moving_features)(x))
+    y0, square, target = as_numpy(y0), phi @ phi, float(problem.target)
+    y = y0 + phi * (target - phi @ y0) / square
+    by_implicit = -phi * (d_phi @ y) / square
+    null = d_phi - phi * (phi @ d_phi) / square
+    return y, by_implicit + null * (target - phi @ y0) / square, by_implicit
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_t12(dtype):
+    problem, x, y0 = make_moving(dtype)
+    y, true, by_implicit = _one_row(problem, x, y0)
+    u = jnp.asarray([0.3, -1.0, 2.0], dtype)
+
+    @jax.jit
+    def both(x):
+        cold, other = nearest(problem, x, y0), warm(problem, x, y0)
+        one = jnp.ones_like(x)
+        pulled = cold.pullback(u)[0], cold.jacobian.T.mv(u)
+        return cold.y, cold.jacobian.mv(one), pulled, other.jacobian.mv(one)
+
+    point, pushed, pulled, pushed_by_implicit = both(x)
+    tol = 1e-10 if dtype == jnp.float64 else 2e-5
+    assert tree_allclose(point, y, rtol=tol)
+    assert tree_allclose(pushed, true, rtol=tol)
+    assert tree_allclose(pulled, (true @ as_numpy(u),) * 2, rtol=tol)
+    assert tree_has_dtype((point, pushed, pulled), dtype)
+    # And what is usually taken for it is something else.
+    assert tree_allclose(pushed_by_implicit, by_implicit, rtol=tol)
+    assert np.linalg.norm(by_implicit - true) > 0.1 * np.linalg.norm(true)
+
+
+def test_cold_start_follows_the_true_gradient():
+    problem, x, y0 = make_moving()
+    solution = blx.solve(problem, blx.ColdStart(), x, y0, num_steps=30)
+
+    def value(x):
+        y, *_ = _one_row(problem, x, y0)
+        return 0.5 * np.sum((y - 1) ** 2)
+
+    slope = finite_difference_jvp(value, solution.x, jnp.ones_like(solution.x))
+    assert abs(slope) < 1e-6 and value(solution.x) < value(x)
+    assert solution.certificate.largest < 1e-6
+    biased = blx.solve(
+        problem,
+        blx.ColdStart(),
+        x,
+        y0,
+        pipeline=blx.GradientPipeline(warm, optax.sgd(0.3)),
+        num_steps=300,
+    )
+    assert biased.stats["outer_residual"] < 1e-6  # at rest
+    assert biased.certificate.residuals["outer"] > 1e-2  # and not where it should be
+
+
+#
+# Finite differences of the projection: a plane that moves, and a network
+#
+
+
+class MovingRows(blx.AbstractBilevelProblem):
+    """Three rows that depend on x; three squares of eight variables."""
+
+    mixing: Array
+
+    def rows(self, x):
+        return jnp.sin(jnp.tensordot(self.mixing, x, axes=1))
+
+    def outer(self, x, y):
+        return jnp.sum(y["a"]) + jnp.sum(y["b"] ** 2)
+
+    def inner(self, x, y):
+        weights = jnp.concatenate([y["a"], y["b"].ravel()])
+        return 0.5 * jnp.sum((self.rows(x) @ weights - 1) ** 2)
+
+
+class Network(blx.AbstractLeastSquaresProblem):
+    targets: Array
+
+    def outer(self, x, y):
+        return jnp.sum(jnp.sin(y["w"])) + jnp.sum(y["v"] ** 2)
+
+    def inner_residual(self, x, y):
+        return jnp.tanh(x @ y["w"]) @ y["v"] - self.targets
+
+
+def _moving_rows():
+    rng = np.random.default_rng(1)
+    y0 = {"a": rng.normal(size=2), "b": rng.normal(size=(2, 3))}
+    y0 = jax.tree.map(jnp.asarray, y0)
+    return MovingRows(jnp.asarray(rng.normal(size=(3, 8, 4)))), jnp.ones(4), y0
+
+
+def _network():
+    rng = np.random.default_rng(0)
+    targets, x = 0.5 * rng.normal(size=3), rng.normal(size=(3, 2))
+    y0 = {"w": rng.normal(size=(2, 5)), "v": rng.normal(size=5)}
+    problem = Network(jnp.asarray(targets))
+    return problem, jnp.asarray(x), jax.tree.map(jnp.asarray, y0)
+
+
+def _network_as_it_is():
+    problem, x, y0 = _network()
+    return blx.BilevelProblem(problem.outer, problem.inner), x, y0
+
+
+@pytest.mark.parametrize("make", (_moving_rows, _network, _network_as_it_is))
+def test_finite_differences_of_the_projection(make, getkey):
+    problem, x, y0 = make()
+    t_x, t_y0, u = (random_like(getkey(), v) for v in (x, y0, y0))
+
+    @jax.jit
+    def project(x, y0):
+        return blx.best_response(problem, x, y0, nearest)
+
+    y = project(x, y0)
+    # It is a minimum, and no farther than others: those reached by gradient descent.
+    certificate = blx.certify(problem, blx.ColdStart(), x, y, y0=y0)
+    assert certificate.residuals["displacement"] < 1e-10
+    by_descent = blx.best_response(problem, x, y0, warm)
+    assert _distance(y, y0) <= _distance(by_descent, y0) + 1e-12
+
+    @jax.jit
+    def derivatives(x, y0):
+        _, of_x = jax.jvp(lambda x: project(x, y0), (x,), (t_x,))
+        _, of_y0 = jax.jvp(lambda y0: project(x, y0), (y0,), (t_y0,))
+        _, vjp = jax.vjp(project, x, y0)
+        response = nearest(problem, x, y0)
+        return of_x, of_y0, vjp(u), response.jacobian.mv(t_x), response.pullback(u)[0]
+
+    of_x, of_y0, (pull_x, pull_y0), pushed, pulled = derivatives(x, y0)
+    by_difference = finite_difference_jvp(lambda x: project(x, y0), x, t_x)
+    assert tree_allclose(of_x, by_difference, rtol=1e-6)
+    assert tree_allclose(pushed, of_x, rtol=1e-8)
+    assert tree_allclose(pulled, pull_x, rtol=1e-8)
+    by_difference = finite_difference_jvp(lambda y0: project(x, y0), y0, t_y0)
+    assert tree_allclose(of_y0, by_difference, rtol=1e-6)
+    assert np.isclose(tree_dot(pull_x, t_x), tree_dot(u, of_x), rtol=1e-8)
+    assert np.isclose(tree_dot(pull_y0, t_y0), tree_dot(u, of_y0), rtol=1e-8)
+    # The usual Jacobian fails the same test.
+    usual = jax.jit(lambda x: warm(problem, x, y).jacobian.mv(t_x))(x)
+    assert not tree_allclose(usual, of_x, rtol=1e-2)
+
+
+def _distance(y, y0):
+    return np.linalg.norm(flatten(y) - flatten(y0))
+
+
+def test_minimum_displacement_where_the_minimum_is_unique():
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(y), lambda x, y: 0.5 * jnp.sum((y - jnp.sin(x)) ** 2)
+    )
+    x, y0 = jnp.array([0.3, 0.8]), jnp.array([1.0, -1.0])
+    ours = blx.hypergradient(problem, x, y0, nearest)
+    assert tree_allclose(ours.gradient, jnp.cos(x), rtol=1e-12)
+    # And the second derivative.
+    hessian = jax.hessian(lambda x: jnp.sum(blx.best_response(problem, x, y0, nearest)))
+    assert tree_allclose(hessian(x), -jnp.diag(jnp.sin(x)), rtol=1e-10)
+
+
+def test_a_selection_that_stops_short_is_refused():
+    problem, x, y0 = _network()
+    hasty = blx.MinimumDisplacement(selection_steps=1, selection_tolerance=1e-9)
+    out = blx.hypergradient(problem, x, y0, hasty, throw=False)
+    assert out.result == blx.RESULTS.not_selected
+    assert out.stats["displacement_residual"] > 1e-9
+    with pytest.raises(Exception, match="selection_steps"):
+        blx.hypergradient(problem, x, y0, hasty)
+    patient = blx.MinimumDisplacement(selection_steps=1, selection_tolerance=None)
+    assert blx.hypergradient(problem, x, y0, patient, throw=False).result == (
+        blx.RESULTS.successful
+    )
+
+
+#
+# Quadratics in a ball
+#
+
+
+def _matrix(values, seed=0):
+    rng = np.random.default_rng(seed)
+    Q = np.linalg.qr(rng.normal(size=(len(values), len(values))))[0]
+    return (Q * np.asarray(values)[None, :]) @ Q.T, Q
+
+
+def _operator(matrix):
+    return lx.MatrixLinearOperator(jnp.asarray(matrix), lx.symmetric_tag)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(2.0, 1.0, -1.0, 0.5), (-1.0, -2.0, -0.5, -3.0), (0.0, 0.0, 0.0, 0.0)],
+    ids=["indefinite", "concave", "zero"],
+)
+@pytest.mark.parametrize("radius", (0.1, 1.0, 30.0))
+def test_trust_region(values, radius):
+    matrix, _ = _matrix(values)
+    g = np.array([0.3, -1.0, 0.7, 0.2])
+    out = trust_region(eigenbasis(_operator(matrix)), jnp.asarray(g), radius)
+    s, nu = as_numpy(out.step), float(out.multiplier)
+    assert np.linalg.norm(s) <= radius * (1 + 1e-9)
+    # Moré and Sorensen's conditions, which are sufficient.
+    assert np.allclose((nu * np.eye(4) - matrix) @ s, g, rtol=1e-8, atol=1e-8)
+    assert nu >= max(0, max(values)) - 1e-9
+    assert nu * (radius - np.linalg.norm(s)) < 1e-8 * max(1, nu * radius)
+    assert float(out.value) == pytest.approx(g @ s + 0.5 * s @ matrix @ s)
+    assert tree_allclose(out.mixture, out.step, rtol=1e-6)
+
+
+def test_trust_region_where_two_points_tie():
+    matrix, Q = _matrix((2.0, 1.0, -1.0, 0.5))
+    g = Q @ np.array([0.0, 0.3, -0.2, 0.1])  # nothing along the top eigenvector
+    basis = eigenbasis(_operator(matrix))
+    out = trust_region(basis, jnp.asarray(g), 2.0, 1e-12)
+    s = as_numpy(out.step)
+    assert np.linalg.norm(s) == pytest.approx(2.0)
+    mirrored = s - 2 * Q[:, 0] * (Q[:, 0] @ s)
+    for point in (s, mirrored):
+        assert float(out.value) == pytest.approx(g @ point + 0.5 * point @ matrix @ point)
+    # What is between them is neither, and as high with its lift.
+    between = as_numpy(out.mixture)
+    assert abs(Q[:, 0] @ between) < 1e-4
+    model = g @ between + 0.5 * between @ matrix @ between
+    assert model + float(out.lift) == pytest.approx(float(out.value), rel=1e-6)
+
+
+def test_lanczos_where_there_are_too_many_to_decompose():
+    n = 1500
+    diagonal = jnp.asarray(np.r_[-0.5, np.linspace(0.0, 1.0, n - 2), 3.0])
+    struct = jax.ShapeDtypeStruct((n,), diagonal.dtype)
+    operator = lx.FunctionLinearOperator(lambda v: diagonal * v, struct, lx.symmetric_tag)
+    basis = eigenbasis(operator)
+    assert basis.vectors.shape[1] < 100
+    assert float(jnp.min(basis.values)) == pytest.approx(-0.5, abs=1e-6)
+    assert float(jnp.max(basis.values)) == pytest.approx(3.0, abs=1e-9)
+    assert float(negative_curvature(operator)) == pytest.approx(0.5 / 3, abs=1e-6)
+    gram = as_numpy(basis.vectors.T @ basis.vectors)
+    assert np.allclose(gram, np.eye(len(gram)), atol=1e-10)
+    # A Krylov space that ends early adds nothing of its own.
+    identity = lx.FunctionLinearOperator(lambda v: 2 * v, struct, lx.symmetric_tag)
+    values = eigenbasis(identity, jr.normal(jr.PRNGKey(0), (n,), diagonal.dtype)).values
+    assert np.allclose(values, 2.0)
