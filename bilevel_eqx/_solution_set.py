@@ -380,3 +380,30 @@ class Displacement(eqx.Module):
         (null_space_term,) = pull_x(v)
         total = tree_axpy(1.0, implicit, null_space_term)
         return tree_scale(-1, total), first_failure(q_result, result)
+
+
+def nearest_to(
+    problem: AbstractBilevelProblem,
+    x: PyTree[Array],
+    y: PyTree[Array],
+    anchor: PyTree[Array],
+    linear_solver: lx.AbstractLinearSolver,
+    max_steps: int,
+) -> tuple[Displacement, Int[Array, ""]]:
+    r"""$\Pi(a, S(x))$ from a point y of $S(x)$, what is known around it, and the number
+    of steps that it took along $S(x)$."""
+    if is_curved(problem, x, y):
+
+        def half_square(y):
+            way = tree_sub(y, anchor)
+            return 0.5 * tree_dot(way, way)
+
+        selected = select(problem, x, y, half_square, linear_solver, max_steps)
+        y, num_steps = selected.y, selected.num_steps
+    else:
+        # After a projection there is nothing to do; but y may be any minimum.
+        S = SolutionSet(problem, x, y, linear_solver)
+        y = tree_sub(y, S.project(tree_sub(y, anchor)))
+        num_steps = jnp.array(0)
+    S = SolutionSet(problem, x, y, linear_solver)
+    return Displacement(S, anchor), num_steps

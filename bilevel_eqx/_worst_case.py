@@ -47,15 +47,17 @@ class WorstCase(eqx.Module):
 
     def __init__(self, problem, x, y, center: Displacement, radius):
         S = SolutionSet(problem, x, y, center.solutions.linear_solver)
-        offset = S.project(tree_sub(y, center.solutions.y))
+        way = tree_sub(y, center.solutions.y)
+        offset = S.project(way)
         slope = jax.grad(problem.outer, argnums=1)(x, y)
         tangential = S.project(slope)
         square = tree_dot(offset, offset)
         # Deep inside of the ball it does not press, whatever the quotient says.
-        presses = square > 0.25 * jnp.asarray(radius, square.dtype) ** 2
+        presses = 4 * tree_dot(way, way) > jnp.asarray(radius, square.dtype) ** 2
+        presses = presses & (square > 0)
         pressure = tree_dot(tangential, offset) / jnp.where(presses, square, 1)
         multiplier = jnp.maximum(0, jnp.where(presses, pressure, 0))
-        mu = tree_scale(-1, S.pinv(tree_axpy(-multiplier, offset, slope)))
+        mu = tree_scale(-1, S.pinv(tree_axpy(-multiplier, way, slope)))
         W = S.lagrangian_hessian(lambda y: problem.outer(x, y), mu)
         self.solutions, self.center, self.radius = S, center, radius
         self.slope, self.multiplier, self.hessian = slope, multiplier, S.along(W)
@@ -63,9 +65,13 @@ class WorstCase(eqx.Module):
 
     @property
     def offset(self) -> PyTree[Array]:
-        """P (y - c): where y is in the ball."""
-        S = self.solutions
-        return S.project(tree_sub(S.y, self.center.solutions.y))
+        """P (y - c): where y is in the ball, along S(x)."""
+        return self.solutions.project(self.way)
+
+    @property
+    def way(self) -> PyTree[Array]:
+        """y - c. Where S(x) bends, not all of it is along S(x)."""
+        return tree_sub(self.solutions.y, self.center.solutions.y)
 
     @property
     def astray(self) -> PyTree[Array]:
@@ -80,7 +86,10 @@ class WorstCase(eqx.Module):
         tangential = self.solutions.project(self.slope)
         # The model's slope at the center of the ball.
         slope = tree_axpy(-1.0, self.hessian.mv(offset), tangential)
-        return trust_region(self.basis, slope, self.radius, rounding), offset
+        across = tree_sub(self.way, offset)
+        radius = jnp.asarray(self.radius, tree_dtype(offset))
+        room = jnp.maximum(radius**2 - tree_dot(across, across), 1e-6 * radius**2)
+        return trust_region(self.basis, slope, jnp.sqrt(room), rounding), offset
 
     def mirrored(self) -> PyTree[Array]:
         """y on the other side of the ball, along its most curved direction.
@@ -162,20 +171,33 @@ def find_worst(
         S = here.solutions
         worst, offset = here.step()
         move = S.project(tree_sub(worst.step, offset))
-        value = problem.outer(x, S.y)
-        slack = 10 * eps * jnp.abs(value)
+        # An exact penalty: its weight exceeds the pressure of the ball.
+        weight = 2 * tree_norm(S.project(here.slope))
 
-        def retry(carry):
-            count, t, _, _ = carry
-            t = 0.5 * t
-            y, _ = restore(S, drawn_in(tree_axpy(t, move, S.y)))
-            return count + 1, t, y, ~(problem.outer(x, y) >= value - slack)
+        def merit(y):
+            beyond = jnp.maximum(0, tree_norm(tree_sub(y, c)) - radius)
+            value = problem.outer(x, y)
+            return value - (weight * beyond).astype(value.dtype)
 
-        # Halved before it is tried: what is in the loop is compiled only once.
-        two = jnp.full((), 2, tree_dtype(y))
-        carry = jnp.array(0), two, S.y, jnp.array(True)
-        _, _, new_y, rejected = jax.lax.while_loop(
-            lambda carry: carry[3] & (carry[0] < _HALVINGS), retry, carry
+        value = merit(S.y)
+        slack = eps * jnp.abs(value)
+
+        # The model knows of better points far away, and the way to them may lead down.
+        # Where it does there is still the gradient.
+        uphill = S.project(here.slope)
+        scale = radius / jnp.where(tree_norm(uphill) == 0, 1, tree_norm(uphill))
+        climb = tree_sub(drawn_in(tree_axpy(scale, uphill, S.y)), S.y)
+
+        def attempt(carry):
+            count, _, _ = carry
+            t = 0.5 ** (count % _HALVINGS).astype(tree_dtype(y))
+            step = tree_where(count < _HALVINGS, move, climb)
+            y_, _ = restore(S, drawn_in(tree_axpy(t, step, S.y)))
+            return count + 1, y_, ~(merit(y_) >= value + slack)
+
+        carry = jnp.array(0), S.y, jnp.array(True)
+        _, new_y, rejected = jax.lax.while_loop(
+            lambda carry: carry[2] & (carry[0] < 2 * _HALVINGS), attempt, carry
         )
         new_y = tree_where(rejected, S.y, new_y)
         length = tree_norm(tree_sub(new_y, S.y))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, ScalarLike
 
+from .._linear_solver import Pseudoinverse
 from .._misc import (
     as_rate,
     check_positive,
@@ -15,7 +16,7 @@ from .._misc import (
     tree_norm,
     tree_sub,
 )
-from .._solution_set import Displacement, SolutionSet
+from .._solution_set import nearest_to, polished, SolutionSet
 from .._worst_case import danskin_gradient, WorstCase
 from .base import (
     AbstractEquilibrium,
@@ -25,6 +26,9 @@ from .base import (
     relative_gradient,
     require_start,
 )
+
+
+_CENTER_STEPS = 100
 
 
 def _required(radius: Any) -> Any:
@@ -85,14 +89,13 @@ class Pessimistic(AbstractEquilibrium):
             y0, "Pessimistic(radius)", "The ball lies around c = proj(y0, S(x));"
         )
         S = SolutionSet(problem, x, y)
-        # The center of the ball, as it is seen from y.
-        way = tree_sub(y, y0)
-        c = tree_axpy(-1.0, S.project(way), y)
-        center = Displacement(SolutionSet(problem, x, c), y0)
+        # The center of the ball: from y0 where S(x) is curved, and else from anywhere.
+        start = y if S.is_flat else polished(problem, x, y0)
+        center, _ = nearest_to(problem, x, start, y0, Pseudoinverse(), _CENTER_STEPS)
         radius = jnp.asarray(self.radius, tree_norm(y).dtype)
         here = WorstCase(problem, x, y, center, radius)
         value = problem.outer(x, y)
-        distance = tree_norm(here.offset)
+        distance = tree_norm(here.way)
         slack = here.multiplier * (radius - distance)
         astray = jnp.hypot(tree_norm(here.astray), slack)
         top = jnp.max(here.basis.values)

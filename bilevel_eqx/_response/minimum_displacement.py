@@ -13,15 +13,13 @@ from .._linear_solver import Pseudoinverse
 from .._misc import (
     check_count,
     check_positive,
-    tree_dot,
     tree_norm,
     tree_struct,
-    tree_sub,
 )
-from .._operators import cross_derivative_operator, is_curved
+from .._operators import cross_derivative_operator
 from .._problem import closure_converted, inner_gradient
 from .._results import first_failure, RESULTS
-from .._solution_set import Displacement, select, SolutionSet
+from .._solution_set import Displacement, nearest_to, SolutionSet
 from .base import AbstractResponse, Response
 from .implicit import Implicit
 
@@ -141,23 +139,12 @@ class MinimumDisplacement(AbstractResponse):
         """The nearest point, what is known around it, and whether it is one."""
         implicit = self._implicit()
         y, result, stats = implicit.minimum(problem, x, anchor)
-        if is_curved(problem, x, y):
-
-            def half_square(y):
-                way = tree_sub(y, anchor)
-                return 0.5 * tree_dot(way, way)
-
-            selected = select(
-                problem, x, y, half_square, self.linear_solver, self.selection_steps
-            )
-            y = selected.y
-            stats["selection_steps"] = selected.num_steps
-        else:
-            # Nothing to do after a projection; but any minimiser may have been asked.
-            S = SolutionSet(problem, x, y, self.linear_solver)
-            y = tree_sub(y, S.project(tree_sub(y, anchor)))
-        solutions = SolutionSet(problem, x, y, self.linear_solver)
-        displacement = Displacement(solutions, anchor)
+        displacement, num_steps = nearest_to(
+            problem, x, y, anchor, self.linear_solver, self.selection_steps
+        )
+        stats["selection_steps"] = num_steps
+        solutions = displacement.solutions
+        y = solutions.y
         gradient = solutions.gradient
         result = implicit.judge(result, anchor, y, gradient, solutions.hessian)
         stats["displacement_residual"] = astray = displacement.astray
