@@ -56,6 +56,11 @@ def tree_axpy(scale: ScalarLike, a: PyTree[Array], b: PyTree[Array]) -> PyTree[A
     )
 
 
+def tree_cast(a: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    """`a`, in the types of `like`."""
+    return jtu.tree_map(lambda u, v: u.astype(v.dtype), a, like)
+
+
 def tree_sub(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
     """`a - b`."""
     return jtu.tree_map(jnp.subtract, a, b)
@@ -206,7 +211,7 @@ def optimiser_step(
 
 def first_order(value: Scalar, gradient: PyTree, x: PyTree, at: PyTree) -> Scalar:
     """`value` at `at`, as a function of x whose derivative there is `gradient`."""
-    change = tree_dot(gradient, tree_sub(x, at))
+    change = tree_dot(gradient, tree_sub(tree_cast(x, at), at))
     return value + change.astype(value.dtype)
 
 

@@ -65,7 +65,8 @@ def solve(
     - `key`: a key for pipelines that draw random numbers. Keyword only argument.
     - `record`: a function of `(x, y, metrics)`, with a pytree of arrays as its value:
         what to keep for the history. By default the metrics: `value`,
-        `outer_residual`, `inner_residual`. Keyword only argument.
+        `outer_residual`, `inner_residual`. It is part of the program: define it once,
+        since a new function compiles anew. Keyword only argument.
     - `save_every`: how many steps lie between two entries of the history. Keyword only
         argument.
     - `progress`: `True` prints a line at each entry of the history; a function of

@@ -156,6 +156,7 @@ def find_worst(
     c = center.solutions.y
     flat = center.solutions.is_flat
     eps = float(jnp.finfo(tree_dtype(y)).eps)
+    radius = jnp.asarray(radius, tree_dtype(y))
 
     def drawn_in(y):
         """y, drawn into the ball."""

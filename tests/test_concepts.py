@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import as_numpy, toy_a, tree_allclose
+from helpers import as_numpy, toy_a, tree_allclose, tree_has_dtype
 from jaxtyping import Array
 
 import bilevel_eqx as blx
@@ -85,6 +85,15 @@ def test_toy_a(concept, name):
     assert tree_allclose(solution.x, w, rtol=promise)
     assert tree_allclose(solution.y, np.array([x0, x1]), rtol=promise)
     assert solution.certificate.largest < promise
+
+
+@pytest.mark.parametrize("concept", ("optimistic", "cold", "pessimistic", "Nash"))
+def test_toy_a_in_float32(concept):
+    w0, y0 = jnp.array(0.6, jnp.float32), jnp.zeros(2, jnp.float32)
+    out = blx.solve(toy, _concepts[concept], w0, y0, num_steps=200, throw=False)
+    parts = out.x, out.y, out.value, out.certificate, out.stats, out.history
+    assert tree_has_dtype(parts, jnp.float32)
+    assert tree_allclose((out.x, *out.y), _points[concept], rtol=1e-3)
 
 
 def test_toy_a_by_name_covers_the_registry():

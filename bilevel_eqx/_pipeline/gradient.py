@@ -9,7 +9,14 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._hypergradient import hypergradient_and_state, reaches_outer
-from .._misc import as_pytree, check_type, first_order, optimiser_step, tree_norm
+from .._misc import (
+    as_pytree,
+    check_type,
+    first_order,
+    optimiser_step,
+    tree_cast,
+    tree_norm,
+)
 from .._problem import inner_gradient
 from .._response import AbstractResponse, Implicit, Unrolled
 from .._results import first_failure, RESULTS
@@ -97,7 +104,8 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         def value_fn(x):
             # For optimisers with a line search. The others never ask. The derivative is
             # the hypergradient, whatever approximation that is.
-            fixed = jax.lax.stop_gradient(x)
+            # A rate in float64 does not make float32 variables float64.
+            fixed = tree_cast(jax.lax.stop_gradient(x), state.x)
             at, _ = _respond(problem, fixed, state.anchor, self.response)
             return first_order(at.value, at.gradient, x, fixed)
 

@@ -20,6 +20,7 @@ from .._misc import (
     check_type,
     first_order,
     optimiser_step,
+    tree_cast,
     tree_dtype,
     tree_norm,
     tree_sub,
@@ -84,7 +85,7 @@ class _AbstractValueDescent(AbstractPipeline[NullSpaceState]):
         def value_fn(x):
             # For line searches. By the envelope theorem the derivative is known, and
             # need not be had by differentiating the search.
-            fixed = jax.lax.stop_gradient(x)
+            fixed = tree_cast(jax.lax.stop_gradient(x), state.x)
             at = _select(self, problem, equilibrium, fixed, state.anchor, state.y0)
             return first_order(at.value, at.gradient, x, fixed)
 
