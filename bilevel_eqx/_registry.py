@@ -238,6 +238,12 @@ def _cold_start(equilibrium, problem):
     return GradientPipeline(response, optax.lbfgs())
 
 
+def _null_space_ascent(equilibrium, problem):
+    del problem
+    # Which needs a ball. In any other set there is only the penalty.
+    return PenaltyAscent() if equilibrium.radius is None else NullSpaceAscent()
+
+
 def _warm_start(equilibrium, problem):
     del problem
     response = _implicit()
@@ -302,7 +308,7 @@ register(
 register(
     Pessimistic,
     "null-space ascent",
-    lambda equilibrium, problem: NullSpaceAscent(),
+    _null_space_ascent,
     reference="Moré & Sorensen 1983",
     cost=f"{_newton}; +1 and 64-1024 Hv a step along S(x); n^2 or 130 n",
     demands="an inner minimum",
@@ -314,7 +320,7 @@ register(
     lambda equilibrium, problem: PenaltyAscent(),
     reference="SiPBA (2025)",
     cost="6 gradients of f, 2 of F; 8 n",
-    demands="H independent of x",
+    demands="H independent of x, in a ball",
 )
 register(
     Stackelberg,

@@ -214,6 +214,57 @@ def test_play_does_not_cycle(alternating):
 
 
 #
+# Toy B: F = |x - e|^2 / n - |y - e|^2, f = (|x| - e^T y)^2, y >= 1 / (2 sqrt n). The
+# inner minimum at the answer is a corner of the set; the worst value has a kink there.
+#
+
+
+def _toy_b(n):
+    def outer(x, y):
+        return jnp.sum((x - 1) ** 2) / n - jnp.sum((y - 1) ** 2)
+
+    def inner(x, y):
+        return (jnp.sqrt(jnp.sum(x**2)) - jnp.sum(y)) ** 2
+
+    def projection(y):
+        return jnp.clip(y, 0.5 / np.sqrt(n), 100.0)
+
+    x, y = jnp.full(n, 0.5), jnp.full(n, 0.5 / np.sqrt(n))
+    return blx.BilevelProblem(outer, inner), blx.Pessimistic(within=projection), x, y
+
+
+@pytest.mark.parametrize("n", (1, 3, 8))
+def test_toy_b_certificate(n):
+    problem, equilibrium, x, y = _toy_b(n)
+    certificate = blx.certify(problem, equilibrium, x, y)
+    assert certificate.largest < 1e-6
+    assert "kinks" in str(certificate) and "penalty" in str(certificate)
+    # Other x, whose worst point is known too; and another inner minimum of the same x.
+    farther = 1.2 * x
+    worst = jnp.full(n, jnp.linalg.norm(farther) / n)
+    out = blx.certify(problem, equilibrium, farther, worst).residuals
+    assert out["selection"] < 1e-5 and out["inner"] < 1e-6
+    assert n == 1 or out["outer"] > 1e-2
+    if n > 1:
+        tilted = worst.at[0].add(0.03).at[1].add(-0.03)
+        tilted = blx.certify(problem, equilibrium, farther, tilted).residuals
+        assert tilted["selection"] > 1e-4 and tilted["inner"] < 1e-6
+
+
+def test_toy_b_is_reached():
+    problem, equilibrium, x, y = _toy_b(3)
+    out = blx.solve(
+        problem, equilibrium, 1.6 * x, y + 0.2, pipeline="penalty", num_steps=20_000
+    )
+    assert tree_allclose((out.x, out.y), (x, y), rtol=2e-2)
+    assert isinstance(blx.default_pipeline(equilibrium, problem), blx.PenaltyAscent)
+    with pytest.raises(ValueError, match="PenaltyAscent"):
+        pipeline = blx.NullSpaceAscent()
+        blx.solve(problem, equilibrium, x, y, pipeline=pipeline, num_steps=1)
+
+
+#
+# Random linear-quadratic problems: n = 60, rank 20, m = 10
 #
 
 

@@ -1,18 +1,23 @@
 """The pessimistic equilibrium."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, ScalarLike
 
+from .._constrained import penalised_worst
 from .._linear_solver import Pseudoinverse
 from .._misc import (
     as_rate,
     check_positive,
     is_traced,
+    largest_curvature,
     tree_axpy,
     tree_dot,
+    tree_dtype,
     tree_norm,
     tree_sub,
 )
@@ -31,15 +36,23 @@ from .base import (
 _CENTER_STEPS = 100
 
 
-def _required(radius: Any) -> Any:
-    if radius is None or (not is_traced(radius) and np.any(np.isinf(radius))):
+def _compact(radius: Any, within: Any) -> Any:
+    """The radius, if that is what makes the set compact; or a refusal."""
+    if (radius is None) == (within is None):
+        both = "" if radius is None else "It was given both a radius and a set. "
         raise ValueError(
             "`Pessimistic` asks for the worst inner minimum, and without a compact set "
-            "there is none: where S(x) is unbounded, so in general is F on it. Give a "
-            "radius: `Pessimistic(radius=...)` takes the worst of those inner minima "
-            "that are no farther than that from the one nearest to y0."
+            "there is none: where S(x) is unbounded, so in general is F on it. "
+            f"{both}`Pessimistic(radius=...)` takes the worst of those inner minima that "
+            "are no farther than that from the one nearest to y0; "
+            "`Pessimistic(within=projection)` those in a compact convex set."
         )
-    return as_rate(radius)
+    if radius is not None and not is_traced(radius) and np.any(np.isinf(radius)):
+        raise ValueError(
+            "`Pessimistic(radius=inf)` is without a compact set, and then there is no "
+            "worst inner minimum: give a finite radius."
+        )
+    return None if radius is None else as_rate(radius)
 
 
 class Pessimistic(AbstractEquilibrium):
@@ -52,6 +65,8 @@ class Pessimistic(AbstractEquilibrium):
     never empty, and as $R \to 0$ the pessimistic equilibrium becomes the cold one. So
     the optimistic value is at most that of a cold start, and that at most this one.
 
+    Instead of the ball there may be any compact convex set of y that one can project on.
+
     Also known as weak Stackelberg equilibrium. At some x two points may be equally bad;
     the worst value then has a kink, and stationary means that zero is between their
     gradients.
@@ -63,21 +78,36 @@ class Pessimistic(AbstractEquilibrium):
     """
 
     warm: ClassVar[bool] = False
-    radius: ScalarLike
+    radius: ScalarLike | None
+    projection: Callable[[PyTree], PyTree] | None
 
-    def __init__(self, radius: ScalarLike | None = None):
-        """**Arguments:**
+    def __init__(
+        self,
+        radius: ScalarLike | None = None,
+        *,
+        within: Callable[[PyTree], PyTree] | None = None,
+    ):
+        r"""**Arguments:**
 
-        - `radius`: $R$, positive and finite, in the units of y. It is required: without
-            one it is refused, and told why.
+        - `radius`: $R$, positive and finite, in the units of y.
+        - `within`: instead of a radius, the projection on a compact convex set $Y$, as a
+            function of y (`optax.projections` has some). The inner problem is then that
+            of $Y$: $S(x) = \operatorname{argmin}_{y \in Y} f(x, y)$, and so is the
+            worst. Keyword only argument.
+
+        One of the two is required: without a compact set it is refused, and told why.
         """
-        self.radius = _required(radius)
+        self.radius = _compact(radius, within)
+        self.projection = within
 
     def __check_init__(self):
-        check_positive(self.radius, "radius", "Pessimistic")
+        if self.radius is not None:
+            check_positive(self.radius, "radius", "Pessimistic")
 
-    def within(self, y: PyTree[Array], center: PyTree[Array]) -> PyTree[Array]:
-        """y, drawn into the ball around `center`."""
+    def draw_in(self, y: PyTree[Array], center: PyTree[Array]) -> PyTree[Array]:
+        """The point of the compact set next to y; a ball lies around `center`."""
+        if self.projection is not None:
+            return self.projection(y)
         way = tree_sub(y, center)
         length = tree_norm(way)
         radius = jnp.asarray(self.radius, length.dtype)
@@ -85,6 +115,8 @@ class Pessimistic(AbstractEquilibrium):
         return tree_axpy(share, way, center)
 
     def certify(self, problem, x, y, y0):
+        if self.projection is not None:
+            return _certify_in_set(problem, x, y, self.projection)
         require_start(
             y0, "Pessimistic(radius)", "The ball lies around c = proj(y0, S(x));"
         )
@@ -140,10 +172,74 @@ class Pessimistic(AbstractEquilibrium):
         # How much less bad the mirror image is, relative to the value.
         gap = jnp.maximum(0, value - problem.outer(x, mirrored))
         gap = gap / jnp.maximum(1, jnp.abs(value))
-        towards = tree_sub(other, g)
-        square = tree_dot(towards, towards)
-        share = -tree_dot(g, towards) / jnp.where(square == 0, 1, square)
-        share = jnp.clip(share, 0, 1)
-        between = tree_axpy(share, towards, g)
+        between, share = nearest_to_zero(g, other)
         kink = relative_gradient(between, x, value) + share * gap
         return jnp.minimum(relative_gradient(g, x, value), kink)
+
+
+#
+# In a set that is no ball
+#
+
+# Of the penalty, relative to the ratio of curvatures; and of the neighbourhood of x whose
+# gradients count, relative to the size of x. What is below the one is above the other.
+_WEIGHT = 1e7
+_NEIGHBOURHOOD = 1e-6
+
+
+def _certify_in_set(problem, x, y, projection) -> Certificate:
+    r"""By the penalised value, for minima that may lie on the boundary of the set.
+
+    At a kink of the worst value, which such a boundary makes, stationary means that zero
+    lies between the gradients around x (Goldstein, 1977).
+    """
+    dtype = tree_dtype(y)
+    # The penalty and the neighbourhood must both stand out from rounding error.
+    coarse = (float(jnp.finfo(dtype).eps) / 2.2e-16) ** 0.5
+    weight, reach = _WEIGHT / coarse, _NEIGHBOURHOOD * coarse
+
+    def at(x):
+        return penalised_worst(problem, x, y, projection, weight)
+
+    value, gradient = jax.value_and_grad(problem.inner, argnums=1)(x, y)
+    curvature = largest_curvature(lambda y: problem.inner(x, y), y)
+    step = 1 / jnp.where(curvature == 0, 1, curvature)
+    moved = projection(tree_axpy(-step, gradient, y))
+    outer = problem.outer(x, y)
+    here = at(x)
+    gain = jnp.maximum(0, here.value - outer)
+    size = tree_norm(here.gradient)
+    length = reach * jnp.maximum(1, tree_norm(x)) / jnp.where(size == 0, 1, size)
+    there = at(tree_axpy(-length, here.gradient, x))
+    between = nearest_to_zero(here.gradient, there.gradient)[0]
+    return Certificate(
+        "a pessimistic equilibrium in a convex set",
+        {
+            "set": (
+                tree_norm(tree_sub(projection(y), y)) / jnp.maximum(1, tree_norm(y)),
+                "y is in the set",
+            ),
+            "inner": (
+                tree_norm(tree_sub(moved, y)) / jnp.maximum(1, tree_norm(y)),
+                "it is an inner minimum there: a projected gradient step stays",
+            ),
+            "selection": (
+                gain / jnp.maximum(1, jnp.abs(outer)),
+                "no other one in the set has a larger F",
+            ),
+            "outer": (
+                relative_gradient(between, x, outer),
+                "x is stationary for max F over the inner minima, kinks included",
+            ),
+        },
+        notes=(f"right to about {1 / weight:.0e}, the error of a penalty",),
+    )
+
+
+def nearest_to_zero(a, b):
+    """The point of the segment from a to b with the least norm, and its place on it."""
+    towards = tree_sub(b, a)
+    square = tree_dot(towards, towards)
+    share = -tree_dot(a, towards) / jnp.where(square == 0, 1, square)
+    share = jnp.clip(share, 0, 1)
+    return tree_axpy(share, towards, a), share

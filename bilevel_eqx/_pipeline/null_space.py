@@ -218,10 +218,15 @@ class NullSpaceAscent(_AbstractValueDescent):
         _check(self, "NullSpaceAscent")
 
     def select(self, problem, equilibrium, x, y, y0):
+        assert isinstance(equilibrium, Pessimistic)
+        if equilibrium.radius is None:
+            raise ValueError(
+                "`NullSpaceAscent` searches a ball: give `Pessimistic` a radius, or use "
+                "`PenaltyAscent` for a set that is known by its projection."
+            )
         nearest = MinimumDisplacement(
             self.solver, self.linear_solver, selection_tolerance=None
         )
-        assert isinstance(equilibrium, Pessimistic)
         center, result, _ = nearest.nearest(problem, x, y0)
         rounding = float(jnp.finfo(tree_dtype(y)).eps) ** 0.8
         worst = find_worst(

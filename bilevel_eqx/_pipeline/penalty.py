@@ -98,8 +98,10 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
             check_positive(getattr(self, name), name, owner)
 
     def init(self, problem, equilibrium, x, y, key):
-        del equilibrium, key
-        if depends_on(lambda x: _hessian_product(problem, x, y), x):
+        assert isinstance(equilibrium, Pessimistic)
+        del key
+        is_ball = equilibrium.projection is None
+        if is_ball and depends_on(lambda x: _hessian_product(problem, x, y), x):
             raise ValueError(
                 "`PenaltyAscent` neglects how the center of the ball moves with x, which "
                 "is right only where the inner Hessian does not depend on x. Here it "
@@ -127,11 +129,11 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
         stiff = rho * inner + outer + sigma
         pull = tree_axpy(rho, inner_gradient(problem, x, z), tree_scale(-sigma, y))
         pull = tree_axpy(sigma, z, pull)
-        z = equilibrium.within(tree_axpy(-0.9 / stiff, pull, z), center)
+        z = equilibrium.draw_in(tree_axpy(-0.9 / stiff, pull, z), center)
         push = outer_gradients(problem, x, y)[2]
         push = tree_axpy(-rho, inner_gradient(problem, x, y), push)
         push = tree_axpy(-sigma, z, push)
-        y = equilibrium.within(tree_axpy(0.9 / stiff, push, y), center)
+        y = equilibrium.draw_in(tree_axpy(0.9 / stiff, push, y), center)
 
         value, outer_x, _ = outer_gradients(problem, x, y)
         inner_x = jax.grad(problem.inner)
