@@ -302,7 +302,8 @@ class _FactorInverse(eqx.Module):
                 # Too curved for the factor to be of help: H itself, with its condition.
                 H = self.operator.hessian
                 q, result, stats = _lsmr(H, vector, self.max_steps)
-                return q, result, stats["num_steps"], stats["residual"]
+                count = jnp.asarray(stats["num_steps"], num_steps.dtype)
+                return q, result, count, stats["residual"]
 
             q, result, num_steps, residual = jax.lax.cond(
                 settled,
