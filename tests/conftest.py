@@ -13,6 +13,14 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_more_programs_than_needed():
+    # Every compiled program maps memory, and a process may have only so many mappings:
+    # beyond them the compiler crashes.
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     # A fixed seed: a test that fails should fail again.
