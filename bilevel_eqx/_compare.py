@@ -147,7 +147,6 @@ def compare(
                 num_steps=num_steps,
                 tolerance=tolerance,
                 key=key,
-                save_every=num_steps,
                 throw=False,
             )
         except ValueError as error:
@@ -179,7 +178,8 @@ def describe(equilibrium: AbstractEquilibrium) -> str:
     values = []
     for field in dataclasses.fields(equilibrium):
         value = getattr(equilibrium, field.name)
-        if isinstance(value, float) and value == 0 and field.name == "epsilon":
+        no_epsilon = field.name == "epsilon" and isinstance(value, float) and value == 0
+        if value is None or no_epsilon:
             continue
         is_number = isinstance(value, float | int | np.ndarray | jax.Array)
         values.append(

@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
 from ._misc import (
     largest_curvature,
+    nonzero,
     tree_axpy,
     tree_dot,
     tree_dtype,
@@ -38,7 +39,7 @@ def projected_minimum(
     dtype = tree_dtype(start)
     eps = float(jnp.finfo(dtype).eps)
     curvature = largest_curvature(fn, start)
-    step_size = (0.9 / jnp.where(curvature == 0, 1, curvature)).astype(dtype)
+    step_size = (0.9 / nonzero(curvature)).astype(dtype)
     slope = jax.grad(fn)
 
     def unfinished(carry):
@@ -83,7 +84,7 @@ def penalised_worst(
     curvatures of F and f in y."""
     inner = largest_curvature(lambda y: problem.inner(x, y), y)
     outer = largest_curvature(lambda y: problem.outer(x, y), y)
-    rho = weight * outer / jnp.where(inner == 0, 1, inner)
+    rho = weight * outer / nonzero(inner)
 
     def penalised(y):
         # Divided by the weight, so that it is of the size of f.

@@ -56,6 +56,17 @@ def tree_axpy(scale: ScalarLike, a: PyTree[Array], b: PyTree[Array]) -> PyTree[A
     )
 
 
+def tree_draw_in(
+    a: PyTree[Array], center: PyTree[Array], radius: ScalarLike
+) -> PyTree[Array]:
+    """The point of a ball next to `a`."""
+    way = tree_sub(a, center)
+    length = tree_norm(way)
+    radius = jnp.asarray(radius, length.dtype)
+    share = jnp.where(length > radius, radius / nonzero(length), 1)
+    return tree_axpy(share, way, center)
+
+
 def tree_cast(a: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
     """`a`, in the types of `like`."""
     return jtu.tree_map(lambda u, v: u.astype(v.dtype), a, like)
@@ -72,6 +83,11 @@ def tree_where(pred: Bool[Array, ""], a: Any, b: Any) -> Any:
     dynamic_b, _ = eqx.partition(b, eqx.is_array)
     chosen = jtu.tree_map(lambda u, v: jnp.where(pred, u, v), dynamic_a, dynamic_b)
     return eqx.combine(chosen, static)
+
+
+def nonzero(divisor: Array) -> Array:
+    """The divisor, or one where it is zero: for quotients that are then zero too."""
+    return jnp.where(divisor == 0, 1, divisor)
 
 
 def tree_zeros_like(a: PyTree) -> PyTree[Array]:
@@ -123,11 +139,15 @@ def largest_curvature(fn: Callable[[PyTree], Scalar], at: PyTree[Array]) -> Scal
     def multiply(vector, _):
         image = product(vector)
         size = tree_norm(image)
-        return tree_scale(1 / jnp.where(size == 0, 1, size), image), size
+        return tree_scale(1 / nonzero(size), image), size
 
     start = tree_waves(at)
     start = tree_scale(1 / tree_norm(start), start)
     return jax.lax.scan(multiply, start, None, length=20)[1][-1]
+
+
+DENSE_SIZE = 1024
+"""Up to this size a matrix is decomposed; a larger one is only multiplied with."""
 
 
 #

@@ -125,12 +125,19 @@ def is_curved(
     problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array]
 ) -> bool:
     """Whether the inner Hessian depends on y, so that S(x) need not be a plane."""
+    return depends_on(lambda y: _hessian_times_ones(problem, x, y), y)
 
-    def product(y):
-        return jax.jvp(lambda y: inner_gradient(problem, x, y), (y,), (y_tangent,))[1]
 
-    y_tangent = jax.tree.map(jnp.ones_like, y)
-    return depends_on(product, y)
+def is_turning(
+    problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array]
+) -> bool:
+    """Whether the inner Hessian depends on x, so that S(x) may turn where x moves."""
+    return depends_on(lambda x: _hessian_times_ones(problem, x, y), x)
+
+
+def _hessian_times_ones(problem, x, y):
+    ones = jax.tree.map(jnp.ones_like, y)
+    return jax.jvp(lambda y: inner_gradient(problem, x, y), (y,), (ones,))[1]
 
 
 class HessianAt(eqx.Module):

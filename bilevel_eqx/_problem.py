@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
 from ._custom_types import X, Y
-from ._misc import depends_on, tree_dot, tree_size, tree_sub
+from ._misc import DENSE_SIZE, depends_on, tree_dot, tree_size, tree_sub
 
 
 class AbstractBilevelProblem(eqx.Module, Generic[X, Y]):
@@ -201,13 +201,10 @@ def proximal(
     """
     # The pull adds as many squares as there are variables. Where those are too many for
     # a dense factor nothing is gained by them: the damped Hessian is well conditioned.
-    is_small = tree_size(anchor) <= _DENSE_SIZE
+    is_small = tree_size(anchor) <= DENSE_SIZE
     if isinstance(problem, AbstractLeastSquaresProblem) and is_small:
         return _ProximalLeastSquaresProblem(problem, anchor, epsilon)
     return _ProximalProblem(problem, anchor, epsilon)
-
-
-_DENSE_SIZE = 1024
 
 
 def _no_outer(x, y):

@@ -19,6 +19,7 @@ from ._inner_solver import Projection
 from ._linear_solver import Pseudoinverse, TruncatedCG
 from ._linear_solver.truncated_cg import newton_direction
 from ._misc import (
+    nonzero,
     tree_axpy,
     tree_dot,
     tree_dtype,
@@ -138,7 +139,7 @@ class SolutionSet(eqx.Module):
         typical = tree_norm(H.mv(waves)) / tree_norm(waves)
         scale = typical * tree_norm(vector) + tree_norm(H.mv(vector))
         size = tree_norm(H.mv(remainder))
-        return size / jnp.where(scale == 0, 1, scale)
+        return size / nonzero(scale)
 
 
 #
@@ -146,19 +147,8 @@ class SolutionSet(eqx.Module):
 #
 
 
-class Selected(eqx.Module):
-    """A point of $S(x)$, and how far it is from the best one."""
-
-    y: PyTree[Array]
-    # Of the part of the objective's slope along S(x), relative to what it was.
-    residual: Scalar
-    num_steps: Int[Array, ""]
-
-
 class _Search(eqx.Module):
     y: PyTree[Array]
-    first_slope: Scalar
-    residual: Scalar
     num_steps: Int[Array, ""]
     done: Bool[Array, ""]
 
@@ -174,15 +164,14 @@ def select(
     objective: Callable[[PyTree[Array]], Scalar],
     linear_solver: lx.AbstractLinearSolver,
     max_steps: int,
-) -> Selected:
+) -> tuple[PyTree[Array], Int[Array, ""]]:
     r"""Minimises an objective $\phi(y)$ within $S(x)$, from a point of it.
 
     Newton's method along $S(x)$: the step $d$ solves $P W P d = -P \phi_y$, by conjugate
     gradients, and what leaves $S(x)$ on the way is brought back by steps
     $-H^+ \nabla_y f$. One step is exact where $S(x)$ is a plane and $\phi$ quadratic.
     """
-    dtype = tree_dtype(y)
-    eps = float(jnp.finfo(dtype).eps)
+    eps = float(jnp.finfo(tree_dtype(y)).eps)
     value_and_slope = jax.value_and_grad(objective)
 
     def unfinished(search: _Search):
@@ -198,8 +187,6 @@ def select(
         direction = S.project(direction)
         expected = tree_dot(downhill, direction)
         t, new_y = _line_search(S, objective, value, direction, -expected)
-        residual = tree_norm(downhill)
-        first = jnp.where(search.num_steps == 0, tree_norm(slope), search.first_slope)
         num_steps = search.num_steps + 1
         # At such a step rounding decides, and it was taken nonetheless: near the end
         # it squares the error.
@@ -210,13 +197,11 @@ def select(
         settled = settled | ((t < 1) & (gained <= 1e-3 * jnp.abs(value)))
         done = small | settled | (t == 0) | (num_steps >= max_steps)
         new_y = tree_where(small, y, new_y)
-        return _Search(new_y, first, residual, num_steps, done)
+        return _Search(new_y, num_steps, done)
 
-    zero = jnp.zeros((), dtype)
-    search = _Search(y, zero, zero, jnp.array(0), jnp.array(False))
+    search = _Search(y, jnp.array(0), jnp.array(False))
     search = jax.lax.while_loop(unfinished, body, search)
-    scale = jnp.where(search.first_slope == 0, 1, search.first_slope)
-    return Selected(search.y, search.residual / scale, search.num_steps)
+    return search.y, search.num_steps
 
 
 def polished(problem, x, y: PyTree[Array]) -> PyTree[Array]:
@@ -398,8 +383,7 @@ def nearest_to(
             way = tree_sub(y, anchor)
             return 0.5 * tree_dot(way, way)
 
-        selected = select(problem, x, y, half_square, linear_solver, max_steps)
-        y, num_steps = selected.y, selected.num_steps
+        y, num_steps = select(problem, x, y, half_square, linear_solver, max_steps)
     else:
         # After a projection there is nothing to do; but y may be any minimum.
         S = SolutionSet(problem, x, y, linear_solver)

@@ -12,10 +12,9 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
-from ._misc import tree_dtype, tree_scale, tree_zeros_like
+from ._misc import DENSE_SIZE, nonzero, tree_dtype, tree_scale, tree_zeros_like
 
 
-_DENSE_SIZE = 1024
 _LANCZOS_STEPS = 64
 
 
@@ -42,7 +41,7 @@ def eigenbasis(
     That space is spanned from `start`, or from a random vector.
     """
     n = operator.in_size()
-    if n <= _DENSE_SIZE:
+    if n <= DENSE_SIZE:
         matrix = operator.as_matrix()
         values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
         return Eigenbasis(values, vectors)
@@ -98,7 +97,7 @@ def negative_curvature(operator: lx.AbstractLinearOperator) -> Scalar:
     """How negative the most negative eigenvalue is, relative to the largest."""
     values = eigenbasis(operator).values
     largest = jnp.max(jnp.abs(values))
-    return jnp.maximum(0, -jnp.min(values)) / jnp.where(largest == 0, 1, largest)
+    return jnp.maximum(0, -jnp.min(values)) / nonzero(largest)
 
 
 def possible_decrease(
@@ -193,7 +192,7 @@ def trust_region(
     rounded = excess_for(barrier)
     mixture = coordinates(rounded)
     lift = 0.5 * (floor + rounded) * (radius**2 - jnp.sum(mixture**2))
-    barrier_value = barrier * jnp.log(rounded / jnp.where(size == 0, 1, size))
+    barrier_value = barrier * jnp.log(rounded / nonzero(size))
     lift = lift - jnp.where(barrier == 0, 0, barrier_value)
     value = jnp.sum(g * step) + 0.5 * jnp.sum(q * step**2)
     return WorstStep(

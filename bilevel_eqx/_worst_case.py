@@ -11,8 +11,10 @@ import lineax as lx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
 from ._misc import (
+    nonzero,
     tree_axpy,
     tree_dot,
+    tree_draw_in,
     tree_dtype,
     tree_norm,
     tree_scale,
@@ -159,10 +161,7 @@ def find_worst(
     radius = jnp.asarray(radius, tree_dtype(y))
 
     def drawn_in(y):
-        """y, drawn into the ball."""
-        way = tree_sub(y, c)
-        share = jnp.minimum(1, radius / jnp.maximum(tree_norm(way), eps * radius))
-        return tree_axpy(share, way, c)
+        return tree_draw_in(y, c, radius)
 
     def unfinished(search: _Search):
         return ~search.done
@@ -186,7 +185,7 @@ def find_worst(
         # The model knows of better points far away, and the way to them may lead down.
         # Where it does there is still the gradient.
         uphill = S.project(here.slope)
-        scale = radius / jnp.where(tree_norm(uphill) == 0, 1, tree_norm(uphill))
+        scale = radius / nonzero(tree_norm(uphill))
         climb = tree_sub(drawn_in(tree_axpy(scale, uphill, S.y)), S.y)
 
         def attempt(carry):

@@ -15,8 +15,10 @@ from .._misc import (
     check_positive,
     is_traced,
     largest_curvature,
+    nonzero,
     tree_axpy,
     tree_dot,
+    tree_draw_in,
     tree_dtype,
     tree_norm,
     tree_sub,
@@ -108,11 +110,8 @@ class Pessimistic(AbstractEquilibrium):
         """The point of the compact set next to y; a ball lies around `center`."""
         if self.projection is not None:
             return self.projection(y)
-        way = tree_sub(y, center)
-        length = tree_norm(way)
-        radius = jnp.asarray(self.radius, length.dtype)
-        share = jnp.where(length > radius, radius / jnp.where(length == 0, 1, length), 1)
-        return tree_axpy(share, way, center)
+        assert self.radius is not None
+        return tree_draw_in(y, center, self.radius)
 
     def certify(self, problem, x, y, y0):
         if self.projection is not None:
@@ -148,7 +147,7 @@ class Pessimistic(AbstractEquilibrium):
                     "no other one nearby has a larger F: P_null (F_y - nu (y - c)) = 0",
                 ),
                 "curvature": (
-                    excess / jnp.where(scale == 0, 1, scale),
+                    excess / nonzero(scale),
                     "nor any in the ball: F bends less along S(x) than the ball, by nu",
                 ),
                 "outer": (
@@ -203,13 +202,13 @@ def _certify_in_set(problem, x, y, projection) -> Certificate:
 
     value, gradient = jax.value_and_grad(problem.inner, argnums=1)(x, y)
     curvature = largest_curvature(lambda y: problem.inner(x, y), y)
-    step = 1 / jnp.where(curvature == 0, 1, curvature)
+    step = 1 / nonzero(curvature)
     moved = projection(tree_axpy(-step, gradient, y))
     outer = problem.outer(x, y)
     here = at(x)
     gain = jnp.maximum(0, here.value - outer)
     size = tree_norm(here.gradient)
-    length = reach * jnp.maximum(1, tree_norm(x)) / jnp.where(size == 0, 1, size)
+    length = reach * jnp.maximum(1, tree_norm(x)) / nonzero(size)
     there = at(tree_axpy(-length, here.gradient, x))
     between = nearest_to_zero(here.gradient, there.gradient)[0]
     return Certificate(
@@ -240,6 +239,6 @@ def nearest_to_zero(a, b):
     """The point of the segment from a to b with the least norm, and its place on it."""
     towards = tree_sub(b, a)
     square = tree_dot(towards, towards)
-    share = -tree_dot(a, towards) / jnp.where(square == 0, 1, square)
+    share = -tree_dot(a, towards) / nonzero(square)
     share = jnp.clip(share, 0, 1)
     return tree_axpy(share, towards, a), share

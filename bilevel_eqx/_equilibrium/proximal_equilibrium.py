@@ -17,6 +17,7 @@ from .._misc import (
     as_rate,
     check_positive,
     is_traced,
+    nonzero,
     tree_axpy,
     tree_norm,
     tree_struct,
@@ -155,7 +156,7 @@ def _defect_of_zero_sum(problem, x: PyTree[Array], y: PyTree[Array]) -> Scalar:
         at = jtu.tree_unflatten(treedef, moved)
         defect = defect + tree_norm(jax.grad(total)(at))
         scale = scale + tree_norm(jax.grad(lambda v: problem.outer(*v))(at))
-    return defect / jnp.where(scale == 0, 1, scale)
+    return defect / nonzero(scale)
 
 
 def _is(weight: Any, limit: float) -> bool:

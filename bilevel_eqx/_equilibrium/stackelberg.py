@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._misc import is_traced, tree_size, tree_sub
+from .._misc import is_traced, nonzero, tree_size, tree_sub
 from .._operators import cross_derivative_operator, gradient_and_hessian
 from .._problem import AbstractLeastSquaresProblem, outer_gradients
 from .._solution_set import SolutionSet
@@ -53,7 +53,7 @@ class Stackelberg(AbstractEquilibrium):
         values = eigenbasis(S.hessian).values
         lowest, largest = jnp.min(values), jnp.max(jnp.abs(values))
         threshold = _threshold(largest)
-        share = lowest / jnp.where(threshold == 0, 1, threshold)
+        share = lowest / nonzero(threshold)
         return Certificate(
             "a Stackelberg equilibrium",
             {

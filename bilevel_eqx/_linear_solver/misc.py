@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
-from .._misc import tree_norm
+from .._misc import nonzero, tree_norm
 
 
 def check_square(operator: lx.AbstractLinearOperator, owner: str) -> None:
@@ -22,4 +22,4 @@ def check_square(operator: lx.AbstractLinearOperator, owner: str) -> None:
 def relative(residual: PyTree[Array], vector: PyTree[Array]) -> Scalar:
     """The norm of `residual` relative to that of `vector`; zero if both are zero."""
     size, scale = tree_norm(residual), tree_norm(vector)
-    return jnp.where(scale == 0, size, size / jnp.where(scale == 0, 1, scale))
+    return jnp.where(scale == 0, size, size / nonzero(scale))

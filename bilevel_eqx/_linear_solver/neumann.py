@@ -15,6 +15,7 @@ from .._misc import (
     check_count,
     check_positive,
     is_traced,
+    nonzero,
     tree_axpy,
     tree_dot,
     tree_dtype,
@@ -107,7 +108,7 @@ class Neumann(lx.AbstractLinearSolver):
         sign = jnp.where(over & (self.num_terms % 2 == 1), -1, 1).astype(s.dtype)
         power = sign * jnp.exp(num_terms * logarithm)
         difference = jnp.where(over, 1 - power, -jnp.expm1(num_terms * logarithm))
-        safe = jnp.where(s == 0, 1, s)
+        safe = nonzero(s)
         total = jnp.where(s == 0, num_terms * step_size, difference / safe)
         coordinates = spectrum.vectors.T @ b
         curvature = s[jnp.argmax(jnp.where(coordinates == 0, -jnp.inf, logarithm))]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Scalar
 
 from .._misc import (
     check_count,
+    DENSE_SIZE,
     tree_dtype,
     tree_norm,
     tree_sub,
@@ -41,7 +42,7 @@ class Pseudoinverse(lx.AbstractLinearSolver):
     """
 
     rcond: float | None = None
-    dense_size: int = 1024
+    dense_size: int = DENSE_SIZE
     max_steps: int | None = None
 
     def __check_init__(self):
@@ -197,15 +198,16 @@ class _DenseFactorInverse(eqx.Module):
 
     right: Float[Array, "r n"]
     reciprocal: Float[Array, " r"]
-    curvature: Float[Array, "r r"] | None
+    # (I + E)^-1, once for all: solving with I + E in each of many products would be
+    # more to compile, and to run.
+    uncurving: Float[Array, "r r"] | None
     rank: Scalar
 
     def __call__(self, vector):
         b, unravel = jax.flatten_util.ravel_pytree(vector)
         q = self.reciprocal * (self.right @ b)
-        if self.curvature is not None:
-            identity = jnp.eye(q.size, dtype=q.dtype)
-            q = jnp.linalg.solve(identity + self.curvature, q)
+        if self.uncurving is not None:
+            q = self.uncurving @ q
         q = self.right.T @ (self.reciprocal * q)
         return unravel(q), lx.RESULTS.successful, {"rank": self.rank}
 
@@ -228,9 +230,10 @@ def _dense_factor_inverse(operator: LeastSquaresHessian, rcond) -> _DenseFactorI
 
         reduced = right @ jax.vmap(product)(right).T - jnp.diag(values**2)
         curvature = reciprocal[:, None] * reduced * reciprocal[None, :]
+        uncurving = jnp.linalg.inv(jnp.eye(values.size, dtype=values.dtype) + curvature)
     else:
-        curvature = None
-    return _DenseFactorInverse(right, reciprocal, curvature, jnp.sum(keep))
+        uncurving = None
+    return _DenseFactorInverse(right, reciprocal, uncurving, jnp.sum(keep))
 
 
 class _MatrixFreeInverse(eqx.Module):

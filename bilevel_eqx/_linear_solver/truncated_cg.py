@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree, ScalarLike
 
 from .._misc import (
     check_count,
+    nonzero,
     tree_axpy,
     tree_dot,
     tree_dtype,
@@ -79,7 +80,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
         rtol = jnp.maximum(jnp.asarray(options.get("rtol", 0), dtype), eps)
         # Of order one, so that no square below overflows or underflows.
         scale = tree_max(vector)
-        b = tree_scale(1 / jnp.where(scale == 0, 1, scale), vector)
+        b = tree_scale(1 / nonzero(scale), vector)
         rr0 = tree_dot(b, b)
 
         def unfinished(carry):
@@ -162,9 +163,7 @@ def newton_direction(
     solve = lx.linear_solve(hessian, downhill, solver, options=options, throw=False)
     square = tree_dot(downhill, downhill)
     curvature = jnp.abs(tree_dot(downhill, hessian.mv(downhill)))
-    length = jnp.where(
-        curvature == 0, 1, square / jnp.where(curvature == 0, 1, curvature)
-    )
+    length = jnp.where(curvature == 0, 1, square / nonzero(curvature))
     descends = tree_dot(solve.value, downhill) > 0
     good = descends & (solve.result != lx.RESULTS.breakdown)
     return tree_where(good, solve.value, tree_scale(length, downhill))

@@ -61,7 +61,19 @@ class NullSpaceState(eqx.Module):
 class _AbstractValueDescent(AbstractPipeline[NullSpaceState]):
     r"""$x \leftarrow x - \alpha \nabla \phi(x)$, for the value $\phi$ of a selection."""
 
-    optimiser: eqx.AbstractVar[optax.GradientTransformation]
+    optimiser: optax.GradientTransformation = eqx.field(
+        default=optax.lbfgs(), converter=as_pytree
+    )
+    solver: optx.AbstractMinimiser = Projection()
+    linear_solver: lx.AbstractLinearSolver = Pseudoinverse()
+    selection_steps: int = 10
+
+    def __check_init__(self):
+        owner = type(self).__name__
+        check_type(self.optimiser, optax.GradientTransformation, "optimiser", owner)
+        check_type(self.solver, optx.AbstractMinimiser, "solver", owner)
+        check_type(self.linear_solver, lx.AbstractLinearSolver, "linear_solver", owner)
+        check_count(self.selection_steps, "selection_steps", owner)
 
     @abc.abstractmethod
     def select(
@@ -129,47 +141,20 @@ class NullSpaceDescent(_AbstractValueDescent):
     """
 
     aims_at: ClassVar = (Optimistic,)
-    optimiser: optax.GradientTransformation
-    solver: optx.AbstractMinimiser
-    linear_solver: lx.AbstractLinearSolver
-    selection_steps: int
-
-    def __init__(
-        self,
-        optimiser: optax.GradientTransformation = optax.lbfgs(),
-        solver: optx.AbstractMinimiser = Projection(),
-        linear_solver: lx.AbstractLinearSolver = Pseudoinverse(),
-        selection_steps: int = 10,
-    ):
-        """**Arguments:**
-
-        - `optimiser`: any optax optimiser; it moves x. L-BFGS by default.
-        - `solver`: an optimistix minimiser that brings y to $S(x)$.
-        - `linear_solver`: the lineax solver that stands for $H^+$.
-        - `selection_steps`: the largest number of Newton steps along $S(x)$ in an outer
-            step. The search goes on from where it was.
-        """
-        self.optimiser = as_pytree(optimiser)
-        self.solver = solver
-        self.linear_solver = linear_solver
-        self.selection_steps = selection_steps
-
-    def __check_init__(self):
-        _check(self, "NullSpaceDescent")
 
     def select(self, problem, equilibrium, x, y, y0):
         del equilibrium, y0
         anchor = y
         implicit = Implicit(self.solver, self.linear_solver)
         y, result, _ = implicit.minimum(problem, x, anchor)
-        y = select(
+        y, _ = select(
             problem,
             x,
             y,
             lambda y: problem.outer(x, y),
             self.linear_solver,
             self.selection_steps,
-        ).y
+        )
         S = SolutionSet(problem, x, y, self.linear_solver)
         result = implicit.judge(result, anchor, y, S.gradient, S.hessian)
         value, outer_x, outer_y = outer_gradients(problem, x, y)
@@ -196,26 +181,6 @@ class NullSpaceAscent(_AbstractValueDescent):
     """
 
     aims_at: ClassVar = (Pessimistic,)
-    optimiser: optax.GradientTransformation
-    solver: optx.AbstractMinimiser
-    linear_solver: lx.AbstractLinearSolver
-    selection_steps: int
-
-    def __init__(
-        self,
-        optimiser: optax.GradientTransformation = optax.lbfgs(),
-        solver: optx.AbstractMinimiser = Projection(),
-        linear_solver: lx.AbstractLinearSolver = Pseudoinverse(),
-        selection_steps: int = 10,
-    ):
-        """**Arguments:** as for [`bilevel_eqx.NullSpaceDescent`][]."""
-        self.optimiser = as_pytree(optimiser)
-        self.solver = solver
-        self.linear_solver = linear_solver
-        self.selection_steps = selection_steps
-
-    def __check_init__(self):
-        _check(self, "NullSpaceAscent")
 
     def select(self, problem, equilibrium, x, y, y0):
         assert isinstance(equilibrium, Pessimistic)
@@ -243,9 +208,15 @@ class NullSpaceAscent(_AbstractValueDescent):
         return SelectedValue(worst.y, worst.value, worst.gradient, result, worst.residual)
 
 
-def _check(pipeline, owner: str) -> None:
-    check_type(pipeline.optimiser, optax.GradientTransformation, "optimiser", owner)
-    check_type(pipeline.solver, optx.AbstractMinimiser, "solver", owner)
-    linear_solver = pipeline.linear_solver
-    check_type(linear_solver, lx.AbstractLinearSolver, "linear_solver", owner)
-    check_count(pipeline.selection_steps, "selection_steps", owner)
+NullSpaceDescent.__init__.__doc__ = """**Arguments:**
+
+- `optimiser`: any optax optimiser; it moves x. L-BFGS by default.
+- `solver`: an optimistix minimiser that brings y to $S(x)$.
+- `linear_solver`: the lineax solver that stands for $H^+$.
+- `selection_steps`: the largest number of Newton steps along $S(x)$ in an outer step.
+    The search goes on from where it was.
+"""
+
+NullSpaceAscent.__init__.__doc__ = """**Arguments:** as for
+[`bilevel_eqx.NullSpaceDescent`][].
+"""

@@ -14,8 +14,8 @@ from .._misc import (
     as_rate,
     check_positive,
     check_type,
-    depends_on,
     largest_curvature,
+    nonzero,
     optimiser_step,
     tree_axpy,
     tree_dtype,
@@ -23,6 +23,7 @@ from .._misc import (
     tree_scale,
     tree_sub,
 )
+from .._operators import is_turning
 from .._problem import inner_gradient, outer_gradients
 from .._results import finite_or_not
 from .base import AbstractPipeline
@@ -40,8 +41,8 @@ class PenaltyState(eqx.Module):
     # The inner minimum next to y, and the center of the ball.
     z: PyTree[Array]
     center: PyTree[Array]
-    inner_rate: Scalar
-    outer_rate: Scalar
+    inner_curvature: Scalar
+    outer_curvature: Scalar
     outer_state: Any
     num_steps: Int[Array, ""]
 
@@ -100,8 +101,7 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
     def init(self, problem, equilibrium, x, y, key):
         assert isinstance(equilibrium, Pessimistic)
         del key
-        is_ball = equilibrium.projection is None
-        if is_ball and depends_on(lambda x: _hessian_product(problem, x, y), x):
+        if equilibrium.projection is None and is_turning(problem, x, y):
             raise ValueError(
                 "`PenaltyAscent` neglects how the center of the ball moves with x, which "
                 "is right only where the inner Hessian does not depend on x. Here it "
@@ -109,7 +109,7 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
             )
         inner = largest_curvature(lambda y: problem.inner(x, y), y)
         outer = largest_curvature(lambda y: problem.outer(x, y), y)
-        inner = jnp.where(inner == 0, 1, inner).astype(tree_dtype(y))
+        inner = nonzero(inner).astype(tree_dtype(y))
         outer = jnp.where(outer == 0, inner, outer).astype(tree_dtype(y))
         outer_state = self.optimiser.init(x)
         return PenaltyState(x, y, y, y, inner, outer, outer_state, jnp.array(0))
@@ -117,7 +117,7 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
     def step(self, problem, equilibrium, state):
         assert isinstance(equilibrium, Pessimistic)
         x, y, z = state.x, state.y, state.z
-        inner, outer = state.inner_rate, state.outer_rate
+        inner, outer = state.inner_curvature, state.outer_curvature
         dtype = inner.dtype
         growth = (1 + state.num_steps.astype(dtype)) ** jnp.asarray(self.power, dtype)
         rho = jnp.asarray(self.penalty, dtype) * outer / inner * growth
@@ -156,8 +156,3 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
         count = state.num_steps + 1
         state = PenaltyState(x, y, z, center, inner, outer, outer_state, count)
         return state, metrics
-
-
-def _hessian_product(problem, x, y):
-    ones = jax.tree.map(jnp.ones_like, y)
-    return jax.jvp(lambda y: inner_gradient(problem, x, y), (y,), (ones,))[1]

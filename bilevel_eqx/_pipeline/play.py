@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._equilibrium import Nash, ProximalEquilibrium
-from .._misc import tree_axpy, tree_dtype, tree_norm, tree_scale, tree_sub
+from .._misc import nonzero, tree_axpy, tree_dtype, tree_norm, tree_scale, tree_sub
 from .._problem import inner_gradient
 from .._results import finite_or_not
 from .base import AbstractPipeline
@@ -60,7 +60,7 @@ class _AbstractPlay(AbstractPipeline[PlayState]):
         size = tree_norm(field)
         # One trial step, for a first idea of the rate.
         length = 1e-3 * jnp.maximum(1, tree_norm((x, y)))
-        trial = tree_scale(-length / jnp.where(size == 0, 1, size), field)
+        trial = tree_scale(-length / nonzero(size), field)
         moved = jtu.tree_map(jnp.add, (x, y), trial)
         change = tree_norm(tree_sub(self.field(problem, equilibrium, *moved), field))
         rate = 0.5 * length / jnp.where(change == 0, length, change)

@@ -16,6 +16,7 @@ from .._misc import (
     check_positive,
     check_type,
     largest_curvature,
+    nonzero,
     optimiser_step,
     tree_axpy,
     tree_dot,
@@ -96,7 +97,7 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
         del equilibrium, key
         value, direction = self._direction(problem, x, y)
         curvature = largest_curvature(lambda v: problem.outer(*v), (x, y))
-        rate = 1 / jnp.where(curvature == 0, 1, curvature)
+        rate = 1 / nonzero(curvature)
         outer_state = self._optimiser(rate).init((x, y))
         count = jnp.array(0)
         return ValueFunctionState(x, y, direction, value, rate, outer_state, count)
@@ -136,7 +137,7 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
         gap = [tree_sub(at_y, at_best), inner_gradient(problem, x, y)]
         square = tree_dot(gap, gap)
         eta = jnp.asarray(self.eta, square.dtype)
-        pressure = eta - tree_dot(outer, gap) / jnp.where(square == 0, 1, square)
+        pressure = eta - tree_dot(outer, gap) / nonzero(square)
         pressure = jnp.where(square == 0, 0, jnp.maximum(pressure, 0))
         return value, tuple(tree_axpy(pressure, gap, outer))
 
@@ -148,7 +149,7 @@ def steepest_descent(problem, x, y: PyTree[Array], num_steps: int) -> PyTree[Arr
         gradient, product = jax.linearize(lambda y: inner_gradient(problem, x, y), y)
         square = tree_dot(gradient, gradient)
         curvature = jnp.abs(tree_dot(gradient, product(gradient)))
-        safe = jnp.where(curvature == 0, 1, curvature)
+        safe = nonzero(curvature)
         t = jnp.where(curvature == 0, 0, square / safe)
         return tree_axpy(-t, gradient, y), None
 

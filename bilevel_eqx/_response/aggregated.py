@@ -11,6 +11,7 @@ from .._misc import (
     check_positive,
     depends_on,
     largest_curvature,
+    nonzero,
     tree_axpy,
 )
 from .._problem import inner_gradient, outer_gradients
@@ -94,7 +95,7 @@ class Aggregated(AbstractResponse):
 def _safe_step(objective, anchor):
     """One over the largest curvature, of which the iteration may fall a little short."""
     largest = largest_curvature(objective, anchor)
-    return 0.9 / jnp.where(largest == 0, 1, largest)
+    return 0.9 / nonzero(largest)
 
 
 Aggregated.__init__.__doc__ = r"""**Arguments:**

@@ -16,6 +16,7 @@ from .._misc import (
     check_positive,
     check_type,
     depends_on,
+    nonzero,
     tree_dot,
     tree_norm,
     tree_scale,
@@ -137,7 +138,7 @@ class Implicit(AbstractResponse):
         # The minimum along the gradient is at this distance, were f a quadratic.
         gg = tree_dot(gradient, gradient)
         curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
-        distance = gg / jnp.where(curvature == 0, 1, curvature) * tree_norm(gradient)
+        distance = gg / nonzero(curvature) * tree_norm(gradient)
         distance = jnp.where(curvature == 0, jnp.inf, distance)
         scale = tree_norm(y) + tree_norm(tree_sub(y, anchor))
         eps = jnp.finfo(gg.dtype).eps
