@@ -1,5 +1,6 @@
 import importlib.metadata
 
+from ._checkpoint import load as load, save as save
 from ._compare import (
     compare as compare,
     Comparison as Comparison,

@@ -52,8 +52,12 @@ def run(
     save_every: int,
     tolerance: ScalarLike | None,
     report: Callable[[int, int, dict[str, Array]], None] | None,
+    done: ScalarLike = 0,
+    total: int | None = None,
 ) -> tuple[Progress, PyTree[Array], Int[Array, ""]]:
     """Takes steps until there are enough of them, or the run has converged or failed.
+
+    For the reports, these may be the steps that follow `done` others, out of a `total`.
 
     Returns where the run ended, its history, and how many entries of that were reached.
     """
@@ -132,8 +136,8 @@ def run(
                 entry(undone),
             )
         if report is not None:
-            callback = ft.partial(_report, report, num_steps)
-            jax.debug.callback(callback, undone.num_steps, undone.metrics)
+            callback = ft.partial(_report, report, total or num_steps)
+            jax.debug.callback(callback, done + undone.num_steps, undone.metrics)
         return _Loop(
             loop.block + 1,
             eqx.tree_at(

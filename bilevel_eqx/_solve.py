@@ -1,14 +1,19 @@
 """`solve`: a whole run as one program."""
 
 import functools as ft
+import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, ScalarLike
 
+from ._checkpoint import fingerprint, read, write
 from ._custom_types import typechecked, X, Y
 from ._equilibrium import AbstractEquilibrium
 from ._misc import as_rate, as_variables, check_count, check_positive, is_traced
@@ -16,7 +21,7 @@ from ._pipeline import AbstractPipeline
 from ._problem import AbstractBilevelProblem, check_problem
 from ._registry import check_pair, default_pipeline, pipeline_named
 from ._results import first_failure, RESULTS, throw_if_failed
-from ._run import run
+from ._run import Progress, run
 from ._solution import Solution
 
 
@@ -39,6 +44,8 @@ def solve(
     save_every: int = 1,
     progress: bool | Callable[[int, int, dict[str, Any]], None] = False,
     state: Any = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int | None = None,
     throw: bool = True,
 ) -> Solution[X, Y]:
     """Computes an equilibrium of a bilevel problem, and certifies it.
@@ -73,6 +80,12 @@ def solve(
         `(step, num_steps, metrics)` is called there instead. Keyword only argument.
     - `state`: the `state` of an earlier [`bilevel_eqx.Solution`][], to go on from it;
         `x0` and `y0` then only say what shapes to expect. Keyword only argument.
+    - `checkpoint`: a file to save the run in as it goes, and to resume from if it is
+        there: one that was killed gives the same answer to the last bit. It belongs to
+        this run; that of one with other data, initial values or rates is refused. More
+        `num_steps` than it was begun with are taken. Keyword only argument.
+    - `checkpoint_every`: how many steps lie between two savings, a multiple of
+        `save_every`. By default about a tenth of the run. Keyword only argument.
     - `throw`: whether a failure raises, or is returned as `result` with the last finite
         state and the history so far. Keyword only argument.
 
@@ -112,7 +125,8 @@ def solve(
         tolerance = as_rate(tolerance)
     if progress is True:
         progress = print_progress
-    solution, num_saved = _solve(
+    program = ft.partial(
+        _solve if checkpoint is None else _solve_in_segments,
         problem,
         equilibrium,
         x0,
@@ -126,6 +140,16 @@ def solve(
         progress or None,
         state,
     )
+    if checkpoint is None:
+        if checkpoint_every is not None:
+            raise ValueError(
+                "`solve(checkpoint_every=...)` says how often to save, and "
+                "`checkpoint`, the file to save in, is missing."
+            )
+        solution, num_saved = program()
+    else:
+        every = _segment_length(checkpoint_every, num_steps, save_every)
+        solution, num_saved = program(pathlib.Path(checkpoint), every)
     if not is_traced(num_saved):
         # A run that ended early has fewer entries than were set aside for it.
         kept = int(num_saved)
@@ -169,9 +193,7 @@ def _describe(solution: Solution) -> str:
     return f"At outer step {step + 1}:"
 
 
-@eqx.filter_jit
-@typechecked
-def _solve(
+def _advance(
     problem: AbstractBilevelProblem,
     equilibrium: AbstractEquilibrium,
     x0: PyTree,
@@ -184,10 +206,13 @@ def _solve(
     save_every: int,
     report: Callable | None,
     state: Any,
-) -> tuple[Solution, Int[Array, ""]]:
+    done: ScalarLike = 0,
+    total: int | None = None,
+) -> tuple[Progress, PyTree, Int[Array, ""]]:
+    """The steps of a run, or of a segment of one; what `_run.run` returns."""
     if state is None:
         state = pipeline.init(problem, equilibrium, x0, y0, key)
-    end, history, num_saved = run(
+    return run(
         ft.partial(pipeline.step, problem, equilibrium),
         record,
         state,
@@ -195,7 +220,20 @@ def _solve(
         save_every=save_every,
         tolerance=tolerance,
         report=report,
+        done=done,
+        total=total,
     )
+
+
+def _conclude(
+    problem: AbstractBilevelProblem,
+    equilibrium: AbstractEquilibrium,
+    y0: PyTree,
+    tolerance: ScalarLike | None,
+    end: Progress,
+    history: PyTree,
+) -> Solution:
+    """The solution that a run has ended with, certified."""
     result = end.result
     if tolerance is not None:
         in_time = RESULTS.where(
@@ -203,7 +241,7 @@ def _solve(
         )
         result = first_failure(result, in_time)
     x, y = end.state.x, end.state.y
-    solution = Solution(
+    return Solution(
         x=x,
         y=y,
         value=problem.outer(x, y),
@@ -213,4 +251,122 @@ def _solve(
         stats={"num_steps": end.num_steps, **end.metrics},
         state=end.state,
     )
+
+
+@eqx.filter_jit
+@typechecked
+def _solve(
+    problem: AbstractBilevelProblem,
+    equilibrium: AbstractEquilibrium,
+    x0: PyTree,
+    y0: PyTree,
+    pipeline: AbstractPipeline,
+    num_steps: int,
+    tolerance: ScalarLike | None,
+    *rest,
+) -> tuple[Solution, Int[Array, ""]]:
+    end, history, num_saved = _advance(
+        problem, equilibrium, x0, y0, pipeline, num_steps, tolerance, *rest
+    )
+    solution = _conclude(problem, equilibrium, y0, tolerance, end, history)
     return solution, num_saved
+
+
+#
+# In segments, with a file that says where the run is after each
+#
+
+_segment = eqx.filter_jit(_advance)
+_finish = eqx.filter_jit(_conclude)
+
+
+def _segment_length(every: int | None, num_steps: int, save_every: int) -> int:
+    if every is None:
+        every = save_every * max(1, round(num_steps / save_every / 10))
+    check_count(every, "checkpoint_every", "solve")
+    if every % save_every != 0:
+        raise ValueError(
+            f"`solve(checkpoint_every={every}, save_every={save_every})`: the first must "
+            "be a multiple of the second, so that no entry of the history is cut in two."
+        )
+    return every
+
+
+class _Segments(eqx.Module):
+    """What a checkpoint holds."""
+
+    end: Progress
+    history: PyTree[Array]
+
+
+def _solve_in_segments(
+    problem: AbstractBilevelProblem,
+    equilibrium: AbstractEquilibrium,
+    x0: PyTree,
+    y0: PyTree,
+    pipeline: AbstractPipeline,
+    num_steps: int,
+    tolerance: ScalarLike | None,
+    key: PRNGKeyArray,
+    record: Callable,
+    save_every: int,
+    report: Callable | None,
+    state: Any,
+    path: pathlib.Path,
+    every: int,
+) -> tuple[Solution, Array]:
+    given = (problem, equilibrium, x0, y0, pipeline, key, state, tolerance)
+    if any(is_traced(leaf) for leaf in jtu.tree_leaves(given)):
+        raise ValueError(
+            "`solve(checkpoint=...)` writes a file as it goes, and cannot do so under "
+            "`jax.jit`, `jax.vmap` or `jax.grad`. Leave the checkpoint out there, or run "
+            "the transformed function for fewer steps at a time and use "
+            "`bilevel_eqx.save` in between."
+        )
+    segment = ft.partial(_segment, problem, equilibrium, x0, y0, pipeline)
+    settings = tolerance, key, record, save_every, report
+    names = type(equilibrium).__name__, type(pipeline).__name__
+    run_mark = "/".join((*names, fingerprint(given)))
+    done, saved, reached = 0, 0, None
+
+    if path.exists():
+
+        def like(header):
+            if header.get("run") != run_mark:
+                raise ValueError(
+                    f"`{path}` is the checkpoint of another run: its data, initial "
+                    "values, rates or equilibrium are not those given. Remove it to "
+                    "start anew, or give another name."
+                )
+            end, history, _ = eqx.filter_eval_shape(segment, every, *settings, state)
+            kept = jtu.tree_map(
+                lambda h: jax.ShapeDtypeStruct((header["saved"], *h.shape[1:]), h.dtype),
+                history,
+            )
+            return _Segments(end, kept)
+
+        reached, header = read(path, like)
+        done, saved = header["done"], header["saved"]
+
+    while done < num_steps and (reached is None or not bool(reached.end.stopped)):
+        length = min(every, num_steps - done)
+        start = state if reached is None else reached.end.state
+        end, history, num_saved = segment(
+            length, *settings, start, jnp.asarray(done), num_steps
+        )
+        added = int(num_saved)
+        history = jtu.tree_map(lambda h, added=added: h[:added], history)
+        if reached is not None:
+            history = jtu.tree_map(
+                lambda u, v: jnp.concatenate([u, v]), reached.history, history
+            )
+        done, saved = done + int(end.num_steps), saved + added
+        end = eqx.tree_at(lambda p: p.num_steps, end, jnp.asarray(done))
+        reached = _Segments(end, history)
+        if bool(end.result != RESULTS.successful):
+            break
+        write(path, reached, {"run": run_mark, "done": done, "saved": saved})
+
+    assert reached is not None
+    solution = _finish(problem, equilibrium, y0, tolerance, reached.end, reached.history)
+    return solution, jnp.asarray(saved)

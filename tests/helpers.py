@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
@@ -39,6 +40,19 @@ def tree_allclose(a: PyTree, b: PyTree, *, rtol: float, atol: float | None = Non
     return all(
         u.shape == v.shape and np.allclose(u, v, rtol=rtol, atol=atol) for u, v in pairs
     )
+
+
+def tree_identical(a, b):
+    """Bit for bit, whatever the leaves are."""
+    a, b = (eqx.filter(tree, eqx.is_array) for tree in (a, b))
+    assert jtu.tree_structure(a) == jtu.tree_structure(b)
+
+    def same(u, v):
+        if jnp.issubdtype(u.dtype, jax.dtypes.prng_key):
+            u, v = jr.key_data(u), jr.key_data(v)
+        return u.dtype == v.dtype and np.array_equal(u, v, equal_nan=True)
+
+    return all(jtu.tree_leaves(jtu.tree_map(same, a, b)))
 
 
 def tree_has_dtype(tree: PyTree, dtype) -> bool:

@@ -6,7 +6,6 @@ import re
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
@@ -29,6 +28,7 @@ from helpers import (
     toy_a,
     tree_allclose,
     tree_has_dtype,
+    tree_identical,
 )
 from jaxtyping import Array
 
@@ -41,19 +41,6 @@ RATE = 0.1
 
 def _points(x, y, metrics):
     return {"x": x, "y": y, "value": metrics["value"]}
-
-
-def _identical(a, b):
-    """Bit for bit, whatever the leaves are."""
-    a, b = (eqx.filter(tree, eqx.is_array) for tree in (a, b))
-    assert jtu.tree_structure(a) == jtu.tree_structure(b)
-
-    def same(u, v):
-        if jnp.issubdtype(u.dtype, jax.dtypes.prng_key):
-            u, v = jr.key_data(u), jr.key_data(v)
-        return u.dtype == v.dtype and np.array_equal(u, v, equal_nan=True)
-
-    return all(jtu.tree_leaves(jtu.tree_map(same, a, b)))
 
 
 #
@@ -434,13 +421,13 @@ def test_resumed_is_uninterrupted(equilibrium):
     # Only the shapes of these count, where the start is not part of the question.
     x, y = (x0 + 5, y0 - 7) if equilibrium.warm else (x0, y0)
     second = run(6, x, y, first.state)
-    assert _identical(whole.state, second.state)
+    assert tree_identical(whole.state, second.state)
     for attribute in ("x", "y", "value", "certificate"):
-        assert _identical(getattr(whole, attribute), getattr(second, attribute))
+        assert tree_identical(getattr(whole, attribute), getattr(second, attribute))
     joined = jtu.tree_map(
         lambda u, v: jnp.concatenate([u, v]), first.history, second.history
     )
-    assert _identical(whole.history, joined)
+    assert tree_identical(whole.history, joined)
     # That there was anything to carry on: a fresh start from there goes elsewhere.
     fresh = run(4, first.x, first.y)
     assert not np.allclose(fresh.x, whole.history["x"][7], rtol=1e-4)
@@ -554,9 +541,9 @@ def test_failure_at_a_known_step(save_every):
     assert solution.result == blx.RESULTS.nonfinite_step
     assert solution.stats["num_steps"] == 10
     short = _march(1.05, 10)
-    assert _identical(solution.state, short.state)
+    assert tree_identical(solution.state, short.state)
     for name in ("x", "y", "value", "certificate"):
-        assert _identical(getattr(solution, name), getattr(short, name))
+        assert tree_identical(getattr(solution, name), getattr(short, name))
     expected = jtu.tree_map(lambda h: h[save_every - 1 :: save_every], short.history)
     assert solution.history["x"].shape == (10 // save_every,)
     assert tree_allclose(solution.history, expected, rtol=1e-12)
