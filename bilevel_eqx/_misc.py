@@ -134,14 +134,18 @@ def largest_curvature(fn: Callable[[PyTree], Scalar], at: PyTree[Array]) -> Scal
     For choosing a step size that will not diverge. It has no derivative.
     """
     at = jax.lax.stop_gradient(at)
-    _, product = jax.linearize(jax.grad(fn), at)
+    return largest_magnitude(jax.linearize(jax.grad(fn), at)[1], at)
+
+
+def largest_magnitude(product: Callable[[PyTree], PyTree], like: PyTree[Array]) -> Scalar:
+    """An estimate from below of the largest absolute eigenvalue of a symmetric map."""
 
     def multiply(vector, _):
         image = product(vector)
         size = tree_norm(image)
         return tree_scale(1 / nonzero(size), image), size
 
-    start = tree_waves(at)
+    start = tree_waves(like)
     start = tree_scale(1 / tree_norm(start), start)
     return jax.lax.scan(multiply, start, None, length=20)[1][-1]
 

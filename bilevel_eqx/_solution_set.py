@@ -126,6 +126,21 @@ class SolutionSet(eqx.Module):
 
         return lx.FunctionLinearOperator(product, tree_struct(self.y), lx.symmetric_tag)
 
+    def within(self, operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
+        r"""$P W P + I - P$: to solve with, for vectors in the tangent space.
+
+        $P W P$ alone is zero across $S(x)$ up to rounding, and so is the vector: the
+        quotient of the two would be anything. Where the minimum is unique, that is all
+        there is.
+        """
+
+        def product(vector):
+            along = self.project(vector)
+            across = tree_sub(vector, along)
+            return tree_axpy(1.0, self.project(operator.mv(along)), across)
+
+        return lx.FunctionLinearOperator(product, tree_struct(self.y), lx.symmetric_tag)
+
     def accuracy(self, vector: PyTree[Array]) -> Scalar:
         r"""How far $q = H^+ v$ is from solving $H H q = H v$, relative to the size of
         $v$ and of $H$.
@@ -183,7 +198,7 @@ def select(
         value, slope = value_and_slope(y)
         W = S.lagrangian_hessian(objective, tree_scale(-1, S.pinv(slope)))
         downhill = tree_scale(-1, S.project(slope))
-        direction = newton_direction(S.along(W), downhill)
+        direction = newton_direction(S.within(W), downhill)
         direction = S.project(direction)
         expected = tree_dot(downhill, direction)
         t, new_y = _line_search(S, objective, value, direction, -expected)
@@ -332,7 +347,7 @@ class Displacement(eqx.Module):
         W = lx.FunctionLinearOperator(bent, tree_struct(S.y), lx.symmetric_tag)
         # Close to the identity, so that a few steps are all it takes, in any dimension.
         solver = TruncatedCG(min(_WITHIN_STEPS, 2 * tree_size(vector) + 1))
-        solve = lx.linear_solve(S.along(W), vector, solver, throw=False)
+        solve = lx.linear_solve(S.within(W), vector, solver, throw=False)
         failed = solve.result != lx.RESULTS.successful
         result = RESULTS.where(failed, RESULTS.linear_not_converged, RESULTS.successful)
         return S.project(solve.value), result

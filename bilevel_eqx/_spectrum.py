@@ -4,6 +4,8 @@ Dense where the operator is small; by Lanczos where it is not, and then what is 
 holds within a Krylov space.
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.flatten_util
@@ -12,7 +14,17 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
-from ._misc import DENSE_SIZE, nonzero, tree_dtype, tree_scale, tree_zeros_like
+from ._misc import (
+    DENSE_SIZE,
+    largest_magnitude,
+    nonzero,
+    tree_axpy,
+    tree_dtype,
+    tree_scale,
+    tree_struct,
+    tree_sub,
+    tree_zeros_like,
+)
 
 
 _LANCZOS_STEPS = 64
@@ -93,11 +105,37 @@ def _lanczos(operator, first):
     return basis, alphas, betas[:-1]
 
 
-def negative_curvature(operator: lx.AbstractLinearOperator) -> Scalar:
+def eigenbasis_within(
+    project: Callable[[PyTree], PyTree],
+    operator: lx.AbstractLinearOperator,
+    start: PyTree[Array],
+) -> Eigenbasis:
+    """The eigenvectors of an operator W within a subspace: of P W P, in the range of P.
+
+    Eigenvalues and vectors across the subspace are zero exactly; what rounding makes of
+    them would pass for curvature where the subspace is small, or nothing at all.
+    """
+    size = nonzero(largest_magnitude(operator.mv, start))
+
+    def moved_away(vector):
+        # What is across the subspace gets an eigenvalue that nothing within it has.
+        along = project(vector)
+        across = tree_sub(vector, along)
+        return tree_axpy(-4 * size, across, project(operator.mv(along)))
+
+    T = lx.FunctionLinearOperator(moved_away, tree_struct(start), lx.symmetric_tag)
+    basis = eigenbasis(T, start)
+    is_within = basis.values > -2 * size
+    eps = jnp.finfo(basis.values.dtype).eps
+    is_zero = jnp.abs(basis.values) <= 100 * eps * size
+    values = jnp.where(is_within & ~is_zero, basis.values, 0)
+    return Eigenbasis(values, jnp.where(is_within[None, :], basis.vectors, 0))
+
+
+def negative_curvature(basis: Eigenbasis) -> Scalar:
     """How negative the most negative eigenvalue is, relative to the largest."""
-    values = eigenbasis(operator).values
-    largest = jnp.max(jnp.abs(values))
-    return jnp.maximum(0, -jnp.min(values)) / nonzero(largest)
+    largest = jnp.max(jnp.abs(basis.values))
+    return jnp.maximum(0, -jnp.min(basis.values)) / nonzero(largest)
 
 
 def possible_decrease(

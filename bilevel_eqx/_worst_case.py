@@ -24,7 +24,7 @@ from ._misc import (
 from ._operators import cross_derivative_operator
 from ._problem import AbstractBilevelProblem, outer_gradients
 from ._solution_set import Displacement, polished, restore, SolutionSet
-from ._spectrum import Eigenbasis, eigenbasis, trust_region, WorstStep
+from ._spectrum import Eigenbasis, eigenbasis_within, trust_region, WorstStep
 
 
 class WorstCase(eqx.Module):
@@ -63,7 +63,7 @@ class WorstCase(eqx.Module):
         W = S.lagrangian_hessian(lambda y: problem.outer(x, y), mu)
         self.solutions, self.center, self.radius = S, center, radius
         self.slope, self.multiplier, self.hessian = slope, multiplier, S.along(W)
-        self.basis = eigenbasis(self.hessian, tangential)
+        self.basis = eigenbasis_within(S.project, W, tangential)
 
     @property
     def offset(self) -> PyTree[Array]:

@@ -23,7 +23,12 @@ from helpers import (
 from jaxtyping import Array
 
 import bilevel_eqx as blx
-from bilevel_eqx._spectrum import eigenbasis, negative_curvature, trust_region
+from bilevel_eqx._spectrum import (
+    eigenbasis,
+    eigenbasis_within,
+    negative_curvature,
+    trust_region,
+)
 
 
 nearest = blx.MinimumDisplacement()
@@ -198,6 +203,52 @@ def test_minimum_displacement_where_the_minimum_is_unique():
     assert tree_allclose(hessian(x), -jnp.diag(jnp.sin(x)), rtol=1e-10)
 
 
+def _one_minimum(kind):
+    """Five residuals in four weights; linear or not, as a sum of squares or without."""
+    rng = np.random.default_rng(0)
+    features, outer_features = (jnp.asarray(rng.normal(size=(k, 4))) for k in (5, 3))
+    bend = jnp.sinh if "bent" in kind else lambda y: y
+
+    def outer(x, y):
+        return jnp.sum((outer_features @ y - 1) ** 2) + 0.1 * jnp.sum(x**2)
+
+    def residual(x, y):
+        return features @ bend(y) - x
+
+    if "squares" in kind:
+        problem = blx.LeastSquaresProblem(outer, residual)
+    else:
+        problem = blx.BilevelProblem(
+            outer, lambda x, y: 0.5 * jnp.sum(residual(x, y) ** 2)
+        )
+    return problem, jnp.asarray(rng.normal(size=5)), jnp.zeros(4)
+
+
+@pytest.mark.parametrize("kind", ("squares", "bent"))
+def test_all_concepts_are_one_where_the_minimum_is_unique(kind):
+    """There is nothing to select, and rounding must not be taken for something."""
+    problem, x0, y0 = _one_minimum(kind)
+    h = 1e-5
+    steps = h * jnp.concatenate([jnp.eye(5), -jnp.eye(5)])
+    exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+
+    def value(x):
+        return problem.outer(x, blx.best_response(problem, x, y0, exact))
+
+    values = jax.vmap(lambda step: value(x0 + step))(steps)
+    expected = (values[:5] - values[5:]) / (2 * h)
+    nearest = blx.MinimumDisplacement(blx.Projection(), blx.Pseudoinverse())
+    out = blx.hypergradient(problem, x0, y0, nearest)
+    assert tree_allclose(out.gradient, expected, rtol=1e-7, atol=1e-8)
+
+    reference = blx.solve(problem, blx.Stackelberg(), x0, y0, num_steps=30)
+    assert reference.certificate.largest < 1e-8
+    for equilibrium in (blx.Optimistic(), blx.Pessimistic(0.5), blx.ColdStart()):
+        solution = blx.solve(problem, equilibrium, x0, y0, num_steps=30)
+        assert tree_allclose(solution.value, reference.value, rtol=1e-8, atol=1e-8)
+        assert solution.certificate.largest < 1e-6
+
+
 def test_a_selection_that_stops_short_is_refused():
     problem, x, y0 = _network()
     hasty = blx.MinimumDisplacement(selection_steps=1, selection_tolerance=1e-9)
@@ -273,10 +324,33 @@ def test_lanczos_where_there_are_too_many_to_decompose():
     assert basis.vectors.shape[1] < 100
     assert float(jnp.min(basis.values)) == pytest.approx(-0.5, abs=1e-6)
     assert float(jnp.max(basis.values)) == pytest.approx(3.0, abs=1e-9)
-    assert float(negative_curvature(operator)) == pytest.approx(0.5 / 3, abs=1e-6)
+    assert float(negative_curvature(basis)) == pytest.approx(0.5 / 3, abs=1e-6)
     gram = as_numpy(basis.vectors.T @ basis.vectors)
     assert np.allclose(gram, np.eye(len(gram)), atol=1e-10)
     # A Krylov space that ends early adds nothing of its own.
     identity = lx.FunctionLinearOperator(lambda v: 2 * v, struct, lx.symmetric_tag)
     values = eigenbasis(identity, jr.normal(jr.PRNGKey(0), (n,), diagonal.dtype)).values
     assert np.allclose(values, 2.0)
+
+
+@pytest.mark.parametrize("n", (6, 1500))
+@pytest.mark.parametrize("rank", (3, 0))
+def test_eigenvalues_within_a_subspace(n, rank):
+    """Nothing of the rest of the space is among them, however small the subspace."""
+    diagonal = jnp.asarray(np.r_[2.0, -1.0, 0.5, np.full(n - 3, 5.0)])
+    mask = jnp.asarray(np.arange(n) < rank, diagonal.dtype)
+    struct = jax.ShapeDtypeStruct((n,), diagonal.dtype)
+    operator = lx.FunctionLinearOperator(lambda v: diagonal * v, struct, lx.symmetric_tag)
+
+    def project(v):  # as it is with rounding
+        return mask * v + 1e-16 * jnp.roll(v, 1)
+
+    start = project(jnp.asarray(np.random.default_rng(0).normal(size=n)))
+    basis = eigenbasis_within(project, operator, start)
+    is_within = np.linalg.norm(basis.vectors, axis=0) > 0.5
+    expected = [-1.0, 0.5, 2.0][:rank]
+    assert np.allclose(np.sort(basis.values[is_within]), expected, atol=1e-9)
+    # What fills up the rest is from inside of the spectrum, or zero.
+    assert np.min(basis.values) >= min(expected, default=0) - 1e-9
+    assert np.max(basis.values) <= max(expected, default=0) + 1e-9
+    assert np.max(np.abs(basis.vectors[rank:]), initial=0) < 1e-7

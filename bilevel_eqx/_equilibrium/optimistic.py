@@ -6,7 +6,7 @@ from .._misc import tree_scale, tree_sub
 from .._operators import cross_derivative_operator
 from .._problem import outer_gradients
 from .._solution_set import SolutionSet
-from .._spectrum import negative_curvature
+from .._spectrum import eigenbasis_within, negative_curvature
 from .base import (
     AbstractEquilibrium,
     Certificate,
@@ -59,7 +59,7 @@ class Optimistic(AbstractEquilibrium):
                     "no other one nearby has a smaller F: P_null F_y = 0",
                 ),
                 "curvature": (
-                    negative_curvature(S.along(W)),
+                    negative_curvature(eigenbasis_within(S.project, W, outer_y)),
                     "nor to second order: F is not concave along S(x)",
                 ),
                 "outer": (
