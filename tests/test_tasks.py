@@ -354,3 +354,101 @@ def test_a_short_run_learns(num_distilled, learn_labels):
     for name in x0:
         moved = np.linalg.norm(solution.x[name] - x0[name], axis=1)
         assert np.all(moved > 1e-2)
+
+
+#
+# A datapoint on a line
+#
+
+
+@pytest.mark.parametrize("num_weights", (2, 5))
+def test_kaczmarz_is_the_response(num_weights, getkey):
+    """T6: projections and proximal steps in closed form, and where all sets meet."""
+    origin, direction = jr.normal(getkey(), (2, num_weights + 1))
+    problem, x0, y0 = tasks.line(
+        origin=origin,
+        direction=direction,
+        validation_features=jr.normal(getkey(), (4, num_weights)),
+        validation_targets=jr.normal(getkey(), (4,)),
+    )
+    assert y0.shape == (num_weights,) and x0.shape == ()
+    x, y = jnp.array(0.7), jr.normal(getkey(), y0.shape)
+    project = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+    expected = tasks.kaczmarz_step(problem, x, y)
+    assert tree_allclose(blx.best_response(problem, x, y, project), expected, rtol=1e-12)
+    near = blx.Proximal(0.3, blx.Projection(), blx.Pseudoinverse())
+    expected = tasks.kaczmarz_step(problem, x, y, epsilon=0.3)
+    assert tree_allclose(blx.best_response(problem, x, y, near), expected, rtol=1e-12)
+
+    meeting = tasks.meeting_point(problem, y)
+    for place in (-3.0, 0.0, 0.7, 11.0):
+        assert abs(float(problem.inner_residual(place, meeting))) < 1e-10
+    # The nearest such point: the way to it is spanned by the features at two places.
+    features = np.stack([problem.datapoint(place)[0] for place in (0.0, 1.0)])
+    way = as_numpy(meeting - y)
+    spanned = np.linalg.lstsq(features.T, way)[0]
+    assert np.allclose(features.T @ spanned, way, atol=1e-12)
+
+
+def test_line_of_the_figure():
+    problem, x0, y0 = tasks.line()
+    assert np.allclose(tasks.meeting_point(problem, y0), [1.2, 0.8])
+    assert float(x0) == 0 and not np.any(y0)
+    features, target = problem.datapoint(2.0)
+    assert np.allclose(features, [2.0, 1.0]) and float(target) == pytest.approx(3.2)
+
+
+#
+# Images
+#
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_images(dtype, getkey):
+    images = jr.normal(getkey(), (20, 4, 3), dtype)
+    labels = jr.randint(getkey(), (20,), 0, 3)
+    problem, x0, y0 = tasks.image_distillation(
+        getkey(), images, labels, num_distilled=2, num_classes=3, width=8
+    )
+    assert tree_has_dtype((x0, y0), dtype)
+    assert x0["images"].shape == (2, 4, 3) and x0["logits"].shape == (2, 3)
+    assert [w.shape for w, _ in y0] == [(12, 8), (8, 8), (8, 3)]
+    hidden = np.tanh(as_numpy(images).reshape(20, 12) @ as_numpy(y0[0][0]))
+    logits = np.tanh(hidden @ as_numpy(y0[1][0])) @ as_numpy(y0[2][0])
+    assert np.allclose(problem.predict(y0, images), logits, atol=1e-5)
+    shifted = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = -shifted[np.arange(20), np.asarray(labels)].mean()
+    assert float(problem.outer(x0, y0)) == pytest.approx(expected, rel=1e-5)
+    assert float(problem.accuracy(y0)) == np.mean(
+        logits.argmax(axis=1) == as_numpy(labels)
+    )
+
+    # f is least at the entropy of the labels, and a batch is of the data set.
+    shares = as_numpy(jax.nn.softmax(x0["logits"]))
+    entropy = -np.mean(np.sum(shares * np.log(shares), axis=1))
+    train = blx.Unrolled(optax.sgd(0.5), 2000)
+    y = blx.best_response(problem, x0, y0, train)
+    assert float(problem.inner(x0, y)) == pytest.approx(entropy, abs=1e-3)
+    batch = problem.batch(getkey(), 5)
+    assert batch.images.shape == (5, 4, 3) and batch.labels.shape == (5,)
+    rows = {tuple(as_numpy(image).ravel()) for image in images}
+    assert all(tuple(as_numpy(image).ravel()) in rows for image in batch.images)
+
+
+#
+# The anti-distillation of Figure 8
+#
+
+
+def test_anti_distillation_network(getkey):
+    problem, x0, y0 = tasks.anti_distillation_network(getkey())
+    assert x0.shape == (13,) and tree_has_dtype((x0, y0), jnp.float64)
+    inputs = as_numpy(problem.inputs)
+    weights = {name: as_numpy(leaf) for name, leaf in y0.items()}
+    hidden = np.maximum(
+        0, inputs[:, None] * weights["hidden_weights"] + weights["hidden_biases"]
+    )
+    fit = hidden @ weights["weights"] + weights["bias"]
+    assert float(problem.inner(x0 + 1, y0)) == pytest.approx(0.5 * np.sum((fit - 1) ** 2))
+    at_zero = np.maximum(0, weights["hidden_biases"]) @ weights["weights"]
+    assert float(problem.outer(x0, y0)) == pytest.approx(0.5 * (at_zero - 2.0) ** 2)

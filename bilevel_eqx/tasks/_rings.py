@@ -11,14 +11,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 from .._custom_types import typechecked
 from .._problem import AbstractBilevelProblem, AbstractLeastSquaresProblem
+from ._network import accuracy, cross_entropy, evaluate, initial_weights, Weights
 
 
 Distilled: TypeAlias = dict[str, Array]
 """The outer variables: `"points"`, of shape `(k, 2)`, and `"logits"`, of shape `(k, c)`,
 if the labels are learned."""
-
-Weights: TypeAlias = list[tuple[Array, Array]]
-"""The inner variables: a matrix and a bias for each layer of the network."""
 
 
 class _Rings(eqx.Module):
@@ -31,16 +29,11 @@ class _Rings(eqx.Module):
 
     def predict(self, y: Weights, points: Float[Array, "m 2"]) -> Float[Array, "m c"]:
         """The outputs of the network with weights `y`, at `points`."""
-        *hidden, (last_weight, last_bias) = y
-        activations = points
-        for weight, bias in hidden:
-            activations = self.activation(activations @ weight + bias[None, :])
-        return activations @ last_weight + last_bias[None, :]
+        return evaluate(y, points, self.activation)
 
     def accuracy(self, y: Weights) -> Scalar:
         """The share of the data set that the weights `y` classify correctly."""
-        predicted = jnp.argmax(self.predict(y, self.points), axis=-1)
-        return jnp.mean(predicted == self.labels)
+        return accuracy(self.predict(y, self.points), self.labels)
 
     def distilled_targets(self, x: Distilled, y: Weights) -> Float[Array, "k c"]:
         """The labels of the learned points, fixed or learned."""
@@ -78,11 +71,11 @@ class ConcentricRings(AbstractBilevelProblem[Distilled, Weights], _Rings):
 
     def outer(self, x: Distilled, y: Weights) -> Scalar:
         targets = _one_hot(self.labels, y)
-        return _cross_entropy(self.predict(y, self.points), targets)
+        return cross_entropy(self.predict(y, self.points), targets)
 
     def inner(self, x: Distilled, y: Weights) -> Scalar:
         targets = self.distilled_targets(x, y)
-        return _cross_entropy(self.predict(y, x["points"]), targets)
+        return cross_entropy(self.predict(y, x["points"]), targets)
 
 
 class SquaredRings(AbstractLeastSquaresProblem[Distilled, Weights], _Rings):
@@ -112,10 +105,6 @@ class SquaredRings(AbstractLeastSquaresProblem[Distilled, Weights], _Rings):
 def _one_hot(labels, y):
     bias = y[-1][1]
     return jax.nn.one_hot(labels, bias.shape[0], dtype=bias.dtype)
-
-
-def _cross_entropy(logits, targets):
-    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
 
 
 @typechecked
@@ -193,8 +182,5 @@ def rings(
         distilled_labels = None
 
     sizes = [2, *[width] * num_hidden, num_classes]
-    y0 = [
-        (jr.normal(k, (m, n)) / jnp.sqrt(jnp.asarray(m, points.dtype)), jnp.zeros(n))
-        for k, m, n in zip(jr.split(y_key, len(sizes) - 1), sizes, sizes[1:])
-    ]
+    y0 = initial_weights(y_key, sizes, points.dtype)
     return kinds[loss](points, labels, distilled_labels, activation), x0, y0

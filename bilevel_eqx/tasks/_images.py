@@ -1,0 +1,116 @@
+"""Dataset distillation of images: the task of Table 3 of the paper's long version."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
+
+from .._custom_types import typechecked
+from .._problem import AbstractBilevelProblem
+from ._network import accuracy, cross_entropy, evaluate, initial_weights, Weights
+
+
+DistilledImages: TypeAlias = dict[str, Array]
+"""The outer variables: `"images"`, of shape `(k, ...)`, and the `"logits"` of their soft
+labels, of shape `(k, c)`."""
+
+
+class ImageDistillation(AbstractBilevelProblem[DistilledImages, Weights]):
+    r"""Distils a set of images into a few learned ones, with learned soft labels.
+
+    The outer variables are the learned images and their labels; the inner variables are
+    the weights of a network, which takes an image as a row of pixels; both objectives
+    are mean cross-entropies,
+
+    $$F(x, y) = \text{loss of } y \text{ on the data set}, \qquad
+    f(x, y) = \text{loss of } y \text{ on the learned images } x.$$
+
+    x reaches F through the weights alone. As the labels are soft, f has finite minima:
+    its least value is the entropy of the labels.
+
+    **Attributes:**
+
+    - `images`: the data set, of shape `(n, ...)`.
+    - `labels`: its classes, integers of shape `(n,)`.
+    - `activation`: of the hidden units.
+    """
+
+    images: Float[Array, "n ..."]
+    labels: Int[Array, " n"]
+    activation: Callable[[Array], Array] = eqx.field(static=True, default=jnp.tanh)
+
+    def outer(self, x: DistilledImages, y: Weights) -> Scalar:
+        logits = self.predict(y, self.images)
+        targets = jax.nn.one_hot(self.labels, logits.shape[-1], dtype=logits.dtype)
+        return cross_entropy(logits, targets)
+
+    def inner(self, x: DistilledImages, y: Weights) -> Scalar:
+        return cross_entropy(self.predict(y, x["images"]), jax.nn.softmax(x["logits"]))
+
+    def predict(self, y: Weights, images: Float[Array, "m ..."]) -> Array:
+        """The outputs of the network with weights `y`, of shape `(m, c)`."""
+        return evaluate(y, images.reshape(images.shape[0], -1), self.activation)
+
+    def accuracy(self, y: Weights) -> Scalar:
+        """The share of the data set that the weights `y` classify correctly. For that
+        of other images, ask the problem that has them for its data set."""
+        return accuracy(self.predict(y, self.images), self.labels)
+
+    def batch(self, key: PRNGKeyArray, size: int) -> "ImageDistillation":
+        """The same problem with `size` images, drawn with replacement, for its data
+        set: an unbiased estimate of the outer objective."""
+        drawn = jr.randint(key, (size,), 0, self.images.shape[0])
+        return ImageDistillation(
+            self.images[drawn], self.labels[drawn], activation=self.activation
+        )
+
+
+@typechecked
+def image_distillation(
+    key: PRNGKeyArray,
+    images: Any,
+    labels: Any,
+    *,
+    num_distilled: int = 10,
+    num_classes: int = 10,
+    width: int = 200,
+    num_hidden: int = 2,
+    spread: float = 0.1,
+    activation: Callable[[Array], Array] = jnp.tanh,
+) -> tuple[ImageDistillation, DistilledImages, Weights]:
+    """A set of images, to be distilled into a few learned ones.
+
+    The pixels should be standardised, roughly: zero in the mean, with a standard
+    deviation of one. The initial weights are LeCun-normal, with zero biases.
+
+    **Arguments:**
+
+    - `key`: a key for the initial values.
+    - `images`: the data set, of shape `(n, ...)`.
+    - `labels`: its classes, integers of shape `(n,)`.
+    - `num_distilled`: the number $k$ of learned images.
+    - `num_classes`: the number $c$ of classes.
+    - `width`: the number of units in each hidden layer.
+    - `num_hidden`: the number of hidden layers.
+    - `spread`: the standard deviation of the learned pixels, and of the logits of the
+        learned labels, before training.
+    - `activation`: of the hidden units.
+
+    **Returns:**
+
+    A tuple of the problem, the initial outer and the initial inner variables.
+    """
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    shape, dtype = images.shape[1:], images.dtype
+    image_key, logit_key, y_key = jr.split(key, 3)
+    x0 = {
+        "images": spread * jr.normal(image_key, (num_distilled, *shape), dtype),
+        "logits": spread * jr.normal(logit_key, (num_distilled, num_classes), dtype),
+    }
+    sizes = [images[0].size, *[width] * num_hidden, num_classes]
+    y0 = initial_weights(y_key, sizes, dtype)
+    return ImageDistillation(images, labels, activation=activation), x0, y0

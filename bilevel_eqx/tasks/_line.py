@@ -1,0 +1,149 @@
+"""One datapoint that moves on a line: Figure 4 of the paper, with its closed forms."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar, ScalarLike
+
+from .._custom_types import typechecked
+from .._problem import AbstractLeastSquaresProblem
+
+
+class MovingDatapoint(AbstractLeastSquaresProblem[Array, Array]):
+    r"""A linear regression on a single datapoint, which moves along a line.
+
+    The outer variable $x$ is how far the datapoint has gone, and the inner variables $w$
+    are the weights,
+
+    $$(\varphi, t)(x) = \text{origin} + x \cdot \text{direction}, \qquad
+    F(x, w) = \tfrac{1}{2 v} \|\Phi_v w - t_v\|^2, \qquad
+    f(x, w) = \tfrac12 (\varphi(x)^\top w - t(x))^2.$$
+
+    One datapoint leaves all weights but one free: $S(x)$ is a hyperplane, with normal
+    $\varphi(x)$. All of them, for every $x$, meet where $w$ fits the whole line.
+
+    **Attributes:**
+
+    - `origin`: where the datapoint is at $x = 0$, of shape `(n + 1,)`: its features and
+        then its target.
+    - `direction`: which way it moves, of the same shape. If it is zero but for the last
+        entry, only the target moves, and the hyperplanes are parallel.
+    - `validation_features`: $\Phi_v$, of shape `(v, n)`.
+    - `validation_targets`: $t_v$, of shape `(v,)`.
+    """
+
+    origin: Float[Array, " m"]
+    direction: Float[Array, " m"]
+    validation_features: Float[Array, "v n"]
+    validation_targets: Float[Array, " v"]
+
+    def datapoint(self, x: ScalarLike) -> tuple[Float[Array, " n"], Scalar]:
+        """The features and the target at `x`."""
+        point = self.origin + x * self.direction
+        return point[:-1], point[-1]
+
+    def inner_residual(self, x, y):
+        features, target = self.datapoint(x)
+        return features @ y - target
+
+    def outer(self, x, y):
+        error = self.validation_features @ y - self.validation_targets
+        return 0.5 * jnp.mean(error**2)
+
+
+@typechecked
+def line(
+    *,
+    origin: Float[Array, " m"] | None = None,
+    direction: Float[Array, " m"] | None = None,
+    validation_features: Float[Array, "v n"] | None = None,
+    validation_targets: Float[Array, " v"] | None = None,
+) -> tuple[MovingDatapoint, Array, Array]:
+    """The toy regression of the paper's Figure 4.
+
+    The paper says that there are two weights, that both start at zero and that the
+    datapoint moves along a line in data space. The line and the validation data are
+    chosen here, and so is the model: $w_1 u + w_2$ of an input $u$, whose features are
+    $(u, 1)$.
+
+    **Arguments:**
+
+    - `origin`: features and target at $x = 0$. By default the input 0, at which the
+        target is .8.
+    - `direction`: which way the datapoint moves. By default one input to the right
+        raises the target by 1.2, so that the weights that fit the line are (1.2, .8).
+    - `validation_features`: by default those of five inputs from -2 to 2.
+    - `validation_targets`: by default close to a line of slope -.3 through 1.5, which no
+        datapoint is on.
+
+    **Returns:**
+
+    A tuple of the problem, the initial outer variable and the initial weights, which are
+    zero.
+    """
+    if origin is None:
+        origin = jnp.array([0.0, 1.0, 0.8])
+    if direction is None:
+        direction = jnp.array([1.0, 0.0, 1.2])
+    if validation_features is None:
+        inputs = jnp.linspace(-2, 2, 5)
+        validation_features = jnp.stack([inputs, jnp.ones_like(inputs)], axis=-1)
+    if validation_targets is None:
+        validation_targets = jnp.array([2.3, 1.6, 1.5, 1.4, 0.7])
+    problem = MovingDatapoint(origin, direction, validation_features, validation_targets)
+    return problem, jnp.zeros((), origin.dtype), jnp.zeros_like(origin[:-1])
+
+
+#
+# The closed forms.
+#
+
+
+@typechecked
+def kaczmarz_step(
+    problem: MovingDatapoint,
+    x: ScalarLike,
+    y: Float[Array, " n"],
+    *,
+    epsilon: ScalarLike = 0.0,
+) -> Float[Array, " n"]:
+    r"""The step of a full warm start, or of a partial one:
+
+    $$w + \varphi\, \frac{t - \varphi^\top w}{\|\varphi\|^2 + \epsilon}.$$
+
+    **Arguments:**
+
+    - `problem`: the problem.
+    - `x`: the outer variable.
+    - `y`: the weights $w$ to start from. From the initial weights it is a cold start.
+    - `epsilon`: 0, the default, projects on $S(x)$; a positive one is the proximal
+        response.
+
+    **Returns:**
+
+    The weights after the step.
+    """
+    features, target = problem.datapoint(x)
+    misfit = target - features @ y
+    return y + features * misfit / (features @ features + epsilon)
+
+
+@typechecked
+def meeting_point(problem: MovingDatapoint, y: Float[Array, " n"]) -> Float[Array, " n"]:
+    r"""The point nearest to `y` of those where $S(x)$ meet for all $x$: what cycling
+    through two or more of them converges to.
+
+    Two hyperplanes determine where all meet, since datapoints on a line are mixtures of
+    two. With two weights it is a single point, whatever `y`.
+
+    **Arguments:**
+
+    - `problem`: the problem. Its features must move.
+    - `y`: the weights to start from.
+
+    **Returns:**
+
+    The weights, which fit the datapoint wherever it is.
+    """
+    rows = jnp.stack([problem.origin, problem.direction])
+    features, targets = rows[:, :-1], rows[:, -1]
+    # The least change of y that fits both.
+    return y + jnp.linalg.lstsq(features, targets - features @ y)[0]
