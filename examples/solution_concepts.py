@@ -1,6 +1,6 @@
 """Figure 1 of the paper, computed: four answers to one bilevel problem.
 
-    python examples/solution_concepts.py --seed 0 --output outputs
+    python examples/solution_concepts.py --output outputs
 
 Two learned points, one for each class, teach a classifier; they move so that it does
 well on two arcs of data. The classifier has many more weights than there are points, so
@@ -15,24 +15,17 @@ All four start from the same points and weights, and all four fit the learned po
 The paper draws its figure by hand; data, features and rates here are choices.
 """
 
-import argparse
-import pathlib
-import time
-
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from _figure import arguments, Claim, Figure
 from jaxtyping import Array, Float, Int
 from matplotlib.colors import to_rgb
 
 import bilevel_eqx as blx
 from bilevel_eqx import plot
-
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 INNER_RATE = 0.05
@@ -93,44 +86,81 @@ def concepts(radius, num_steps):
 
 
 def solve_all(problem, x0, y0, radius, num_steps):
-    """Each concept's solution, with the way of the points as its history."""
-    solutions = {}
+    """Each concept's answer, with the way of the points that led to it."""
+    answers = {}
     for title, (equilibrium, pipeline, steps) in concepts(radius, num_steps).items():
-        start = time.perf_counter()
-        solutions[title] = blx.solve(
+        solution = blx.solve(
             problem,
             equilibrium,
             x0,
             y0,
             pipeline=pipeline,
             num_steps=steps,
-            record=lambda x, y, metrics: x,
+            record=record_points,
         )
-        elapsed = time.perf_counter() - start
-        print(
-            f"{title:<12} {steps:>5} steps, {elapsed:4.1f} s with compilation", flush=True
-        )
-    return solutions
+        answers |= {
+            f"{title} x": solution.x,
+            f"{title} y": solution.y,
+            f"{title} path": solution.history,
+            f"{title} F": solution.value,
+            f"{title} f": problem.inner(solution.x, solution.y),
+            f"{title} accuracy": problem.accuracy(solution.y),
+            f"{title} |y - y0|": jnp.linalg.norm(solution.y - y0),
+            f"{title} retrained F": blx.retrain_gap(problem, solution, y0).retrained[0],
+            f"{title} certificate": solution.certificate.largest,
+        }
+    return answers
 
 
-def table(problem, solutions, y0):
+def record_points(x, y, metrics):
+    return x
+
+
+TITLES = ("Optimistic", "Cold start", "Warm start", "Pessimistic")
+COLUMNS = ("F", "f", "accuracy", "|y - y0|", "retrained F", "certificate")
+
+
+def table(answers):
     """What each concept is worth, and how much of that the points alone carry."""
-    columns = ("F", "f", "accuracy", "|y - y0|", "retrained F", "certificate")
-    lines = [" " * 12 + "".join(f"{column:>13}" for column in columns)]
-    for title, s in solutions.items():
-        retrained = blx.retrain_gap(problem, s, y0).retrained[0]
-        lines.append(
-            f"{title:<12}{s.value:>13.4f}{problem.inner(s.x, s.y):>13.1e}"
-            f"{problem.accuracy(s.y):>13.0%}{jnp.linalg.norm(s.y - y0):>13.2f}"
-            f"{retrained:>13.4f}{s.certificate.largest:>13.1e}"
-        )
+    lines = [" " * 12 + "".join(f"{column:>13}" for column in COLUMNS)]
+    for title in TITLES:
+        figures = (float(answers[f"{title} {column}"]) for column in COLUMNS)
+        lines.append(f"{title:<12}" + "".join(f"{figure:>13.3g}" for figure in figures))
     return "\n".join(lines)
 
 
-def ordered(solutions):
-    """Whether the best is at most the others, and the worst at least."""
-    best, cold, warm, worst = (float(s.value) for s in solutions.values())
-    return best <= min(cold, warm) and max(cold, warm) <= worst
+def claims(seeds):
+    """What Figure 1 says, over the seeds' answers."""
+    best, cold, warm, worst = (
+        np.array([answers[f"{title} F"] for answers in seeds]) for title in TITLES
+    )
+    retrained = np.array([answers["Warm start retrained F"] for answers in seeds])
+    fits = max(float(answers[f"{title} f"]) for answers in seeds for title in TITLES)
+    ordered = (best < np.minimum(cold, warm)) & (np.maximum(cold, warm) < worst)
+    values = ", ".join(
+        f"{title} {value.min():.2g} to {value.max():.2g}"
+        for title, value in zip(TITLES, (best, cold, warm, worst))
+    )
+    return [
+        Claim(
+            "The four solution concepts give four answers to one problem, all of which "
+            "fit the learned points; the optimistic one is best and the pessimistic "
+            "one worst.",
+            "drawn by hand in Figure 1",
+            f"F: {values}; f at most {fits:.0e}",
+            len(seeds),
+            bool(np.all(ordered)) and fits < 1e-3,
+        ),
+        Claim(
+            "What a warm start knows is not all in the learned points: weights that are "
+            "trained on them from scratch do worse.",
+            "implied",
+            f"F rises from {warm.mean():.2g} to {retrained.mean():.2g} in the mean, and "
+            f"by {(retrained - warm).min():.2g} at least",
+            len(seeds),
+            bool(np.all(retrained > warm)),
+        ),
+    ]
 
 
 def regions(ax, problem, y):
@@ -175,30 +205,28 @@ def arrows(ax, path, colour, start_marker):
         )
 
 
-def panel(ax, problem, title, solution, path):
-    regions(ax, problem, solution.y)
+def panel(ax, problem, title, x, y, value, path):
+    regions(ax, problem, y)
     plot.data_points(ax, problem.points, problem.labels, s=13)
     for i, marker in enumerate("os"):
         if path is not None:
             arrows(ax, path[:, i], plot.CLASS_COLOURS[i], marker)
         plot.data_points(
             ax,
-            solution.x[i : i + 1],
+            x[i : i + 1],
             np.array([i]),
             s=95,
             edgecolors="black",
             linewidths=1.1,
             zorder=5,
         )
-    value = f"{float(solution.value):.3f}"
     ax.set(xticks=[], yticks=[], xlim=WINDOW[0], ylim=WINDOW[1], aspect="equal")
-    ax.set_title(f"{title}: $F = {value}$")
+    ax.set_title(f"{title}: $F = {float(value):.3f}$")
     ax.spines[:].set_visible(False)
 
 
-def draw(problem, solutions, radius, folder):
-    """All four panels, as a picture and as vectors."""
-    folder.mkdir(parents=True, exist_ok=True)
+def draw(problem, answers, radius):
+    """All four panels."""
     notes = (
         "the best weights for the data",
         "the weights nearest to $y_0$",
@@ -207,27 +235,20 @@ def draw(problem, solutions, radius, folder):
     )
     with plot.house_style():
         figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.25), layout="constrained")
-        for ax, note, (title, solution) in zip(axes, notes, solutions.items()):
-            path = np.asarray(solution.history) if title == "Warm start" else None
-            panel(ax, problem, title, solution, path)
+        for ax, note, title in zip(axes, notes, TITLES):
+            x, y, value, path = (
+                answers[f"{title} {name}"] for name in ("x", "y", "F", "path")
+            )
+            path = path if title == "Warm start" else None
+            panel(ax, problem, title, x, y, value, path)
             ax.set_xlabel(note, fontsize=8)
-        files = [folder / f"solution_concepts.{kind}" for kind in ("png", "pdf")]
-        for file in files:
-            figure.savefig(file)
-        plt.close(figure)
-    return files
+    return figure
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the random seed (0)")
+    parser = arguments(__doc__)
     parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=pathlib.Path("outputs"),
-        help="the folder for solution_concepts.png and .pdf (outputs)",
+        "--seeds", type=int, default=3, help="how many data sets; the first is drawn (3)"
     )
     parser.add_argument(
         "--steps",
@@ -242,18 +263,26 @@ def main():
         help="how far from the cold weights the pessimist looks (1)",
     )
     args = parser.parse_args()
+    this = Figure("solution_concepts", args)
 
-    problem, x0, y0 = two_arcs(jr.key(args.seed))
-    print(f"Two learned points, {y0.size} weights, seed {args.seed}.")
-    solutions = solve_all(problem, x0, y0, args.radius, args.steps)
-    print(f"\n{table(problem, solutions, y0)}")
+    seeds = []
+    for seed in range(args.seeds):
+        problem, x0, y0 = two_arcs(jr.key(seed))
+        answers = this.part(
+            f"seed-{seed}",
+            lambda: solve_all(problem, x0, y0, args.radius, args.steps),
+            steps=args.steps,
+            radius=args.radius,
+        )
+        print(table(answers))
+        seeds.append(answers)
     print(
-        "\nRetrained: with the weights of a cold start at the same points. Certificate: "
-        "the largest\nresidual. Optimistic <= cold, warm <= pessimistic: "
-        f"{ordered(solutions)}."
+        "Retrained: with the weights of a cold start at the same points. Certificate: "
+        "the largest\nresidual."
     )
-    files = draw(problem, solutions, args.radius, args.output)
-    print(f"Drawn in {' and '.join(map(str, files))}")
+    problem, _, _ = two_arcs(jr.key(0))
+    this.save(draw(problem, seeds[0], args.radius))
+    this.conclude(claims(seeds))
 
 
 if __name__ == "__main__":
