@@ -1,5 +1,10 @@
 import importlib.metadata
 
+from ._check_hypergradient import (
+    check_hypergradient as check_hypergradient,
+    CheckedResponse as CheckedResponse,
+    HypergradientCheck as HypergradientCheck,
+)
 from ._checkpoint import load as load, save as save
 from ._compare import (
     compare as compare,

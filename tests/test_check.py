@@ -1,0 +1,170 @@
+"""`check_hypergradient`: what is right is found right, and planted faults are named."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import LinearBilevel, make_linear
+from jaxtyping import Array
+
+import bilevel_eqx as blx
+
+
+exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+OUTER = np.random.default_rng(1).normal(size=(3, 4))
+
+
+class Curve(blx.AbstractBilevelProblem[Array, Array]):
+    """A nonlinear inner problem with one minimum, into which faults can be planted."""
+
+    features: Array
+    fault: str = ""
+
+    def outer(self, x, y):
+        if self.fault == "unreachable":
+            y = jnp.zeros_like(y)
+        return jnp.sum((jnp.asarray(OUTER, y.dtype) @ y - 1) ** 2)
+
+    def inner(self, x, y):
+        if self.fault == "swapped":
+            x, y = y, x
+        if self.fault == "stopped":
+            x = jax.lax.stop_gradient(x)
+        if self.fault == "hidden":
+            y = y.at[0].set(jax.lax.stop_gradient(y[0]))
+        if self.fault == "endless":
+            # Separable, whatever x: the losses fall for as long as one goes.
+            return jnp.sum(jax.nn.softplus(-self.features[:3] @ y + x[:3]))
+        return 0.5 * jnp.sum((self.features @ jnp.sinh(y) - x) ** 2)
+
+
+def _curve(fault="", dtype=jnp.float64, num_rows=5):
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(num_rows, 4)), dtype)
+    x = jnp.asarray(rng.normal(size=num_rows), dtype)
+    return Curve(features, fault), x, jnp.asarray(rng.normal(size=4), dtype) / 10
+
+
+class Negated(blx.AbstractResponse):
+    """A response whose Jacobian has lost its sign, as Table 1 of the paper has it."""
+
+    right: blx.AbstractResponse
+
+    def init(self, problem, x, anchor):
+        return None
+
+    def __call__(self, problem, x, anchor, state=None):
+        answer = self.right(problem, x, anchor)
+
+        def pullback(u):
+            return answer.pullback(jax.tree.map(jnp.negative, u))
+
+        return eqx.tree_at(lambda r: r.pullback, answer, pullback)
+
+    def best_response(self, problem, x, anchor):
+        return self.right.best_response(problem, x, anchor)
+
+    def reaches(self, problem, x, anchor):
+        return self.right.reaches(problem, x, anchor)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+def test_right_is_right(dtype):
+    responses = {
+        "exact": exact,
+        "unrolled": blx.Unrolled(optax.sgd(0.05), 3000),
+        "truncated": blx.Implicit(blx.Projection(), blx.TruncatedCG(4)),
+    }
+    check = blx.check_hypergradient(*_curve(dtype=dtype), responses)
+    assert check.sound and check.findings == ()
+    assert list(check.differences) == ["true"]
+    for name, row in check.responses.items():
+        assert row.right and "right: the derivative" in row.verdict, name
+        # In double precision, whatever that of the problem.
+        assert row.errors["true"] < 1e-7
+        assert row.cosines["true"] > 1 - 1e-9
+        assert row.cost > 0
+    text = str(check)
+    assert "true error" in text and "linear residual" in text and "truncated" in text
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    (
+        ("stopped", "inner gradient in x is not that of its values"),
+        ("hidden", "`inner` in y is not that of its values"),
+        ("swapped", "`inner(x, y)` fails, and `inner(y, x)` does not"),
+        ("unreachable", "x does not reach F"),
+        ("endless", "the inner problem was not solved"),
+    ),
+)
+def test_faults_of_a_problem(fault, words):
+    check = blx.check_hypergradient(*_curve(fault), [exact])
+    assert not check.sound
+    assert any(words in finding for finding in check.findings), check.findings
+    assert words in str(check)
+
+
+def test_an_integer_leaf():
+    problem, _, y0 = _curve()
+    check = blx.check_hypergradient(problem, jnp.arange(5), y0, [exact])
+    assert not check.sound
+    assert "int64" in check.findings[0] and "no derivative" in check.findings[0]
+
+
+@pytest.mark.parametrize(
+    "response, words",
+    (
+        (Negated(exact), "A sign is wrong"),
+        (blx.Implicit(blx.Projection(), blx.Neumann(2, 1e-3)), "has not converged"),
+        (blx.Implicit(blx.Projection(), blx.TruncatedCG(1)), "has not converged"),
+        (blx.Unrolled(optax.sgd(1e-3), 5), "have not reached the minimum"),
+        (blx.Fixed(), "exactly zero"),
+        (
+            blx.Implicit(blx.GradientDescent(1e-3, 3), blx.Pseudoinverse()),
+            "inner solve did not converge",
+        ),
+        (blx.Implicit(blx.Projection(), blx.Neumann(50, 10.0)), "diverges"),
+    ),
+    ids=("sign", "neumann", "cg", "unrolled", "fixed", "inner", "diverged"),
+)
+def test_faults_of_a_response(response, words):
+    check = blx.check_hypergradient(*_curve(), [response], num_coordinates=2)
+    assert check.sound
+    (row,) = check.responses.values()
+    assert not row.right
+    assert words in row.verdict, row.verdict
+    assert row.errors["true"] > 1e-2
+
+
+def test_many_minima_have_two_derivatives():
+    nearest = blx.MinimumDisplacement(blx.Projection(), blx.Pseudoinverse())
+    rng = np.random.default_rng(2)
+    bent = blx.LeastSquaresProblem(
+        lambda x, y: jnp.sum((y - 1) ** 2),
+        lambda x, y: jnp.stack([jnp.cos(x) @ y[:2] + y[2] * x[0] - 1]),
+    )
+    x, y0 = jnp.asarray(rng.normal(size=2)), jnp.asarray(rng.normal(size=3))
+    check = blx.check_hypergradient(bent, x, y0, {"implicit": exact, "nearest": nearest})
+    assert list(check.differences) == ["cold", "warm"]
+    assert "a warm start" in check.responses["implicit"].verdict
+    assert "a cold start" in check.responses["nearest"].verdict
+    assert check.responses["implicit"].errors["cold"] > 1e-2
+    assert check.responses["nearest"].errors["warm"] > 1e-2
+    assert any("disagree by design" in finding for finding in check.findings)
+
+
+def test_defaults():
+    problem, x, _ = make_linear(LinearBilevel, jnp.float64)
+    check = blx.check_hypergradient(problem, x, jnp.zeros(problem.features.shape[1]))
+    assert len(check.responses) == 5
+    assert check.responses["Implicit, Pseudoinverse"].right
+    assert check.responses["MinimumDisplacement"].right
+
+
+def test_refused():
+    problem, x, y0 = _curve()
+    with pytest.raises(ValueError, match="num_directions"):
+        blx.check_hypergradient(problem, x, y0, num_directions=0)
