@@ -68,21 +68,17 @@ def run(name: str, args: argparse.Namespace) -> list[Claim] | None:
 
 
 def markdown(results: dict[str, list[Claim] | None]) -> str:
-    """The claims as a table for a web page."""
-    lines = ["| | Claim | The paper | Measured | |", "|---|---|---|---|---|"]
+    """The claims as a table for each figure, for a web page."""
+    lines = []
     for name, claims in results.items():
+        lines += ["", f"### {title(name)}", ""]
+        lines += ["| Claim | The paper | Measured |", "|---|---|---|"]
         for claim in claims or []:
-            mark = "holds" if claim.holds else "**does not hold**"
-            cells = (
-                title(name),
-                claim.sentence,
-                claim.paper,
-                f"{over(claim)}: {claim.measured}",
-                mark,
-            )
+            mark = "Holds" if claim.holds else "**Does not hold**"
+            measured = f"{mark} ({over(claim).removeprefix('here, ')}): {claim.measured}"
             # A bar would end the cell.
-            escaped = (cell.replace("|", "\\|") for cell in cells)
-            lines.append(f"| {' | '.join(escaped)} |")
+            cells = (c.replace("|", "\\|") for c in (*claim[:2], measured))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
