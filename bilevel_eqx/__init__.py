@@ -12,6 +12,7 @@ from ._compare import (
     retrain_gap as retrain_gap,
     RetrainGap as RetrainGap,
 )
+from ._diagnose import diagnose as diagnose, Diagnosis as Diagnosis
 from ._equilibrium import (
     AbstractEquilibrium as AbstractEquilibrium,
     Certificate as Certificate,

@@ -189,7 +189,8 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
             "the inner problem was not solved: after many Newton steps the minimum is "
             f"still {float(residual):.1e} of the size of y away, so that the differences "
             "are not those of a minimum. There may be none within reach, as for a "
-            "cross-entropy with hard labels; or a kink."
+            "cross-entropy with hard labels; or a kink; or `inner` takes its arguments "
+            "in another order than (x, y)."
         )
     spectrum = _spectrum(problem, x, y)
     largest = float(np.max(np.abs(spectrum), initial=0))
@@ -221,13 +222,16 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
             "as it was."
         )
     named = _named(responses, largest)
-    gradient_time = _time(lambda: inner_gradient(problem, x, y0))
+    gradient_time = _time(lambda: _gradient(problem, x, y0))
     checked = {
         name: _checked(problem, x, y0, r, directions, references, gradient_time, largest)
         for name, r in named.items()
     }
     sound = solved and smooth and not still and not disagreements
     return HypergradientCheck(checked, tuple(findings), references, sound)
+
+
+_gradient = eqx.filter_jit(inner_gradient)
 
 
 def _named(responses, largest) -> dict[str, AbstractResponse]:
@@ -405,13 +409,21 @@ def _along(gradient, directions) -> np.ndarray:
 
 
 def _relative(reference, other) -> float:
+    """At most 2; without overflow, and infinite for what is not finite."""
+    largest = np.max(np.abs([reference, other]))
+    if not 0 < largest < np.inf:
+        return 0.0 if largest == 0 else np.inf
+    reference, other = reference / largest, other / largest
     scale = max(np.linalg.norm(reference), np.linalg.norm(other))
-    return float(np.linalg.norm(reference - other) / scale) if scale > 0 else 0.0
+    return float(np.linalg.norm(reference - other) / scale)
 
 
 def _cosine(reference, other) -> float:
-    lengths = np.linalg.norm(reference) * np.linalg.norm(other)
-    return float(reference @ other / lengths) if lengths > 0 else np.nan
+    largest = [float(np.max(np.abs(vector))) for vector in (reference, other)]
+    if not all(0 < size < np.inf for size in largest):
+        return np.nan
+    reference, other = reference / largest[0], other / largest[1]
+    return float(reference @ other / (np.linalg.norm(reference) * np.linalg.norm(other)))
 
 
 #
@@ -421,9 +433,13 @@ def _cosine(reference, other) -> float:
 
 def _disagreements(problem, x, y) -> list[str]:
     """A sentence for each derivative that is not that of the values."""
-    key_x, key_y = jr.split(jr.key(1))
-    u, v = _directions(key_x, x, 1, 1), _directions(key_y, y, 1, 1)
-    u, v = (jtu.tree_map(lambda leaf: leaf[0], d) for d in (u, v))
+    key_x, key_y, key_at = jr.split(jr.key(1), 3)
+    u, v, offset = (
+        jtu.tree_map(lambda leaf: leaf[0], _directions(key, at, 1, 1))
+        for key, at in ((key_x, x), (key_y, y), (key_at, y))
+    )
+    # Not at the start itself, where much may vanish: mostly it is zero.
+    y = tree_axpy(0.1 * jnp.maximum(1, tree_norm(y)), offset, y)
 
     def gradient_along(x, y):
         return tree_dot(inner_gradient(problem, x, y), v)

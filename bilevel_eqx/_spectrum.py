@@ -65,17 +65,19 @@ def eigenbasis(
         size = jnp.linalg.norm(flat)
         mix = jnp.sqrt(jnp.finfo(dtype).eps) / jnp.sqrt(jnp.asarray(n, dtype))
         first = jnp.where(size == 0, first, flat / size + mix * first)
-    basis, diagonal, off = _lanczos(operator, first)
-    # Where the Krylov space is exhausted, a value from inside of the spectrum.
-    exhausted = jnp.sum(basis**2, axis=1) == 0
-    diagonal = jnp.where(exhausted, diagonal[0], diagonal)
-    tridiagonal = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
-    values, rotation = jnp.linalg.eigh(tridiagonal)
+    basis, values, rotation, _ = lanczos(operator, first, _LANCZOS_STEPS)
     return Eigenbasis(values, basis.T @ rotation)
 
 
-def _lanczos(operator, first):
-    """An orthonormal Krylov basis, in rows, and the operator in it: tridiagonal."""
+def lanczos(
+    operator: lx.AbstractLinearOperator, first: Float[Array, " n"], num_steps: int
+) -> tuple[Float[Array, "k n"], Float[Array, " k"], Float[Array, "k k"], Scalar]:
+    """Ritz values of a symmetric operator in the Krylov space of a vector.
+
+    Returns an orthonormal basis of that space, in rows, that begins with the vector; the
+    Ritz values, in ascending order; the Ritz vectors in that basis, in columns; and the
+    length of the next vector of the basis, which says what the space lacks.
+    """
     zeros = tree_zeros_like(operator.in_structure())
     _, unravel = jax.flatten_util.ravel_pytree(zeros)
 
@@ -98,11 +100,15 @@ def _lanczos(operator, first):
         return (basis, vector, scale), (alpha, beta)
 
     vector = first / jnp.linalg.norm(first)
-    basis = jnp.zeros((_LANCZOS_STEPS, first.size), first.dtype)
+    basis = jnp.zeros((num_steps, first.size), first.dtype)
     carry = basis, vector, jnp.zeros((), first.dtype)
-    steps = jnp.arange(_LANCZOS_STEPS)
-    (basis, _, _), (alphas, betas) = jax.lax.scan(step, carry, steps)
-    return basis, alphas, betas[:-1]
+    (basis, _, _), (alphas, betas) = jax.lax.scan(step, carry, jnp.arange(num_steps))
+    # Where the Krylov space is exhausted, a value from inside of the spectrum.
+    exhausted = jnp.sum(basis**2, axis=1) == 0
+    diagonal, off = jnp.where(exhausted, alphas[0], alphas), betas[:-1]
+    tridiagonal = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    values, rotation = jnp.linalg.eigh(tridiagonal)
+    return basis, values, rotation, betas[-1]
 
 
 def eigenbasis_within(

@@ -127,8 +127,9 @@ def test_an_integer_leaf():
             "inner solve did not converge",
         ),
         (blx.Implicit(blx.Projection(), blx.Neumann(50, 10.0)), "diverges"),
+        (blx.Unrolled(optax.sgd(100.0), 50), "NaN or infinity"),
     ),
-    ids=("sign", "neumann", "cg", "unrolled", "fixed", "inner", "diverged"),
+    ids=("sign", "neumann", "cg", "unrolled", "fixed", "inner", "diverged", "nan"),
 )
 def test_faults_of_a_response(response, words):
     check = blx.check_hypergradient(*_curve(), [response], num_coordinates=2)
