@@ -212,7 +212,7 @@ import bilevel_eqx as blx
 import bilevel_eqx._checkpoint as checkpoint
 flush = checkpoint.os.fsync
 checkpoint.os.fsync = lambda f: (flush(f), time.sleep(0.01))
-solution = this._solve(60, checkpoint={file!r}, checkpoint_every=1)
+solution = this._solve(200, checkpoint={file!r}, checkpoint_every=1)
 blx.save({answer!r}, (solution.x, solution.y, solution.history, solution.state))
 """
 
@@ -248,6 +248,6 @@ def test_killed_at_ten_random_moments(tmp_path):
     # They have not been at the end before the last of them.
     assert not answer.exists()
     assert start().wait() == 0
-    whole = _solve(60)
+    whole = _solve(200)
     expected = whole.x, whole.y, whole.history, whole.state
     assert tree_identical(blx.load(answer, expected), expected)
