@@ -13,12 +13,13 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._hypergradient import hypergradient
 from ._inner_solver import Projection
 from ._linear_solver import Neumann, Pseudoinverse, TruncatedCG
 from ._misc import (
+    aligned,
     as_variables,
     check_count,
     nonzero,
@@ -100,14 +101,7 @@ class HypergradientCheck:
             ]
             for name, r in self.responses.items()
         ]
-        lines = []
-        if rows:
-            columns = list(zip(header, *rows))
-            widths = [max(map(len, column)) for column in columns]
-            for row in (header, *rows):
-                cells = [row[0].ljust(widths[0])]
-                cells += [c.rjust(width) for c, width in zip(row[1:], widths[1:])]
-                lines.append("  ".join(cells))
+        lines = aligned([header, *rows]) if rows else []
         lines += [f"{name}: {r.verdict}" for name, r in self.responses.items()]
         lines += [f"The problem: {finding}" for finding in self.findings]
         return "\n".join(lines)
@@ -192,7 +186,7 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
             "cross-entropy with hard labels; or a kink; or `inner` takes its arguments "
             "in another order than (x, y)."
         )
-    spectrum = _spectrum(problem, x, y)
+    spectrum = np.asarray(_eigenvalues(problem, x, y))
     largest = float(np.max(np.abs(spectrum), initial=0))
     rank = int(np.sum(np.abs(spectrum) > 1e-8 * largest))
     singular = rank < spectrum.size
@@ -510,10 +504,6 @@ def _in_float64(tree: Any) -> Any:
 def _eigenvalues(problem, x, y):
     _, hessian = gradient_and_hessian(problem, x, y)
     return eigenbasis(hessian).values
-
-
-def _spectrum(problem, x, y) -> Float[np.ndarray, " k"]:
-    return np.asarray(_eigenvalues(problem, x, y))
 
 
 def _time(fn) -> float:

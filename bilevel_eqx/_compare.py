@@ -22,7 +22,7 @@ from ._equilibrium import (
 )
 from ._inner_solver import Projection
 from ._linear_solver import Pseudoinverse
-from ._misc import as_variables, check_count, check_type, tree_norm, tree_sub
+from ._misc import aligned, as_variables, check_count, check_type, tree_norm, tree_sub
 from ._pipeline import AbstractPipeline
 from ._problem import AbstractBilevelProblem, check_problem, inner_gradient
 from ._response import AbstractResponse, Implicit
@@ -69,16 +69,10 @@ class Comparison(eqx.Module):
                 for other in certified
             ]
             rows.append([name, *figures, *residuals])
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-        def line(row):
-            cells = [row[0].ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-            return "  ".join(cells)
-
-        split = sum(widths[: 1 + len(columns)]) + 2 * len(columns)
+        figures = [row[: 1 + len(columns)] for row in [header, *rows]]
+        split = len(aligned(figures)[0])
         title = " " * (split + 2) + "largest residual of a certificate for"
-        lines = [title, line(header), *map(line, rows)]
+        lines = [title, *aligned([header, *rows])]
         lines += [f"{name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 

@@ -193,6 +193,7 @@ def _describe(solution: Solution) -> str:
     return f"At outer step {step + 1}:"
 
 
+@typechecked
 def _advance(
     problem: AbstractBilevelProblem,
     equilibrium: AbstractEquilibrium,
