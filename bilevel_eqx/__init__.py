@@ -25,6 +25,7 @@ from ._equilibrium import (
     Stackelberg as Stackelberg,
     WarmStart as WarmStart,
 )
+from ._error_bound import ErrorBound as ErrorBound
 from ._hypergradient import (
     best_response as best_response,
     Hypergradient as Hypergradient,
@@ -32,6 +33,7 @@ from ._hypergradient import (
 )
 from ._inner_solver import (
     GradientDescent as GradientDescent,
+    ProjectedGradient as ProjectedGradient,
     Projection as Projection,
 )
 from ._linear_solver import (
@@ -78,6 +80,9 @@ from ._response import (
 )
 from ._results import RESULTS as RESULTS
 from ._solve import Solution as Solution, solve as solve
+from ._spectral_projected_gradient import (
+    spectral_projected_gradient as spectral_projected_gradient,
+)
 
 
 __version__ = importlib.metadata.version("bilevel_eqx")

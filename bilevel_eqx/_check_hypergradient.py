@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._hypergradient import hypergradient
-from ._inner_solver import Projection
+from ._inner_solver import ProjectedGradient, Projection
 from ._linear_solver import Neumann, Pseudoinverse, TruncatedCG
 from ._misc import (
     aligned,
@@ -28,11 +28,11 @@ from ._misc import (
     tree_norm,
     tree_sub,
 )
-from ._operators import gradient_and_hessian
 from ._problem import AbstractBilevelProblem, check_problem, inner_gradient
 from ._response import AbstractResponse, Implicit, MinimumDisplacement, Unrolled
 from ._results import RESULTS
 from ._spectrum import eigenbasis
+from ._stationarity import stationarity
 
 
 # Relative: what is closer than this to finite differences is right; what is farther from
@@ -192,7 +192,7 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
     singular = rank < spectrum.size
     differences = {
         kind: _differences(problem, x, y0, y, directions, kind)
-        for kind in (("cold", "warm") if singular else ("true",))
+        for kind in _kinds(problem, singular)
     }
     smooth = all(rough <= _CLOSE for _, rough in differences.values())
     if not smooth:
@@ -201,7 +201,12 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
             "to this x, or the inner minimum jumps."
         )
     references = {kind: difference for kind, (difference, _) in differences.items()}
-    if singular:
+    if singular and problem.project_y is not None:
+        findings.append(
+            "the inner minimum is not unique in its set, and the differences are those "
+            "of a warm start."
+        )
+    elif singular:
         apart = _relative(references["cold"], references["warm"])
         findings.append(
             f"the inner Hessian is singular (rank {rank} of {spectrum.size} eigenvalues "
@@ -215,7 +220,7 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
             "x does not reach F: moving x and solving the inner problem again leaves F "
             "as it was."
         )
-    named = _named(responses, largest)
+    named = _named(problem, responses, largest)
     gradient_time = _time(lambda: _gradient(problem, x, y0))
     checked = {
         name: _checked(problem, x, y0, r, directions, references, gradient_time, largest)
@@ -228,7 +233,13 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
 _gradient = eqx.filter_jit(inner_gradient)
 
 
-def _named(responses, largest) -> dict[str, AbstractResponse]:
+def _kinds(problem, singular: bool) -> tuple[str, ...]:
+    if not singular:
+        return ("true",)
+    return ("cold", "warm") if problem.project_y is None else ("warm",)
+
+
+def _named(problem, responses, largest) -> dict[str, AbstractResponse]:
     if isinstance(responses, Mapping):
         return dict(responses)
     if responses is not None:
@@ -239,13 +250,19 @@ def _named(responses, largest) -> dict[str, AbstractResponse]:
             for i, (name, response) in enumerate(zip(names, responses))
         }
     safe = 1 / max(largest, 1e-12)
-    return {
-        "Implicit, Pseudoinverse": Implicit(Projection(), Pseudoinverse()),
-        "Implicit, TruncatedCG(20)": Implicit(Projection(), TruncatedCG(20)),
-        "Implicit, Neumann(20)": Implicit(Projection(), Neumann(20, safe)),
+    free = problem.project_y is None
+    solver = Projection() if free else ProjectedGradient()
+    named = {
+        "Implicit, Pseudoinverse": Implicit(solver, Pseudoinverse()),
+        "Implicit, TruncatedCG(20)": Implicit(solver, TruncatedCG(20)),
+        "Implicit, Neumann(20)": Implicit(solver, Neumann(20, safe)),
         "MinimumDisplacement": MinimumDisplacement(Projection(), Pseudoinverse()),
         "Unrolled, 100 steps": Unrolled(optax.sgd(safe), 100),
     }
+    if not free:
+        # The nearest of many minima in a set is not what it finds.
+        del named["MinimumDisplacement"]
+    return named
 
 
 def _checked(
@@ -336,12 +353,17 @@ def _verdict(out, response, errors, cosines, linear, largest, references) -> str
 _STEP = 1e-4
 
 
+def _accurate(problem) -> Implicit:
+    solver = Projection(max_steps=300) if problem.project_y is None else None
+    return Implicit(solver or ProjectedGradient(), Pseudoinverse())
+
+
 @eqx.filter_jit
 def _resolve(problem, x, anchor):
     """The inner minimum next to the anchor, and how far from one it is."""
-    implicit = Implicit(Projection(max_steps=300), Pseudoinverse())
-    y, _, _ = implicit.minimum(problem, x, anchor)
-    gradient, hessian = gradient_and_hessian(problem, x, y)
+    y, _, _ = _accurate(problem).minimum(problem, x, anchor)
+    at = stationarity(problem, x, y)
+    gradient, hessian = at.residual, at.free_hessian
     # How far it is to the minimum along the gradient, relative to the size of y. The
     # gradient alone also vanishes on the way to a minimum that lies at infinity.
     square = tree_dot(gradient, gradient)
@@ -354,7 +376,7 @@ def _resolve(problem, x, anchor):
 @eqx.filter_jit
 def _values(problem, points, anchor, selected: bool):
     """F(x, y(x)) at a batch of x, one after the other."""
-    implicit = Implicit(Projection(max_steps=300), Pseudoinverse())
+    implicit = _accurate(problem)
     nearest = MinimumDisplacement(Projection(max_steps=300), selection_tolerance=None)
 
     def value(x):
@@ -502,8 +524,7 @@ def _in_float64(tree: Any) -> Any:
 
 @eqx.filter_jit
 def _eigenvalues(problem, x, y):
-    _, hessian = gradient_and_hessian(problem, x, y)
-    return eigenbasis(hessian).values
+    return eigenbasis(stationarity(problem, x, y).stiffened()).values
 
 
 def _time(fn) -> float:

@@ -13,6 +13,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from ._decompositions import eigh
 from ._misc import (
     all_finite,
     as_variables,
@@ -199,6 +200,12 @@ def diagnose(
     """
     x, y = as_variables(x, "x"), as_variables(y, "y")
     check_problem(problem, x, y)
+    if problem.project_y is not None:
+        raise ValueError(
+            "`diagnose` looks at inner problems without constraints: where y is confined "
+            "to a set (`project_y`), the null space of H says little of its minima. "
+            "`check_hypergradient` knows of constraints."
+        )
     num_steps, num_probes = _budget(tree_size(y), num_products)
     key = jr.key(0) if key is None else key
     measured = _measure(problem, x, y, key, num_steps, num_probes)
@@ -291,7 +298,7 @@ def _measure(problem, x, y, key, num_steps: int | None, num_probes: int) -> _Mea
 def _decomposed(operator: lx.AbstractLinearOperator, vector: Float[Array, " n"]):
     """All eigenvalues; the eigenvectors in rows, which nothing need rotate."""
     matrix = operator.as_matrix()
-    values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
+    values, vectors = eigh(0.5 * (matrix + matrix.T))
     nodes = _Nodes(values, jnp.zeros_like(values), vectors.T @ vector)
     return nodes, vectors.T, jnp.eye(values.size, dtype=values.dtype)
 

@@ -8,10 +8,23 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree, Scalar
 
 from ._custom_types import typechecked, X, Y
-from ._misc import all_finite, as_variables, depends_on
-from ._problem import AbstractBilevelProblem, check_problem, outer_gradients
-from ._response import AbstractResponse
-from ._results import finite_or_not, first_failure, RESULTS, throw_if_failed
+from ._error_bound import answered, as_curvature, Curvature, error_bound, ErrorBound
+from ._misc import as_variables, depends_on, tree_norm
+from ._problem import (
+    AbstractBilevelProblem,
+    check_problem,
+    inner_gradient,
+    outer_gradients,
+    proximal,
+)
+from ._response import AbstractResponse, ImplicitPullback, Proximal
+from ._results import (
+    figures_of,
+    finite_or_not,
+    first_failure,
+    RESULTS,
+    throw_if_failed,
+)
 
 
 class Hypergradient(eqx.Module, Generic[X, Y]):
@@ -26,6 +39,7 @@ class Hypergradient(eqx.Module, Generic[X, Y]):
     - `stats`: `inner_residual`, the norm of what the response presumes to be zero;
         further figures of the inner solve as `inner_...`, and of the linear solve as
         `linear_...`.
+    - `error`: a [`bilevel_eqx.ErrorBound`][], if a curvature was asked for.
     """
 
     value: Scalar
@@ -33,6 +47,7 @@ class Hypergradient(eqx.Module, Generic[X, Y]):
     y: Y
     result: RESULTS
     stats: dict[str, Any]
+    error: ErrorBound | None = None
 
 
 def reaches_outer(
@@ -54,15 +69,25 @@ def hypergradient_and_state(
     anchor: PyTree,
     response: AbstractResponse,
     state: Any = None,
+    curvature: Any = None,
 ) -> tuple[Hypergradient, Any]:
     """The hypergradient, without checks, and what the response carries on."""
     answer = response(problem, x, anchor, state)
-    value, outer_x, outer_y = outer_gradients(problem, x, answer.y)
-    indirect, linear_result, linear_stats = answer.pullback(outer_y)
+    y, pullback = answer.y, answer.pullback
+    value, outer_x, outer_y = outer_gradients(problem, x, y)
+    error = None
+    if curvature is None:
+        indirect, linear_result, linear_stats = pullback(outer_y)
+    else:
+        presumed = answered(problem, anchor, response)
+        assert isinstance(pullback, ImplicitPullback)
+        q, linear_result, linear_stats = pullback.adjoint(outer_y)
+        indirect = pullback.apply(q)
+        error = error_bound(presumed, x, y, q, curvature)
     gradient = jtu.tree_map(jnp.add, outer_x, indirect)
     result = first_failure(answer.result, linear_result, finite_or_not((value, gradient)))
     stats = {**answer.stats, **linear_stats}
-    return Hypergradient(value, gradient, answer.y, result, stats), answer.state
+    return Hypergradient(value, gradient, y, result, stats, error), answer.state
 
 
 @eqx.filter_jit
@@ -72,11 +97,12 @@ def _hypergradient(
     x: PyTree,
     anchor: PyTree,
     response: AbstractResponse,
+    curvature: Curvature | None,
     throw: bool,
 ) -> Hypergradient:
     x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
     check_problem(problem, x, anchor)
-    out, _ = hypergradient_and_state(problem, x, anchor, response)
+    out, _ = hypergradient_and_state(problem, x, anchor, response, curvature=curvature)
     result = first_failure(out.result, finite_or_not(out.y))
     if not reaches_outer(problem, x, anchor, response):
         if throw:
@@ -91,6 +117,7 @@ def hypergradient(
     anchor: Y,
     response: AbstractResponse,
     *,
+    curvature: Curvature | None = None,
     throw: bool = True,
 ) -> Hypergradient[X, Y]:
     r"""The hypergradient: the derivative of the outer objective through the inner
@@ -109,57 +136,39 @@ def hypergradient(
         floating-point arrays.
     - `response`: how the inner variables answer: [`bilevel_eqx.Implicit`][],
         [`bilevel_eqx.Proximal`][], [`bilevel_eqx.Unrolled`][], ...
+    - `curvature`: if given, `error` is a bound on the error of the gradient, for
+        [`bilevel_eqx.Implicit`][] and [`bilevel_eqx.Proximal`][]. It needs a lower bound
+        on the eigenvalues of the inner Hessian: a number that you vouch for at every y,
+        or `"dense"`, which decomposes that Hessian, both of which make the error
+        *verified*; or `"lanczos"`, which *estimates* it by 64 products. The norms in the
+        bound take some hundred products more; without a curvature there are none. Keyword
+        only argument.
     - `throw`: whether a failure raises, or is returned as `result`. Keyword only
         argument.
 
     **Returns:**
 
-    A [`bilevel_eqx.Hypergradient`][], with `value`, `gradient`, `y`, `result`, `stats`.
+    A [`bilevel_eqx.Hypergradient`][], with `value`, `gradient`, `y`, `result`, `stats`,
+    `error`.
 
     **Raises:**
 
     A `ValueError` if an objective is not a scalar, if the inner one does not depend on
-    y, if a leaf of `x` or `anchor` is not a floating-point array, or if the
-    hypergradient can only be zero. An `eqx.EquinoxRuntimeError`, unless `throw` is
-    `False`, if the inner or the linear solve fails, or something is not finite.
+    y, if a leaf of `x` or `anchor` is not a floating-point array, if the hypergradient
+    can only be zero, or if an error bound is asked of a response that has none. An
+    `eqx.EquinoxRuntimeError`, unless `throw` is `False`, if the inner or the linear solve
+    fails, or something is not finite.
     """
-    out = _hypergradient(problem, x, anchor, response, throw)
+    curvature = as_curvature(curvature)
+    out = _hypergradient(problem, x, anchor, response, curvature, throw)
     if throw:
-        out = throw_if_failed(out, out.result, describe)
+
+        def figures():
+            parts = {"y": out.y, "value": out.value, "gradient": out.gradient}
+            return figures_of(as_variables(x, "x"), out.stats, **parts)
+
+        return throw_if_failed(out, out.result, figures)
     return out
-
-
-def describe(out: Hypergradient) -> str:
-    """The numbers behind a failed hypergradient."""
-    stats = {k: v for k, v in out.stats.items() if jnp.ndim(v) == 0}
-    sentence = ""
-    if bool(out.result == RESULTS.inner_not_converged):
-        residual = float(stats["inner_residual"])
-        sentence = f"The inner gradient has norm {residual:.3g}."
-    elif bool(out.result == RESULTS.neumann_diverged):
-        residual = float(stats["linear_residual"])
-        curvature = float(stats["linear_curvature"])
-        remedy = (
-            f"a step size below {2 / curvature:.3g} would not diverge on it"
-            if curvature > 0
-            else "no step size converges on it"
-        )
-        sentence = (
-            f"The residual grew {residual:.3g}-fold. H has an eigenvalue of about "
-            f"{curvature:.3g}: {remedy}."
-        )
-    elif bool(out.result == RESULTS.linear_not_converged):
-        residual = float(stats.get("linear_residual", jnp.nan))
-        sentence = f"The linear solve ended with a relative residual of {residual:.3g}."
-    elif bool(out.result == RESULTS.nonfinite_step):
-        parts = {
-            "the outer objective": out.value,
-            "y": out.y,
-            "the gradient": out.gradient,
-        }
-        names = [name for name, part in parts.items() if not bool(all_finite(part))]
-        sentence = f"Not finite: {', '.join(names)}."
-    return sentence
 
 
 @eqx.filter_jit
@@ -208,5 +217,14 @@ def best_response(
     """
     y, result = _best_response(problem, x, anchor, response)
     if throw:
-        y = throw_if_failed(y, result)
+
+        def figures():
+            at, start = as_variables(x, "x"), as_variables(anchor, "anchor")
+            presumed = problem
+            if isinstance(response, Proximal):
+                presumed = proximal(problem, start, response.epsilon)
+            stats = {"inner_residual": tree_norm(inner_gradient(presumed, at, y))}
+            return figures_of(at, stats, y=y)
+
+        return throw_if_failed(y, result, figures)
     return y

@@ -90,6 +90,50 @@ for _transform in (lx.linearise, lx.conj):
     )
 
 
+class CrossDerivative(lx.AbstractLinearOperator):
+    """B, of which nothing is presumed.
+
+    lineax takes any map from one number to another to be diagonal, and a product of two
+    such to be symmetric; it then refuses x and y of one number each in different shapes.
+    """
+
+    operator: lx.AbstractLinearOperator
+
+    def mv(self, vector):
+        return self.operator.mv(vector)
+
+    def as_matrix(self):
+        return self.operator.as_matrix()
+
+    def transpose(self):
+        return CrossDerivative(self.operator.transpose())
+
+    def in_structure(self):
+        return self.operator.in_structure()
+
+    def out_structure(self):
+        return self.operator.out_structure()
+
+
+for _query in (
+    lx.is_symmetric,
+    lx.is_diagonal,
+    lx.is_tridiagonal,
+    lx.is_lower_triangular,
+    lx.is_upper_triangular,
+    lx.is_positive_semidefinite,
+    lx.is_negative_semidefinite,
+    lx.has_unit_diagonal,
+):
+    _query.register(CrossDerivative)(lambda operator: False)  # pyright: ignore
+for _transform in (lx.linearise, lx.conj, lx.materialise):
+    _transform.register(CrossDerivative)(  # pyright: ignore
+        lambda operator, transform=_transform: CrossDerivative(
+            transform(operator.operator)
+        )
+    )
+
+
 def _linearised(fn, at: PyTree[Array], tags: Iterable[object] = ()):
     """`fn(at)`, and the Jacobian of `fn` there, from one linearisation."""
     value, tangent_map = jax.linearize(fn, at)
@@ -164,7 +208,7 @@ def cross_derivative_operator(
     problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array]
 ) -> lx.AbstractLinearOperator:
     """B, without the checks of the public function."""
-    return _linearised(lambda x: inner_gradient(problem, x, y), x)[1]
+    return CrossDerivative(_linearised(lambda x: inner_gradient(problem, x, y), x)[1])
 
 
 def damped(

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 import equinox as eqx
 import jax
@@ -11,7 +11,15 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
 from ._custom_types import X, Y
-from ._misc import DENSE_SIZE, depends_on, tree_dot, tree_size, tree_sub
+from ._misc import (
+    DENSE_SIZE,
+    depends_on,
+    tree_cast,
+    tree_dot,
+    tree_size,
+    tree_struct,
+    tree_sub,
+)
 
 
 class AbstractBilevelProblem(eqx.Module, Generic[X, Y]):
@@ -24,6 +32,11 @@ class AbstractBilevelProblem(eqx.Module, Generic[X, Y]):
     pytree, so that these can be vmapped over, sharded, and differentiated with respect
     to. Where $S(x)$ has more than one element, which of them is meant is not said here
     but by an equilibrium; see [`bilevel_eqx.solve`][].
+
+    **Constraints.** x, y or both may be confined to closed convex sets, each known by the
+    Euclidean projection on it: define the methods `project_x(self, x)` and
+    `project_y(self, y)`. `optax.projections` has them for boxes, balls, the simplex and
+    others. A set may depend on the problem's fields, and not on the other variables.
 
     !!! Example
 
@@ -40,8 +53,14 @@ class AbstractBilevelProblem(eqx.Module, Generic[X, Y]):
                 features, targets = self.train
                 fit = jnp.mean((features @ y - targets) ** 2)
                 return fit + jnp.sum(jnp.exp(x) * y**2)
+
+            def project_y(self, y):  # only where there is a constraint
+                return optax.projections.projection_non_negative(y)
         ```
     """
+
+    project_x: ClassVar[Callable[[Any], Any] | None] = None
+    project_y: ClassVar[Callable[[Any], Any] | None] = None
 
     @abc.abstractmethod
     def outer(self, x: X, y: Y) -> Scalar:
@@ -82,15 +101,24 @@ class BilevelProblem(AbstractBilevelProblem[X, Y]):
 
     outer_fn: Callable[[X, Y], Scalar]
     inner_fn: Callable[[X, Y], Scalar]
+    project_x: Callable[[X], X] | None
+    project_y: Callable[[Y], Y] | None
 
     # `Any`, because a type checker cannot tell what x and y are in a lambda.
     def __init__(
-        self, outer: Callable[[Any, Any], Any], inner: Callable[[Any, Any], Any]
+        self,
+        outer: Callable[[Any, Any], Any],
+        inner: Callable[[Any, Any], Any],
+        *,
+        project_x: Callable[[Any], Any] | None = None,
+        project_y: Callable[[Any], Any] | None = None,
     ):
         """**Arguments:**
 
         - `outer`: the outer objective, a function of `(x, y)` with a scalar value.
         - `inner`: the inner objective, a function of `(x, y)` with a scalar value.
+        - `project_x`, `project_y`: the Euclidean projections on the convex sets that x
+            and y are confined to, if they are. Keyword only arguments.
 
         Arrays that the functions close over are constants of the program. To change
         them without compiling anew, pass Equinox modules, or subclass
@@ -98,6 +126,8 @@ class BilevelProblem(AbstractBilevelProblem[X, Y]):
         """
         self.outer_fn = outer
         self.inner_fn = inner
+        self.project_x = project_x
+        self.project_y = project_y
 
     def outer(self, x, y):
         return self.outer_fn(x, y)
@@ -134,20 +164,28 @@ class LeastSquaresProblem(AbstractLeastSquaresProblem[X, Y]):
 
     outer_fn: Callable[[X, Y], Scalar]
     inner_residual_fn: Callable[[X, Y], PyTree[Array]]
+    project_x: Callable[[X], X] | None
+    project_y: Callable[[Y], Y] | None
 
     def __init__(
         self,
         outer: Callable[[Any, Any], Any],
         inner_residual: Callable[[Any, Any], Any],
+        *,
+        project_x: Callable[[Any], Any] | None = None,
+        project_y: Callable[[Any], Any] | None = None,
     ):
         """**Arguments:**
 
         - `outer`: the outer objective, a function of `(x, y)` with a scalar value.
         - `inner_residual`: a function of `(x, y)`, with a pytree of floating-point
             arrays as its value; half the sum of their squares is the inner objective.
+        - `project_x`, `project_y`: as for [`bilevel_eqx.BilevelProblem`][].
         """
         self.outer_fn = outer
         self.inner_residual_fn = inner_residual
+        self.project_x = project_x
+        self.project_y = project_y
 
     def outer(self, x, y):
         return self.outer_fn(x, y)
@@ -166,6 +204,14 @@ class _ProximalProblem(AbstractBilevelProblem):
     anchor: PyTree[Array]
     epsilon: ScalarLike
 
+    @property
+    def project_x(self):
+        return self.problem.project_x
+
+    @property
+    def project_y(self):
+        return self.problem.project_y
+
     def outer(self, x, y):
         return self.problem.outer(x, y)
 
@@ -181,6 +227,14 @@ class _ProximalLeastSquaresProblem(AbstractLeastSquaresProblem):
     problem: AbstractLeastSquaresProblem
     anchor: PyTree[Array]
     epsilon: ScalarLike
+
+    @property
+    def project_x(self):
+        return self.problem.project_x
+
+    @property
+    def project_y(self):
+        return self.problem.project_y
 
     def outer(self, x, y):
         return self.problem.outer(x, y)
@@ -219,11 +273,14 @@ def closure_converted(
     A derivative rule sees only its arguments. Without this, a value that the inner
     objective closes over would have a derivative of zero, without a word.
     """
+    project_y = projection_y(problem)
+    if project_y is not None:
+        project_y = eqx.filter_closure_convert(project_y, y)
     if isinstance(problem, AbstractLeastSquaresProblem):
         residual = eqx.filter_closure_convert(problem.inner_residual, x, y)
-        return LeastSquaresProblem(_no_outer, residual)
+        return LeastSquaresProblem(_no_outer, residual, project_y=project_y)
     inner = eqx.filter_closure_convert(problem.inner, x, y)
-    return BilevelProblem(_no_outer, inner)
+    return BilevelProblem(_no_outer, inner, project_y=project_y)
 
 
 #
@@ -251,8 +308,23 @@ def _check_scalar(fn: Callable, name: str, x: PyTree, y: PyTree) -> None:
         )
 
 
+def _check_projection(fn: Callable | None, name: str, at: PyTree) -> None:
+    if fn is None:
+        return
+    struct, wanted = jax.eval_shape(_Projection(fn).raw, at), tree_struct(at)
+    shapes, wanted_shapes = (jtu.tree_map(lambda u: u.shape, s) for s in (struct, wanted))
+    if shapes != wanted_shapes:
+        raise ValueError(
+            f"`problem.project_{name}({name})` must return the nearest point of a set, "
+            f"of the structure and shapes of {name}: {wanted}. It returns {struct}."
+        )
+
+
 def check_problem(problem: AbstractBilevelProblem, x: PyTree, y: PyTree) -> None:
-    """Refuses objectives that are not scalars, and an inner one that ignores y."""
+    """Refuses objectives that are not scalars, an inner one that ignores y, and
+    projections to other spaces."""
+    _check_projection(problem.project_x, "x", x)
+    _check_projection(problem.project_y, "y", y)
     _check_scalar(problem.outer, "outer", x, y)
     _check_scalar(problem.inner, "inner", x, y)
     if not depends_on(lambda y: problem.inner(x, y), y):
@@ -270,6 +342,65 @@ def outer_gradients(
     """The outer objective with both of its partial gradients: F, F_x, F_y."""
     value, (outer_x, outer_y) = jax.value_and_grad(problem.outer, argnums=(0, 1))(x, y)
     return value, outer_x, outer_y
+
+
+#
+# Constraints
+#
+
+
+class _Projection(eqx.Module):
+    """A projection that keeps types, whatever the one given relies on.
+
+    Those of optax rely on promotion, which the user's own code may have forbidden, and in
+    their derivative rules on the widest type. Hence a rule around theirs: it is traced
+    later, wherever derivatives are, and takes the same care there.
+    """
+
+    fn: Callable
+
+    def __call__(self, point):
+        return _projected(self, point)
+
+    def raw(self, point):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            widest = jax.dtypes.canonicalize_dtype(float)
+            return self.fn(jtu.tree_map(lambda u: u.astype(widest), point))
+
+
+@eqx.filter_custom_jvp
+def _projected(projection: _Projection, point: PyTree[Array]) -> PyTree[Array]:
+    return tree_cast(projection.raw(point), point)
+
+
+@_projected.def_jvp
+def _projected_jvp(primals, tangents):
+    def cast(projection, point):
+        return tree_cast(projection.raw(point), point)
+
+    return eqx.filter_jvp(cast, primals, tangents)
+
+
+def projection_x(problem: AbstractBilevelProblem) -> Callable[[PyTree], PyTree] | None:
+    """The projection on the set that x is confined to, or `None`; it keeps types."""
+    return None if problem.project_x is None else _Projection(problem.project_x)
+
+
+def projection_y(problem: AbstractBilevelProblem) -> Callable[[PyTree], PyTree] | None:
+    """The same for y."""
+    return None if problem.project_y is None else _Projection(problem.project_y)
+
+
+def step_left(
+    gradient: PyTree[Array],
+    at: PyTree[Array],
+    project: Callable[[PyTree], PyTree] | None,
+) -> PyTree[Array]:
+    r"""The step that a projected descent would take, $v - \Pi(v - \nabla\phi(v))$: the
+    gradient, less what the constraints take from it. Zero iff v is stationary."""
+    if project is None:
+        return gradient
+    return tree_sub(at, project(tree_sub(at, gradient)))
 
 
 def inner_gradient(

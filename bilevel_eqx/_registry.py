@@ -16,7 +16,7 @@ from ._equilibrium import (
     Stackelberg,
     WarmStart,
 )
-from ._inner_solver import Projection
+from ._inner_solver import ProjectedGradient, Projection
 from ._linear_solver import Pseudoinverse
 from ._pipeline import (
     AbstractPipeline,
@@ -28,8 +28,9 @@ from ._pipeline import (
     ProximalPlay,
     ValueFunctionDescent,
 )
-from ._problem import AbstractBilevelProblem
+from ._problem import AbstractBilevelProblem, projection_x
 from ._response import Aggregated, Implicit, MinimumDisplacement, Proximal
+from ._spectral_projected_gradient import spectral_projected_gradient
 
 
 Factory = Callable[[AbstractEquilibrium, AbstractBilevelProblem], AbstractPipeline]
@@ -225,31 +226,43 @@ def _not_registered(equilibrium, name: str | None = None) -> ValueError:
 # L-BFGS has no rate to choose, and like gradient descent it moves x only within the
 # span of the gradients, which is what selects among many outer solutions. It presumes
 # that the gradient is that of the value: where that is only nearly so there is Adam.
+# Where x is confined to a set a projection would spoil its steps.
 
 
-def _implicit():
-    return Implicit(Projection(), Pseudoinverse())
+def _optimiser(problem):
+    project = projection_x(problem)
+    return optax.lbfgs() if project is None else spectral_projected_gradient(project)
+
+
+def _solver(problem):
+    return Projection() if problem.project_y is None else ProjectedGradient()
+
+
+def _implicit(equilibrium, problem):
+    del equilibrium
+    response = Implicit(_solver(problem), Pseudoinverse())
+    return GradientPipeline(response, _optimiser(problem))
 
 
 def _cold_start(equilibrium, problem):
-    del equilibrium, problem
+    del equilibrium
     # `solve` certifies how near to the nearest minimum its answer is.
     response = MinimumDisplacement(selection_tolerance=None)
-    return GradientPipeline(response, optax.lbfgs())
+    return GradientPipeline(response, _optimiser(problem))
 
 
 def _null_space_ascent(equilibrium, problem):
-    del problem
     # Which needs a ball. In any other set there is only the penalty.
-    return PenaltyAscent() if equilibrium.radius is None else NullSpaceAscent()
+    if equilibrium.radius is None:
+        return PenaltyAscent()
+    return NullSpaceAscent(_optimiser(problem))
 
 
 def _warm_start(equilibrium, problem):
-    del problem
-    response = _implicit()
-    if equilibrium.partial:
-        response = Proximal(equilibrium.epsilon, Projection(), Pseudoinverse())
-    return GradientPipeline(response, optax.lbfgs())
+    if not equilibrium.partial:
+        return _implicit(equilibrium, problem)
+    response = Proximal(equilibrium.epsilon, _solver(problem), Pseudoinverse())
+    return GradientPipeline(response, _optimiser(problem))
 
 
 _newton = "1-2 Newton solves"
@@ -267,7 +280,7 @@ register(
 register(
     ColdStart,
     "implicit",
-    lambda equilibrium, problem: GradientPipeline(_implicit(), optax.lbfgs()),
+    _implicit,
     reference=f"{_vicol}, Table 1",
     cost=f"{_newton}; n^2 or 10 n",
     demands="an inner minimum; H independent of x",
@@ -283,7 +296,7 @@ register(
 register(
     Optimistic,
     "null-space descent",
-    lambda equilibrium, problem: NullSpaceDescent(),
+    lambda equilibrium, problem: NullSpaceDescent(_optimiser(problem)),
     reference="exact if linear-quadratic",
     cost=f"{_newton}; +1 and 100 Hv a step along S(x); n^2 or 10 n",
     demands="an inner minimum; F bounded on S(x)",
@@ -325,7 +338,7 @@ register(
 register(
     Stackelberg,
     "implicit",
-    lambda equilibrium, problem: GradientPipeline(_implicit(), optax.lbfgs()),
+    _implicit,
     reference="Bengio 2000; Pedregosa 2016",
     cost=f"{_newton}; n^2 or 10 n",
     demands="a positive definite H",

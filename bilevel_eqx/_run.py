@@ -11,8 +11,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, ScalarLike
 
-from ._misc import tree_where
-from ._results import finite_or_not, first_failure, RESULTS
+from ._misc import all_finite, tree_where
+from ._results import (
+    figures_of,
+    finite_or_not,
+    first_failure,
+    RESULTS,
+    Verdict,
+    verdict_where,
+)
 
 
 class Progress(eqx.Module):
@@ -20,27 +27,27 @@ class Progress(eqx.Module):
 
     state: Any
     metrics: dict[str, Array]
-    result: RESULTS
+    verdict: Verdict
     converged: Bool[Array, ""]
     num_steps: Int[Array, ""]
 
     @property
     def stopped(self) -> Bool[Array, ""]:
-        return self.converged | (self.result != RESULTS.successful)
+        return self.converged | self.verdict.failed
 
 
 class _Loop(eqx.Module):
     block: Int[Array, ""]
     progress: Progress
     # Of a block that has failed and been undone: why, and how many steps were good.
-    failure: RESULTS
+    failure: Verdict
     num_good: Int[Array, ""]
     history: PyTree[Array]
     num_saved: Int[Array, ""]
 
     @property
     def retaking(self) -> Bool[Array, ""]:
-        return self.failure != RESULTS.successful
+        return self.failure.failed
 
 
 def run(
@@ -69,12 +76,16 @@ def run(
 
     def advance(progress: Progress, keep_metrics: bool) -> Progress:
         new_state, metrics = step(eqx.combine(progress.state, static))
-        result = first_failure(
-            metrics.get("result", RESULTS.successful),
-            finite_or_not((new_state.x, new_state.y)),
+        x, y = new_state.x, new_state.y
+        verdict = metrics.get("result", RESULTS.successful)
+        if not isinstance(verdict, Verdict):
+            verdict = Verdict(verdict, figures_of(x, {}))
+        verdict = Verdict(
+            first_failure(verdict.result, finite_or_not((x, y))),
+            verdict.figures | {"x": all_finite(x), "y": all_finite(y)},
         )
         metrics = {k: jnp.asarray(v) for k, v in metrics.items() if k != "result"}
-        good = result == RESULTS.successful
+        good = ~verdict.failed
         converged = jnp.array(False)
         if tolerance is not None:
             # Both: when y lags behind, the hypergradient crosses zero in passing.
@@ -83,7 +94,7 @@ def run(
         return Progress(
             eqx.filter(new_state, eqx.is_array),
             metrics if keep_metrics else progress.metrics,
-            result,
+            verdict,
             converged,
             progress.num_steps + good.astype(progress.num_steps.dtype),
         )
@@ -122,7 +133,7 @@ def run(
         )
         after = advance_if(length > 0, after, True)
 
-        fails = ~before.stopped & (after.result != RESULTS.successful)
+        fails = ~before.stopped & after.verdict.failed
         undone = tree_where(fails, before, after)
         # A block that is cut short, by the end or by convergence, makes no entry.
         taken = after.num_steps - before.num_steps
@@ -141,29 +152,30 @@ def run(
         return _Loop(
             loop.block + 1,
             eqx.tree_at(
-                lambda p: p.result,
+                lambda p: p.verdict,
                 undone,
-                RESULTS.where(retaking, loop.failure, undone.result),
+                verdict_where(retaking, loop.failure, undone.verdict),
             ),
-            RESULTS.where(fails & ~retaking, after.result, loop.failure),
+            verdict_where(fails & ~retaking, after.verdict, loop.failure),
             jnp.where(fails, after.num_steps - before.num_steps, loop.num_good),
             history,
             loop.num_saved + complete.astype(loop.num_saved.dtype),
         )
 
     zero = jnp.array(0)
-    before = Progress(dynamic, {}, RESULTS.successful, jnp.array(False), zero)
+    fine = Verdict(RESULTS.successful, figures_of(state.x, {}))
+    before = Progress(dynamic, {}, fine, jnp.array(False), zero)
     metrics = jtu.tree_map(
         lambda s: jnp.full(s.shape, _blank(s.dtype), s.dtype),
         eqx.filter_eval_shape(advance, before, keep_metrics=True).metrics,
     )
-    before = Progress(dynamic, metrics, RESULTS.successful, jnp.array(False), zero)
+    before = Progress(dynamic, metrics, fine, jnp.array(False), zero)
     num_saves = num_steps // save_every
     history = jtu.tree_map(
         lambda s: jnp.full((num_saves, *s.shape), _blank(s.dtype), s.dtype),
         eqx.filter_eval_shape(entry, before),
     )
-    loop = _Loop(zero, before, RESULTS.successful, zero, history, zero)
+    loop = _Loop(zero, before, fine, zero, history, zero)
     loop = jax.lax.while_loop(unfinished, run_block, loop)
     return combined(loop.progress), loop.history, loop.num_saved
 

@@ -34,12 +34,12 @@ from ._misc import (
 from ._operators import (
     cross_derivative_operator,
     curved_tag,
-    gradient_and_hessian,
     HessianAt,
     is_curved,
 )
 from ._problem import AbstractBilevelProblem, inner_gradient
 from ._results import first_failure, RESULTS
+from ._stationarity import Stationarity, stationarity
 
 
 class SolutionSet(eqx.Module):
@@ -48,8 +48,8 @@ class SolutionSet(eqx.Module):
     problem: AbstractBilevelProblem
     x: PyTree[Array]
     y: PyTree[Array]
-    gradient: PyTree[Array]
-    hessian: lx.AbstractLinearOperator
+    # Where y is confined to a set, what that leaves of the gradient and of H.
+    at: Stationarity
     linear_solver: lx.AbstractLinearSolver
     state: Any
     # Whether it is a plane: whether the inner Hessian does not depend on y.
@@ -65,13 +65,21 @@ class SolutionSet(eqx.Module):
         self.problem, self.x, self.y = problem, x, y
         self.is_flat = not is_curved(problem, x, y)
         tags = {lx.positive_semidefinite_tag} | (set() if self.is_flat else {curved_tag})
-        self.gradient, self.hessian = gradient_and_hessian(problem, x, y, tags)
+        self.at = stationarity(problem, x, y, tags)
         self.linear_solver = linear_solver
         # Factorised once, for all products with the pseudoinverse. Their derivatives
         # are lineax's, and do not go through the factors.
         dynamic, static = eqx.partition(self.hessian, eqx.is_array)
         fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
         self.state = linear_solver.init(fixed, options={})
+
+    @property
+    def gradient(self) -> PyTree[Array]:
+        return self.at.residual
+
+    @property
+    def hessian(self) -> lx.AbstractLinearOperator:
+        return self.at.hessian
 
     def solve(self, vector: PyTree[Array]) -> tuple[PyTree[Array], RESULTS]:
         r"""$H^+ v$, and whether the solver found it."""

@@ -146,10 +146,10 @@ def solve(
                 "`solve(checkpoint_every=...)` says how often to save, and "
                 "`checkpoint`, the file to save in, is missing."
             )
-        solution, num_saved = program()
+        solution, num_saved, figures = program()
     else:
         every = _segment_length(checkpoint_every, num_steps, save_every)
-        solution, num_saved = program(pathlib.Path(checkpoint), every)
+        solution, num_saved, figures = program(pathlib.Path(checkpoint), every)
     if not is_traced(num_saved):
         # A run that ended early has fewer entries than were set aside for it.
         kept = int(num_saved)
@@ -158,7 +158,7 @@ def solve(
             lambda s: s.history, solution, history, is_leaf=lambda leaf: leaf is None
         )
     if throw:
-        solution = throw_if_failed(solution, solution.result, _describe)
+        solution = throw_if_failed(solution, solution.result, lambda: figures)
     return solution
 
 
@@ -171,26 +171,14 @@ def _check(
     y0: PyTree,
 ) -> None:
     """Asks of the shapes alone, and so once for all that have the same."""
-    del equilibrium
     check_problem(problem, x0, y0)
+    equilibrium.check_constraints(problem)
 
 
 def print_progress(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
     """The default line of `solve(..., progress=True)`."""
     figures = "  ".join(f"{k} {float(v):.3e}" for k, v in metrics.items())
     print(f"step {step:>{len(str(num_steps))}}/{num_steps}  {figures}", flush=True)
-
-
-def _describe(solution: Solution) -> str:
-    step = int(solution.stats["num_steps"])
-    if bool(solution.result == RESULTS.outer_max_steps_reached):
-        outer = float(solution.stats["outer_residual"])
-        inner = float(solution.stats["inner_residual"])
-        return (
-            f"After {step} outer steps the outer residual is {outer:.3g} and the inner "
-            f"residual {inner:.3g}."
-        )
-    return f"At outer step {step + 1}:"
 
 
 @typechecked
@@ -233,16 +221,22 @@ def _conclude(
     tolerance: ScalarLike | None,
     end: Progress,
     history: PyTree,
-) -> Solution:
-    """The solution that a run has ended with, certified."""
-    result = end.result
+) -> tuple[Solution, dict[str, Array]]:
+    """The solution that a run has ended with, certified; and the figures for the
+    sentence of a failure, which are those of a step that was undone.
+    """
+    result = end.verdict.result
     if tolerance is not None:
         in_time = RESULTS.where(
             end.converged, RESULTS.successful, RESULTS.outer_max_steps_reached
         )
         result = first_failure(result, in_time)
     x, y = end.state.x, end.state.y
-    return Solution(
+    figures = {**end.verdict.figures, "num_steps": end.num_steps}
+    if tolerance is not None:
+        figures["last_outer_residual"] = end.metrics["outer_residual"]
+        figures["last_inner_residual"] = end.metrics["inner_residual"]
+    solution = Solution(
         x=x,
         y=y,
         value=problem.outer(x, y),
@@ -252,6 +246,7 @@ def _conclude(
         stats={"num_steps": end.num_steps, **end.metrics},
         state=end.state,
     )
+    return solution, figures
 
 
 @eqx.filter_jit
@@ -265,12 +260,12 @@ def _solve(
     num_steps: int,
     tolerance: ScalarLike | None,
     *rest,
-) -> tuple[Solution, Int[Array, ""]]:
+) -> tuple[Solution, Int[Array, ""], dict[str, Array]]:
     end, history, num_saved = _advance(
         problem, equilibrium, x0, y0, pipeline, num_steps, tolerance, *rest
     )
-    solution = _conclude(problem, equilibrium, y0, tolerance, end, history)
-    return solution, num_saved
+    solution, figures = _conclude(problem, equilibrium, y0, tolerance, end, history)
+    return solution, num_saved, figures
 
 
 #
@@ -315,7 +310,7 @@ def _solve_in_segments(
     state: Any,
     path: pathlib.Path,
     every: int,
-) -> tuple[Solution, Array]:
+) -> tuple[Solution, Array, dict[str, Array]]:
     given = (problem, equilibrium, x0, y0, pipeline, key, state, tolerance)
     if any(is_traced(leaf) for leaf in jtu.tree_leaves(given)):
         raise ValueError(
@@ -364,10 +359,11 @@ def _solve_in_segments(
         done, saved = done + int(end.num_steps), saved + added
         end = eqx.tree_at(lambda p: p.num_steps, end, jnp.asarray(done))
         reached = _Segments(end, history)
-        if bool(end.result != RESULTS.successful):
+        if bool(end.verdict.failed):
             break
         write(path, reached, {"run": run_mark, "done": done, "saved": saved})
 
     assert reached is not None
-    solution = _finish(problem, equilibrium, y0, tolerance, reached.end, reached.history)
-    return solution, jnp.asarray(saved)
+    end, history = reached.end, reached.history
+    solution, figures = _finish(problem, equilibrium, y0, tolerance, end, history)
+    return solution, jnp.asarray(saved), figures

@@ -14,6 +14,7 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
+from ._decompositions import eigh
 from ._misc import (
     DENSE_SIZE,
     largest_magnitude,
@@ -55,7 +56,7 @@ def eigenbasis(
     n = operator.in_size()
     if n <= DENSE_SIZE:
         matrix = operator.as_matrix()
-        values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
+        values, vectors = eigh(0.5 * (matrix + matrix.T))
         return Eigenbasis(values, vectors)
     dtype = tree_dtype(operator.in_structure())
     # Never only `start`: what is orthogonal to it would not be seen.
@@ -107,7 +108,7 @@ def lanczos(
     exhausted = jnp.sum(basis**2, axis=1) == 0
     diagonal, off = jnp.where(exhausted, alphas[0], alphas), betas[:-1]
     tridiagonal = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
-    values, rotation = jnp.linalg.eigh(tridiagonal)
+    values, rotation = eigh(tridiagonal)
     return basis, values, rotation, betas[-1]
 
 

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -12,7 +12,13 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._custom_types import typechecked
 from .._misc import as_variables, is_traced, tree_norm
-from .._problem import AbstractBilevelProblem, check_problem
+from .._problem import (
+    AbstractBilevelProblem,
+    check_problem,
+    projection_x,
+    projection_y,
+    step_left,
+)
 from .._solution_set import SolutionSet
 
 
@@ -113,6 +119,21 @@ class AbstractEquilibrium(eqx.Module):
         """
         del problem, x, y
 
+    admits_constraints: ClassVar[bool] = False
+    """Whether it is defined, and certified, where y is confined to a set."""
+
+    def check_constraints(self, problem: AbstractBilevelProblem) -> None:
+        """Raises a `ValueError` if `problem` confines y and this concept cannot."""
+        if problem.project_y is not None and not self.admits_constraints:
+            raise ValueError(
+                f"`{type(self).__name__}` selects among the inner minima by the null "
+                "space of H, and where y is confined to a set (`project_y`) that does "
+                "not describe them. `Stackelberg()` (one inner minimum), `WarmStart()` "
+                "and `Nash()` know of constraints on y, and "
+                "`Pessimistic(within=projection)` takes one of its own. Constraints on "
+                "x are for all."
+            )
+
     @abc.abstractmethod
     def certify(
         self,
@@ -168,6 +189,7 @@ def certify(
     if y0 is not None:
         y0 = as_variables(y0, "y0")
     check_problem(problem, x, y)
+    equilibrium.check_constraints(problem)
     return equilibrium.certify(problem, x, y, y0)
 
 
@@ -182,7 +204,18 @@ def relative_gradient(
 def inner_residual(problem, x, y, what: str = "y is an inner minimum") -> dict:
     """The entry that all certificates have."""
     value, gradient = jax.value_and_grad(problem.inner, argnums=1)(x, y)
-    return {"inner": (relative_gradient(gradient, y, value), f"{what}: f_y = 0")}
+    project = projection_y(problem)
+    left = step_left(gradient, y, project)
+    equation = "f_y = 0" if project is None else "y = proj(y - f_y)"
+    return {"inner": (relative_gradient(left, y, value), f"{what}: {equation}")}
+
+
+def outer_residual(problem, x, gradient: PyTree[Array], value: Scalar, what: str) -> dict:
+    """The other: that of a gradient in x, less what the constraints on x take from it."""
+    project = projection_x(problem)
+    left = step_left(gradient, x, project)
+    where = "" if project is None else ", in its set: x = proj(x - that)"
+    return {"outer": (relative_gradient(left, x, value), what + where)}
 
 
 def require_start(y0, call: str, concept: str) -> None:

@@ -10,7 +10,7 @@ from .base import (
     Certificate,
     curved_notes,
     inner_residual,
-    relative_gradient,
+    outer_residual,
     require_start,
 )
 
@@ -52,8 +52,11 @@ class ColdStart(AbstractEquilibrium):
                     displacement.astray,
                     "it is the one nearest to y0: P_null (y - y0) = 0",
                 ),
-                "outer": (
-                    relative_gradient(hypergradient, x, value),
+                **outer_residual(
+                    problem,
+                    x,
+                    hypergradient,
+                    value,
                     "x is stationary for F(x, proj(y0, S(x)))",
                 ),
             },

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import lineax as lx
 
 from .._misc import depends_on, tree_norm, tree_struct
+from .._problem import projection_x, projection_y
 from .._spectrum import possible_decrease
-from .base import AbstractEquilibrium, Certificate, inner_residual, relative_gradient
+from .._stationarity import confined
+from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 
 
 class Nash(AbstractEquilibrium):
@@ -26,6 +28,7 @@ class Nash(AbstractEquilibrium):
     """
 
     warm: ClassVar[bool] = True
+    admits_constraints: ClassVar[bool] = True
 
     def certify(self, problem, x, y, y0):
         value, outer_x = jax.value_and_grad(problem.outer)(x, y)
@@ -35,15 +38,18 @@ class Nash(AbstractEquilibrium):
             {
                 **inner_residual(problem, x, y),
                 "inner gap": (
-                    gap(lambda y: problem.inner(x, y), y),
+                    gap(lambda y: problem.inner(x, y), y, projection_y(problem)),
                     "y gains nothing by moving, to second order",
                 ),
-                "outer": (
-                    relative_gradient(outer_x, x, value),
+                **outer_residual(
+                    problem,
+                    x,
+                    outer_x,
+                    value,
                     "x is stationary at this y: F_x = 0",
                 ),
                 "outer gap": (
-                    gap(lambda x: problem.outer(x, y), x),
+                    gap(lambda x: problem.outer(x, y), x, projection_x(problem)),
                     "x gains nothing by moving, to second order",
                 ),
             },
@@ -51,17 +57,20 @@ class Nash(AbstractEquilibrium):
         )
 
 
-def gap(objective, variables, hessian=None):
+def gap(objective, variables, project=None, hessian=None):
     r"""What a player could gain by moving alone: the decrease of the quadratic model of
     its objective within $\|s\| \le \max(1, \|v\|)$, relative to the objective.
 
-    Zero iff the gradient vanishes and no curvature is negative.
+    Zero iff the gradient vanishes and no curvature is negative. Where the player is
+    confined to a set: the gradient and the curvature that are left to it there.
     """
     value, gradient = jax.value_and_grad(objective)(variables)
     if hessian is None:
         _, product = jax.linearize(jax.grad(objective), variables)
         structure = tree_struct(variables)
         hessian = lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
+    if project is not None:
+        gradient, hessian, *_ = confined(gradient, hessian, variables, project)
     radius = jnp.maximum(1, tree_norm(variables))
     gain = possible_decrease(hessian, gradient, radius)
     return jnp.maximum(0, gain) / jnp.maximum(1, jnp.abs(value))

@@ -12,6 +12,7 @@ from .base import (
     Certificate,
     curved_notes,
     inner_residual,
+    outer_residual,
     relative_gradient,
 )
 
@@ -62,8 +63,11 @@ class Optimistic(AbstractEquilibrium):
                     negative_curvature(eigenbasis_within(S.project, W, outer_y)),
                     "nor to second order: F is not concave along S(x)",
                 ),
-                "outer": (
-                    relative_gradient(hypergradient, x, value),
+                **outer_residual(
+                    problem,
+                    x,
+                    hypergradient,
+                    value,
                     "x is stationary for min F over S(x): F_x - B^T H^+ F_y = 0",
                 ),
             },

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, ScalarLike
 
-from .._constrained import penalised_worst
 from .._linear_solver import Pseudoinverse
 from .._misc import (
     as_rate,
@@ -23,8 +22,10 @@ from .._misc import (
     tree_norm,
     tree_sub,
 )
+from .._problem import projection_x, step_left
 from .._solution_set import nearest_to, polished, SolutionSet
 from .._worst_case import danskin_gradient, WorstCase
+from .._worst_in_set import penalised_worst
 from .base import (
     AbstractEquilibrium,
     Certificate,
@@ -167,7 +168,8 @@ class Pessimistic(AbstractEquilibrium):
         def gradient(y):
             return danskin_gradient(problem, x, y, S, here.center, nu)
 
-        g, other = gradient(S.y), gradient(mirrored)
+        project = projection_x(problem)
+        g, other = (step_left(gradient(y), x, project) for y in (S.y, mirrored))
         # How much less bad the mirror image is, relative to the value.
         gap = jnp.maximum(0, value - problem.outer(x, mirrored))
         gap = gap / jnp.maximum(1, jnp.abs(value))
@@ -210,7 +212,9 @@ def _certify_in_set(problem, x, y, projection) -> Certificate:
     size = tree_norm(here.gradient)
     length = reach * jnp.maximum(1, tree_norm(x)) / nonzero(size)
     there = at(tree_axpy(-length, here.gradient, x))
-    between = nearest_to_zero(here.gradient, there.gradient)[0]
+    project = projection_x(problem)
+    left = (step_left(at.gradient, x, project) for at in (here, there))
+    between = nearest_to_zero(*left)[0]
     return Certificate(
         "a pessimistic equilibrium in a convex set",
         {

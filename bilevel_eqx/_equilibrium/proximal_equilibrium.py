@@ -23,9 +23,9 @@ from .._misc import (
     tree_struct,
 )
 from .._operators import cross_derivative_operator, HessianAt
-from .._problem import proximal
+from .._problem import projection_x, proximal
 from .._solution_set import SolutionSet
-from .base import AbstractEquilibrium, Certificate, inner_residual, relative_gradient
+from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 from .nash import gap
 
 
@@ -127,12 +127,20 @@ class ProximalEquilibrium(AbstractEquilibrium):
                     gap(lambda y: problem.inner(x, y), y),
                     "y gains nothing by moving, to second order",
                 ),
-                "outer": (
-                    relative_gradient(outer_x, x, value),
+                **outer_residual(
+                    problem,
+                    x,
+                    outer_x,
+                    value,
                     "x is stationary given the reply: F_x = 0",
                 ),
                 "outer gap": (
-                    gap(lambda x: problem.outer(x, reply), x, hessian),
+                    gap(
+                        lambda x: problem.outer(x, reply),
+                        x,
+                        projection_x(problem),
+                        hessian,
+                    ),
                     "x gains nothing by moving, reply included, to second order",
                 ),
             },

@@ -11,7 +11,7 @@ from .._operators import cross_derivative_operator, gradient_and_hessian
 from .._problem import AbstractLeastSquaresProblem, outer_gradients
 from .._solution_set import SolutionSet
 from .._spectrum import eigenbasis
-from .base import AbstractEquilibrium, Certificate, inner_residual, relative_gradient
+from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 
 
 class Stackelberg(AbstractEquilibrium):
@@ -29,8 +29,12 @@ class Stackelberg(AbstractEquilibrium):
     """
 
     warm: ClassVar[bool] = True
+    admits_constraints: ClassVar[bool] = True
 
     def check(self, problem, x, y):
+        if problem.project_y is not None:
+            # What is flat without the constraints need not be so where they are active.
+            return
         count = _too_few_squares(problem, x, y)
         if count is not None:
             why = f"its inner objective is a sum of {count[0]} squares of {count[1]}"
@@ -49,8 +53,9 @@ class Stackelberg(AbstractEquilibrium):
         S = SolutionSet(problem, x, y)
         value, outer_x, outer_y = outer_gradients(problem, x, y)
         B = cross_derivative_operator(problem, x, y)
-        hypergradient = tree_sub(outer_x, B.T.mv(S.pinv(outer_y)))
-        values = eigenbasis(S.hessian).values
+        outer_y = S.at.along(outer_y)
+        hypergradient = tree_sub(outer_x, S.at.cross(B).T.mv(S.pinv(outer_y)))
+        values = eigenbasis(S.at.stiffened()).values
         lowest, largest = jnp.min(values), jnp.max(jnp.abs(values))
         threshold = _threshold(largest)
         share = lowest / nonzero(threshold)
@@ -62,8 +67,11 @@ class Stackelberg(AbstractEquilibrium):
                     1 - jnp.clip(share, 0, 1),
                     "there is no other inner minimum nearby: H is positive definite",
                 ),
-                "outer": (
-                    relative_gradient(hypergradient, x, value),
+                **outer_residual(
+                    problem,
+                    x,
+                    hypergradient,
+                    value,
                     "x is stationary: F_x - B^T H^-1 F_y = 0",
                 ),
             },

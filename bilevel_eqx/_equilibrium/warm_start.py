@@ -9,7 +9,7 @@ from .._misc import as_rate, check_positive, tree_sub
 from .._operators import cross_derivative_operator, is_nonzero
 from .._problem import outer_gradients, proximal
 from .._solution_set import SolutionSet
-from .base import AbstractEquilibrium, Certificate, inner_residual, relative_gradient
+from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 
 
 def _zero_or_rate(epsilon):
@@ -41,6 +41,7 @@ class WarmStart(AbstractEquilibrium):
     """
 
     warm: ClassVar[bool] = True
+    admits_constraints: ClassVar[bool] = True
     epsilon: ScalarLike = eqx.field(converter=_zero_or_rate, default=0.0)
 
     def __check_init__(self):
@@ -57,14 +58,18 @@ class WarmStart(AbstractEquilibrium):
         answering = proximal(problem, y, self.epsilon) if self.partial else problem
         S = SolutionSet(answering, x, y)
         B = cross_derivative_operator(problem, x, y)
-        hypergradient = tree_sub(outer_x, B.T.mv(S.pinv(outer_y)))
+        outer_y = S.at.along(outer_y)
+        hypergradient = tree_sub(outer_x, S.at.cross(B).T.mv(S.pinv(outer_y)))
         name = "(H + epsilon I)^-1" if self.partial else "H^+"
         return Certificate(
             "a partial warm start" if self.partial else "a full warm start",
             {
                 **inner_residual(problem, x, y, "y is its own answer"),
-                "outer": (
-                    relative_gradient(hypergradient, x, value),
+                **outer_residual(
+                    problem,
+                    x,
+                    hypergradient,
+                    value,
                     f"x is stationary through it: F_x - B^T {name} F_y = 0",
                 ),
             },

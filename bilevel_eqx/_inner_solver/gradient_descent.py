@@ -17,6 +17,9 @@ class GradientDescent(optx.AbstractMinimiser[Any, Any, Int[Array, ""]]):
 
     From $y_0$ on a quadratic it tends to the projection of $y_0$ on the set of minima,
     $\Pi(y_0, S(x))$: this is the implicit bias that makes a cold start one.
+
+    Where the problem confines y to a set, each step is projected on it (the option
+    `projection` of `optimistix.minimise`).
     """
 
     step_size: ScalarLike = eqx.field(converter=as_rate)
@@ -48,7 +51,9 @@ class GradientDescent(optx.AbstractMinimiser[Any, Any, Int[Array, ""]]):
 
     def step(self, fn, y, args, options, state, tags):
         gradient, aux = jax.grad(fn, has_aux=True)(y, args)
-        return tree_axpy(-jnp.asarray(self.step_size), gradient, y), state + 1, aux
+        y = tree_axpy(-jnp.asarray(self.step_size), gradient, y)
+        projection = options.get("projection")
+        return y if projection is None else projection(y), state + 1, aux
 
     def terminate(self, fn, y, args, options, state, tags):
         return state >= self.num_steps, optx.RESULTS.successful

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, ScalarLike
 
+from .._decompositions import eigh
 from .._misc import (
     as_rate,
     check_count,
@@ -83,7 +84,7 @@ class Neumann(lx.AbstractLinearSolver):
         many = is_traced(self.num_terms) or self.num_terms > _MANY_TERMS
         small = operator.in_size() <= _SMALL
         if many and small and lx.is_symmetric(operator):
-            eigenvalues, vectors = jnp.linalg.eigh(operator.as_matrix())
+            eigenvalues, vectors = eigh(operator.as_matrix())
             return _Spectrum(eigenvalues, vectors)
         return lx.linearise(operator)
 

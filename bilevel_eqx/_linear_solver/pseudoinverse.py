@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Scalar
 
+from .._decompositions import eigh, inv, qr, svd
 from .._misc import (
     check_count,
     DENSE_SIZE,
@@ -130,10 +131,10 @@ def _svd(matrix: Float[Array, "m n"]):
     """A thin singular value decomposition, by way of QR where that is much cheaper."""
     m, n = matrix.shape
     if n > 2 * m:
-        orthogonal, triangular = jnp.linalg.qr(matrix.T)
-        left, values, right = jnp.linalg.svd(triangular.T, full_matrices=False)
+        orthogonal, triangular = qr(matrix.T)
+        left, values, right = svd(triangular.T)
         return left, values, right @ orthogonal.T
-    return jnp.linalg.svd(matrix, full_matrices=False)
+    return svd(matrix)
 
 
 class _Structure:
@@ -178,7 +179,7 @@ class _DenseInverse(eqx.Module):
 def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
     matrix = _as_matrix(operator)
     if lx.is_symmetric(operator):
-        values, vectors = jnp.linalg.eigh(matrix)
+        values, vectors = eigh(matrix)
         left, right = vectors, vectors.T
     else:
         left, values, right = _svd(matrix)
@@ -230,7 +231,7 @@ def _dense_factor_inverse(operator: LeastSquaresHessian, rcond) -> _DenseFactorI
 
         reduced = right @ jax.vmap(product)(right).T - jnp.diag(values**2)
         curvature = reciprocal[:, None] * reduced * reciprocal[None, :]
-        uncurving = jnp.linalg.inv(jnp.eye(values.size, dtype=values.dtype) + curvature)
+        uncurving = inv(jnp.eye(values.size, dtype=values.dtype) + curvature)
     else:
         uncurving = None
     return _DenseFactorInverse(right, reciprocal, uncurving, jnp.sum(keep))

@@ -15,6 +15,7 @@ from .._misc import (
     tree_dot,
     tree_dtype,
     tree_max,
+    tree_norm,
     tree_scale,
     tree_size,
     tree_where,
@@ -42,15 +43,16 @@ class TruncatedCG(lx.AbstractLinearSolver):
     hypergradient in an overparameterised problem, there comes a direction without
     curvature, and there the textbook method divides zero by zero. That direction is the
     part of $b$ in the null space. It is taken out of the residual, and the iteration goes
-    on from there: after at most $2 r + 1$ steps, with $r$ the rank, $B^\top q$ is
-    exact. With fewer steps the residual may have grown instead, and the result is then
-    `RESULTS.stagnation`.
+    on from there: in exact arithmetic $B^\top q$ is exact after at most $2 r + 1$ steps,
+    with $r$ the rank. With fewer steps the residual may have grown instead, and the
+    result is then `RESULTS.stagnation`.
 
     It supports the option `rtol` of `lineax.linear_solve`: a relative residual at which
     to stop before rounding error.
 
     All three tests compare like with like, so that scaling $H$ or $b$ changes nothing.
-    `stats` has `num_steps`, the relative `residual`, and `negative_curvature`.
+    `stats` has `num_steps`; the relative `residual`, with what rounding may have added to
+    it; `negative_curvature`, and the `curvature` along the last direction.
 
     !!! warning
 
@@ -76,7 +78,11 @@ class TruncatedCG(lx.AbstractLinearSolver):
     def compute(self, state, vector, options):
         operator = state
         dtype = tree_dtype(vector)
-        eps = jnp.finfo(dtype).eps
+        # The rounding of the narrowest type among the leaves: no residual is below it.
+        eps = max(float(jnp.finfo(u.dtype).eps) for u in jtu.tree_leaves(vector))
+        # Halfway, in digits, between what rounding makes of no curvature at all and what
+        # the residual can do without: a step along less would cost it its last digits.
+        flatness = eps ** (2 / 3)
         rtol = jnp.maximum(jnp.asarray(options.get("rtol", 0), dtype), eps)
         # Of order one, so that no square below overflows or underflows.
         scale = tree_max(vector)
@@ -84,29 +90,31 @@ class TruncatedCG(lx.AbstractLinearSolver):
         rr0 = tree_dot(b, b)
 
         def unfinished(carry):
-            num_steps, _, _, _, _, _, stop, _ = carry
+            num_steps, *_, stop = carry
             return ~stop & (num_steps < self.num_steps)
 
         def step(carry):
-            num_steps, q, r, p, rr, largest, _, _ = carry
+            num_steps, q, r, p, rr, largest, longest, _, _ = carry
             Hp = operator.mv(p)
             pp = tree_dot(p, p)
             curvature = tree_dot(p, Hp) / pp
             largest = jnp.maximum(largest, jnp.abs(curvature))
             # `<=`, and so true for the zero operator, whose largest curvature is zero.
-            flat = jnp.abs(curvature) <= 8 * eps * largest
+            flat = jnp.abs(curvature) <= flatness * largest
             # NaN too is worse than flat.
             bad = ~flat & ~(curvature > 0)
             step_size = jnp.where(flat | bad, 0, rr / (pp * curvature))
             q = tree_axpy(step_size, p, q)
+            longest = jnp.maximum(longest, step_size * jnp.sqrt(pp))
             # Along a flat direction no step is taken, and b loses its share of it.
             share = jnp.where(flat, tree_dot(r, p) / pp, 0)
             r = tree_axpy(-step_size, Hp, r)
-            r = jtu.tree_map(lambda u, v: jnp.where(flat, u - share * v, u), r, p)
+            r = tree_where(flat, tree_axpy(-share, p, r), r)
             new_rr = tree_dot(r, r)
             p = tree_axpy(jnp.where(flat, 0, new_rr / rr), p, r)
             converged = new_rr <= rtol**2 * rr0
-            return num_steps + 1, q, r, p, new_rr, largest, bad | converged, bad
+            stop = bad | converged
+            return num_steps + 1, q, r, p, new_rr, largest, longest, curvature, stop
 
         zero = jnp.zeros((), dtype)
         carry = (
@@ -116,15 +124,20 @@ class TruncatedCG(lx.AbstractLinearSolver):
             b,
             rr0,
             zero,
+            zero,
+            zero,
             rr0 == 0,
-            jnp.array(False),
         )
         out = jax.lax.while_loop(unfinished, step, carry)
-        num_steps, q, r, _, _, _, _, bad = out
-        residual = relative(r, b)
+        num_steps, q, r, _, _, largest, longest, curvature, _ = out
+        bad = ~(curvature >= -flatness * largest)
+        # What a long step has added to the residual, and its recursion does not see.
+        rounding = eps * largest * longest / nonzero(tree_norm(b))
+        residual = jnp.maximum(relative(r, b), rounding)
         stats = {
             "num_steps": num_steps,
             "residual": residual,
+            "curvature": curvature,
             "negative_curvature": bad,
         }
         # With a singular H and too few steps the residual can only grow.

@@ -17,9 +17,9 @@ from .._misc import (
     tree_cast,
     tree_norm,
 )
-from .._problem import inner_gradient
+from .._problem import inner_gradient, projection_x, projection_y, step_left
 from .._response import AbstractResponse, Implicit, Unrolled
-from .._results import first_failure, RESULTS
+from .._results import figures_of, first_failure, RESULTS, Verdict, verdict_where
 from .base import AbstractPipeline
 
 
@@ -33,7 +33,7 @@ class GradientState(eqx.Module):
     anchor: PyTree[Array]
     value: Scalar
     gradient: PyTree[Array]
-    result: RESULTS
+    verdict: Verdict
     outer_state: Any
     inner_state: Any
     key: PRNGKeyArray
@@ -65,6 +65,12 @@ class GradientPipeline(AbstractPipeline[GradientState]):
     - cold start: `GradientPipeline(Implicit(...), optax.sgd(alpha))` with
         [`bilevel_eqx.ColdStart`][].
 
+    Where x is confined to a set (`project_x`) each step is projected on it. Gradient
+    descent, with momentum or without, is made for that, and so is
+    [`bilevel_eqx.spectral_projected_gradient`][]. Optimisers that scale or turn the
+    gradient, such as Adam or L-BFGS, come to rest elsewhere unless the set is a box, and
+    L-BFGS even then; the certificate shows it.
+
     Where the follower unrolls, its optimiser's state is carried along with y, and a
     response that unrolls the same optimiser looks ahead from that state.
     """
@@ -88,7 +94,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             anchor=y,
             value=jnp.zeros(()),
             gradient=x,
-            result=RESULTS.successful,
+            verdict=Verdict(RESULTS.successful, figures_of(x, {})),
             outer_state=self.optimiser.init(x),
             inner_state=mover.init(problem, x, y) if equilibrium.warm else None,
             key=key,
@@ -96,8 +102,8 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         )
         state = self._respond(problem, equilibrium, state)
         if not reaches_outer(problem, x, y, self.response):
-            result = first_failure(state.result, RESULTS.zero_hypergradient)
-            state = eqx.tree_at(lambda s: s.result, state, result)
+            result = first_failure(state.verdict.result, RESULTS.zero_hypergradient)
+            state = eqx.tree_at(lambda s: s.verdict.result, state, result)
         return state
 
     def step(self, problem, equilibrium, state):
@@ -116,6 +122,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             value=state.value,
             gradient=state.gradient,
             value_fn=value_fn,
+            project=projection_x(problem),
         )
         state = eqx.tree_at(
             lambda s: (s.x, s.outer_state, s.num_steps),
@@ -126,19 +133,22 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             anchor = state.y if equilibrium.warm else state.y0
             answer = self.follower(problem, x, anchor, state.inner_state)
             inner_state = answer.state if equilibrium.warm else None
-            result = first_failure(state.result, answer.result)
+            verdict = Verdict(answer.result, figures_of(x, answer.stats))
+            verdict = verdict_where(state.verdict.failed, state.verdict, verdict)
             state = eqx.tree_at(
-                lambda s: (s.y, s.inner_state, s.result),
+                lambda s: (s.y, s.inner_state, s.verdict),
                 state,
-                (answer.y, inner_state, result),
+                (answer.y, inner_state, verdict),
                 is_leaf=lambda leaf: leaf is None,
             )
         state = self._respond(problem, equilibrium, state)
         metrics = {
             "value": state.value,
-            "outer_residual": tree_norm(state.gradient),
+            "outer_residual": tree_norm(
+                step_left(state.gradient, state.x, projection_x(problem))
+            ),
             "inner_residual": self._inner_residual(problem, equilibrium, state),
-            "result": state.result,
+            "result": state.verdict,
         }
         return state, metrics
 
@@ -151,6 +161,8 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         ):
             carried = None
         out, inner_state = _respond(problem, state.x, anchor, self.response, carried)
+        parts = {"value": out.value, "gradient": out.gradient}
+        verdict = Verdict(out.result, figures_of(state.x, out.stats, **parts))
         y = out.y
         if self.follower is not None:
             y, inner_state = state.y, state.inner_state
@@ -163,7 +175,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             anchor=anchor,
             value=out.value,
             gradient=out.gradient,
-            result=first_failure(state.result, out.result),
+            verdict=verdict_where(state.verdict.failed, state.verdict, verdict),
             outer_state=state.outer_state,
             inner_state=inner_state,
             key=state.key,
@@ -177,7 +189,8 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             # y is a function of x, computed anew each time: it cannot lag behind, and
             # what an unrolled response leaves undone is not for it to do.
             return jnp.zeros_like(state.value)
-        return tree_norm(inner_gradient(problem, state.x, state.y))
+        slope = inner_gradient(problem, state.x, state.y)
+        return tree_norm(step_left(slope, state.y, projection_y(problem)))
 
 
 GradientPipeline.__init__.__doc__ = """**Arguments:**

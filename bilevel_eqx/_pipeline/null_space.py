@@ -26,9 +26,20 @@ from .._misc import (
     tree_sub,
 )
 from .._operators import cross_derivative_operator
-from .._problem import AbstractBilevelProblem, outer_gradients
+from .._problem import (
+    AbstractBilevelProblem,
+    outer_gradients,
+    projection_x,
+    step_left,
+)
 from .._response import Implicit, MinimumDisplacement
-from .._results import finite_or_not, first_failure, RESULTS
+from .._results import (
+    figures_of,
+    finite_or_not,
+    first_failure,
+    Verdict,
+    verdict_where,
+)
 from .._solution_set import select, SolutionSet
 from .._worst_case import find_worst
 from .base import AbstractPipeline
@@ -40,7 +51,7 @@ class SelectedValue(eqx.Module):
     y: PyTree[Array]
     value: Scalar
     gradient: PyTree[Array]
-    result: RESULTS
+    verdict: Verdict
     # Zero iff y is an inner minimum, and the one that was to be selected.
     residual: Scalar
 
@@ -108,13 +119,17 @@ class _AbstractValueDescent(AbstractPipeline[NullSpaceState]):
             value=state.selected.value,
             gradient=state.selected.gradient,
             value_fn=value_fn,
+            project=projection_x(problem),
         )
         selected = _select(self, problem, equilibrium, x, state.y, state.y0)
+        before = state.selected.verdict
         metrics = {
             "value": selected.value,
-            "outer_residual": tree_norm(selected.gradient),
+            "outer_residual": tree_norm(
+                step_left(selected.gradient, x, projection_x(problem))
+            ),
             "inner_residual": selected.residual,
-            "result": first_failure(state.selected.result, selected.result),
+            "result": verdict_where(before.failed, before, selected.verdict),
         }
         num_steps = state.num_steps + 1
         state = NullSpaceState(
@@ -161,8 +176,11 @@ class NullSpaceDescent(_AbstractValueDescent):
         q, q_result = S.solve(outer_y)
         gradient = tree_sub(outer_x, cross_derivative_operator(problem, x, y).T.mv(q))
         result = first_failure(result, q_result, finite_or_not((value, gradient, y)))
-        residual = jnp.hypot(tree_norm(S.gradient), tree_norm(S.project(outer_y)))
-        return SelectedValue(y, value, gradient, result, residual)
+        inner = tree_norm(S.gradient)
+        stats = {"inner_residual": inner}
+        figures = figures_of(x, stats, value=value, gradient=gradient)
+        residual = jnp.hypot(inner, tree_norm(S.project(outer_y)))
+        return SelectedValue(y, value, gradient, Verdict(result, figures), residual)
 
 
 class NullSpaceAscent(_AbstractValueDescent):
@@ -192,7 +210,7 @@ class NullSpaceAscent(_AbstractValueDescent):
         nearest = MinimumDisplacement(
             self.solver, self.linear_solver, selection_tolerance=None
         )
-        center, result, _ = nearest.nearest(problem, x, y0)
+        center, result, stats = nearest.nearest(problem, x, y0)
         rounding = float(jnp.finfo(tree_dtype(y)).eps) ** 0.8
         worst = find_worst(
             problem,
@@ -204,8 +222,10 @@ class NullSpaceAscent(_AbstractValueDescent):
             rounding,
         )
         finite = finite_or_not((worst.value, worst.gradient, worst.y))
-        result = first_failure(result, finite)
-        return SelectedValue(worst.y, worst.value, worst.gradient, result, worst.residual)
+        value, gradient = worst.value, worst.gradient
+        figures = figures_of(x, stats, value=value, gradient=gradient)
+        verdict = Verdict(first_failure(result, finite), figures)
+        return SelectedValue(worst.y, value, gradient, verdict, worst.residual)
 
 
 NullSpaceDescent.__init__.__doc__ = """**Arguments:**

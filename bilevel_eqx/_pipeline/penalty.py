@@ -24,7 +24,7 @@ from .._misc import (
     tree_sub,
 )
 from .._operators import is_turning
-from .._problem import inner_gradient, outer_gradients
+from .._problem import inner_gradient, outer_gradients, projection_x, step_left
 from .._results import finite_or_not
 from .base import AbstractPipeline
 
@@ -146,10 +146,11 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
             value=value,
             gradient=gradient,
             value_fn=lambda x: problem.outer(x, y),
+            project=projection_x(problem),
         )
         metrics = {
             "value": value,
-            "outer_residual": tree_norm(gradient),
+            "outer_residual": tree_norm(step_left(gradient, x, projection_x(problem))),
             "inner_residual": tree_norm(inner_gradient(problem, x, y)),
             "result": finite_or_not((x, y, value)),
         }

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._equilibrium import Nash, ProximalEquilibrium
 from .._misc import nonzero, tree_axpy, tree_dtype, tree_norm, tree_scale, tree_sub
-from .._problem import inner_gradient
+from .._problem import inner_gradient, projection_x, projection_y, step_left
 from .._results import finite_or_not
 from .base import AbstractPipeline
 
@@ -41,11 +41,12 @@ class _AbstractPlay(AbstractPipeline[PlayState]):
     r"""Each player descends its own objective, from an average of where it was:
 
     $$\bar z \leftarrow \frac{(\varphi - 1) z + \bar z}{\varphi}, \qquad
-    z \leftarrow \bar z - \lambda\, v(z), \qquad v = (F_x, f_y).$$
+    z \leftarrow \Pi(\bar z - \lambda\, v(z)), \qquad v = (F_x, f_y).$$
 
     Plain descent, from $z$ itself, cycles or diverges on as simple a game as $F = x y$,
     $f = -x y$. The average damps that. The rate $\lambda$ is the reciprocal of a
-    local Lipschitz constant of $v$, measured along the way.
+    local Lipschitz constant of $v$, measured along the way. $\Pi$ is the projection on
+    the sets that x and y are confined to, if they are.
     """
 
     alternating: eqx.AbstractVar[bool] | eqx.AbstractClassVar[bool]
@@ -81,16 +82,21 @@ class _AbstractPlay(AbstractPipeline[PlayState]):
         grown = _GROWTH * state.rate
         rate = jnp.where(moved & ~unchanged, jnp.minimum(grown, allowed), state.rate)
         x_field, y_field = state.field
+        project_x, project_y = projection_x(problem), projection_y(problem)
         x = tree_axpy(-rate, x_field, average[0])
+        x = x if project_x is None else project_x(x)
         if self.alternating:
             _, y_field = self.field(problem, equilibrium, x, state.y)
         y = tree_axpy(-rate, y_field, average[1])
+        y = y if project_y is None else project_y(y)
         field = self.field(problem, equilibrium, x, y)
         value = problem.outer(x, y)
         metrics = {
             "value": value,
-            "outer_residual": tree_norm(field[0]),
-            "inner_residual": tree_norm(inner_gradient(problem, x, y)),
+            "outer_residual": tree_norm(step_left(field[0], x, project_x)),
+            "inner_residual": tree_norm(
+                step_left(inner_gradient(problem, x, y), y, project_y)
+            ),
             "result": finite_or_not((x, y, value, field)),
         }
         state = PlayState(

@@ -23,7 +23,7 @@ from .._misc import (
     tree_norm,
     tree_sub,
 )
-from .._problem import inner_gradient, outer_gradients
+from .._problem import inner_gradient, outer_gradients, projection_x, step_left
 from .._results import finite_or_not
 from .base import AbstractPipeline
 
@@ -103,6 +103,7 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
         return ValueFunctionState(x, y, direction, value, rate, outer_state, count)
 
     def step(self, problem, equilibrium, state):
+        project = projection_x(problem)
         (x, y), outer_state = optimiser_step(
             self._optimiser(state.rate),
             (state.x, state.y),
@@ -110,11 +111,14 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
             value=state.value,
             gradient=state.direction,
             value_fn=lambda variables: problem.outer(*variables),
+            project=project and (lambda xy: (project(xy[0]), xy[1])),
         )
         value, direction = self._direction(problem, x, y)
         metrics = {
             "value": value,
-            "outer_residual": tree_norm(direction),
+            "outer_residual": tree_norm(
+                (step_left(direction[0], x, project), direction[1])
+            ),
             "inner_residual": tree_norm(inner_gradient(problem, x, y)),
             "result": finite_or_not((x, y, value)),
         }

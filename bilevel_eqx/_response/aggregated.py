@@ -13,8 +13,9 @@ from .._misc import (
     largest_curvature,
     nonzero,
     tree_axpy,
+    tree_dtype,
 )
-from .._problem import inner_gradient, outer_gradients
+from .._problem import inner_gradient, outer_gradients, projection_y
 from .._results import RESULTS
 from .base import AbstractResponse
 from .unrolled import differentiated, repeat
@@ -71,6 +72,7 @@ class Aggregated(AbstractResponse):
         return through_inner or through_outer
 
     def _unroll(self, problem, x, anchor):
+        project = projection_y(problem)
         x_fixed = jax.lax.stop_gradient(x)
         inner_step, outer_step = self.inner_step_size, self.outer_step_size
         if inner_step is None:
@@ -86,9 +88,10 @@ class Aggregated(AbstractResponse):
             by_outer = mixing * jnp.asarray(outer_step, dtype) / (count + 1)
             by_inner = (1 - mixing) * jnp.asarray(inner_step, dtype)
             y = tree_axpy(-by_inner, inner_gradient(problem, x, y), y)
-            return (tree_axpy(-by_outer, outer_y, y), count + 1), None
+            y = tree_axpy(-by_outer, outer_y, y)
+            return (y if project is None else project(y), count + 1), None
 
-        zero = jnp.zeros((), jnp.float32)
+        zero = jnp.zeros((), tree_dtype(anchor))
         return repeat(step, (anchor, zero), self.num_steps, "checkpointed")[0]
 
 

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 
-from .._inner_solver import GradientDescent
+from .._inner_solver import GradientDescent, ProjectedGradient
 from .._linear_solver import IdentityInverse, Neumann, Pseudoinverse, TruncatedCG
 from .._linear_solver.misc import relative
 from .._misc import (
@@ -17,6 +17,7 @@ from .._misc import (
     check_type,
     depends_on,
     nonzero,
+    tree_axpy,
     tree_dot,
     tree_norm,
     tree_scale,
@@ -25,15 +26,12 @@ from .._misc import (
 from .._operators import (
     cross_derivative_operator,
     curved_tag,
-    gradient_and_hessian,
     HessianAt,
     is_curved,
 )
-from .._problem import (
-    closure_converted,
-    inner_gradient,
-)
+from .._problem import closure_converted, inner_gradient, projection_y
 from .._results import first_failure, RESULTS
+from .._stationarity import stationarity
 from .base import AbstractResponse, Response
 
 
@@ -57,6 +55,17 @@ class Implicit(AbstractResponse):
     Jacobian does not, and the derivative with respect to the anchor is zero by
     definition. Where the features move with x, $-H^+ B$ is the derivative of the warm
     response, $\Pi(y, S(x))$ from the current $y$, and not quite that of the cold one.
+
+    Where y is confined to a set (`project_y`), the solution is that in the set, and with
+    $D$ the derivative of the projection, at a step $t$ down the gradient from y,
+
+    $$\frac{\partial y^*}{\partial x} = -D K^+ D B, \qquad
+    K = D H D + \tfrac1t (D - D^2):$$
+
+    at an active bound y does not move. $K$ is singular there: use
+    [`bilevel_eqx.Pseudoinverse`][], [`bilevel_eqx.TruncatedCG`][] or
+    [`bilevel_eqx.Neumann`][]. Where a bound is active and its multiplier zero, y has a
+    kink, and no derivative.
 
     ??? cite "References"
 
@@ -85,12 +94,15 @@ class Implicit(AbstractResponse):
 
     def __call__(self, problem, x, anchor, state=None):
         y, result, stats = self.minimum(problem, x, anchor)
-        gradient, H = gradient_and_hessian(problem, x, y, self._tags(problem, x, y))
-        B = cross_derivative_operator(problem, x, y)
+        at = stationarity(problem, x, y, self._tags(problem, x, y))
+        B = at.cross(cross_derivative_operator(problem, x, y))
+        H, D = at.hessian, at.tangent
         jacobian = -(lx.invert(H, self.linear_solver) @ B)
-        result = self.judge(result, anchor, y, gradient, H)
-        stats["inner_residual"] = tree_norm(gradient)
-        pullback = _Pullback(H, B, self.linear_solver)
+        if D is not None:
+            jacobian = D @ jacobian
+        result = self.judge(result, anchor, y, at.residual, at.free_hessian)
+        stats["inner_residual"] = tree_norm(at.residual)
+        pullback = ImplicitPullback(H, B, D, self.linear_solver)
         return Response(y, jacobian, result, stats, pullback)
 
     def best_response(self, problem, x, anchor):
@@ -109,14 +121,24 @@ class Implicit(AbstractResponse):
         """The point that the inner solver ends at, whether it is finite, and `stats`."""
         if self.solver is None:
             return anchor, RESULTS.successful, {}
-        # Gradient descent has a number of steps of its own.
-        max_steps = None if isinstance(self.solver, GradientDescent) else self.max_steps
+        if problem.project_y is not None and not isinstance(self.solver, _projecting):
+            names = " or ".join(f"`{kind.__name__}`" for kind in _projecting)
+            raise ValueError(
+                "The inner variables of this problem are confined to a set "
+                f"(`project_y`), of which `{type(self.solver).__name__}` knows nothing: "
+                f"use {names}, or `Unrolled` with an optax optimiser."
+            )
+        # These have a number of steps of their own.
+        max_steps = None if isinstance(self.solver, _projecting) else self.max_steps
         solution = optx.minimise(
             _inner_objective,
             self.solver,
             anchor,
             args=(problem, x),
-            options={"hessian": HessianAt(problem, x)},
+            options={
+                "hessian": HessianAt(problem, x),
+                "projection": projection_y(problem),
+            },
             max_steps=max_steps,
             throw=False,
         )
@@ -165,20 +187,36 @@ Implicit.__init__.__doc__ = """**Arguments:**
 """
 
 
+# The inner solvers that keep to a set.
+_projecting = (ProjectedGradient, GradientDescent)
+
+
 def _inner_objective(y, args):
     problem, x = args
     return problem.inner(x, y)
 
 
-class _Pullback(eqx.Module):
-    r"""$u \mapsto J^\top u = -B^\top H^{-1} u$. H is symmetric."""
+class ImplicitPullback(eqx.Module):
+    r"""$u \mapsto J^\top u = -B^\top H^{-1} u$; with constraints,
+    $-(D B)^\top K^+ D u$. H and K are symmetric."""
 
     hessian: lx.AbstractLinearOperator
     cross: lx.AbstractLinearOperator
+    tangent: lx.AbstractLinearOperator | None
     linear_solver: lx.AbstractLinearSolver
 
     def __call__(self, u):
-        H, B = self.hessian, self.cross
+        q, result, stats = self.adjoint(u)
+        return self.apply(q), result, stats
+
+    def apply(self, q):
+        return tree_scale(-1, self.cross.T.mv(q))
+
+    def adjoint(self, u):
+        """$q = H^{-1} u$, as far as the linear solver gets; whether it does; figures."""
+        H = self.hessian
+        if self.tangent is not None:
+            u = self.tangent.mv(u)
         solve = lx.linear_solve(H, u, self.linear_solver, throw=False)
         q, stats = solve.value, solve.stats
         result = self._explain(solve.result)
@@ -194,7 +232,7 @@ class _Pullback(eqx.Module):
         # Some solvers report a bound that they do not have as `None`.
         arrays = eqx.filter(stats, eqx.is_array)
         stats = {f"linear_{k}": v for k, v in arrays.items() if v is not None}
-        return tree_scale(-1, B.T.mv(q)), result, stats
+        return q, result, stats
 
     def _explain(self, result: lx.RESULTS) -> RESULTS:
         """Our words for the failure of a linear solve, where we know more."""
@@ -228,8 +266,8 @@ _FOREIGN_TOLERANCE = 1e-2
 @eqx.filter_custom_jvp
 def _argmin(response: Implicit, problem, x, anchor):
     y, result, _ = response.minimum(problem, x, anchor)
-    gradient, hessian = gradient_and_hessian(problem, x, y)
-    return y, response.judge(result, anchor, y, gradient, hessian)
+    at = stationarity(problem, x, y)
+    return y, response.judge(result, anchor, y, at.residual, at.free_hessian)
 
 
 @_argmin.def_jvp
@@ -240,10 +278,22 @@ def _argmin_jvp(primals, tangents):
     # second derivatives are right.
     y, result = _argmin(response, problem, x, anchor)
 
-    def stationarity(problem, x):
-        return inner_gradient(problem, x, y)
+    at = stationarity(problem, x, y, response._tags(problem, x, y))
+    t = at.step_size
 
-    _, t_gradient = eqx.filter_jvp(stationarity, (problem, x), (t_problem, t_x))
-    _, H = gradient_and_hessian(problem, x, y, response._tags(problem, x, y))
-    t_y = tree_scale(-1, lx.linear_solve(H, t_gradient, response.linear_solver).value)
+    def step(problem, x):
+        gradient, project = inner_gradient(problem, x, y), projection_y(problem)
+        return gradient if project is None else project(tree_axpy(-t, gradient, y))
+
+    _, moved = eqx.filter_jvp(step, (problem, x), (t_problem, t_x))
+
+    def solve(vector):
+        return lx.linear_solve(at.hessian, vector, response.linear_solver).value
+
+    if at.tangent is None:
+        t_y = tree_scale(-1, solve(moved))
+    else:
+        # The set may move too, with the problem's leaves, and y with it.
+        left = tree_axpy(-1, at.free_hessian.mv(moved), tree_scale(1 / t, moved))
+        t_y = tree_axpy(1, at.along(solve(at.along(left))), moved)
     return (y, result), (t_y, jtu.tree_map(lambda _: None, result))

@@ -137,6 +137,13 @@ class MinimumDisplacement(AbstractResponse):
 
     def nearest(self, problem, x, anchor):
         """The nearest point, what is known around it, and whether it is one."""
+        if problem.project_y is not None:
+            raise ValueError(
+                "`MinimumDisplacement` looks for the nearest inner minimum along the "
+                "null space of H, and where y is confined to a set (`project_y`) that "
+                "does not lead there. Use `Implicit` with `ProjectedGradient`, or "
+                "`Unrolled`."
+            )
         implicit = self._implicit()
         y, result, stats = implicit.minimum(problem, x, anchor)
         displacement, num_steps = nearest_to(

@@ -23,7 +23,7 @@ from .._misc import (
     tree_dtype,
     tree_struct,
 )
-from .._problem import inner_gradient
+from .._problem import inner_gradient, projection_y
 from .._results import RESULTS
 from .base import AbstractResponse, Response, TransposedJacobian
 
@@ -38,6 +38,8 @@ class Unrolled(AbstractResponse):
     The optimiser's own state (momentum, second moments, a schedule's count) is part of
     what is differentiated through. A pipeline carries it from one outer step to the next
     under a warm start, and begins anew under a cold one.
+
+    Where y is confined to a set (`project_y`), each step is projected on it.
 
     Nothing is presumed of $y$. With gradient descent on a fixed quadratic, $K$ steps
     have the Jacobian of exactly $K$ Neumann terms.
@@ -97,6 +99,7 @@ class Unrolled(AbstractResponse):
                 value=value,
                 gradient=gradient,
                 value_fn=objective,
+                project=projection_y(problem),
             )
             return (y, _cast(state, structure)), None
 

@@ -1,0 +1,470 @@
+"""Variables that are confined to convex sets, against closed forms."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from helpers import tree_has_dtype
+from jaxtyping import Array
+
+import bilevel_eqx as blx
+
+
+N, M = 6, 3
+project = optax.projections
+
+# Each with the closed form of the nearest point and of its derivative, in NumPy.
+
+
+def _box(v):
+    inside = (v > -0.5) & (v < 0.5)
+    return np.clip(v, -0.5, 0.5), np.diag(inside.astype(float))
+
+
+def _non_negative(v):
+    return np.maximum(v, 0), np.diag((v > 0).astype(float))
+
+
+def _ball(v):
+    length = np.linalg.norm(v)
+    assert length > 1
+    n = v / length
+    return n, (np.eye(v.size) - np.outer(n, n)) / length
+
+
+def _simplex(v):
+    # The support is that for which the shift is consistent.
+    order = np.sort(v)[::-1]
+    shifts = (np.cumsum(order) - 1) / np.arange(1, v.size + 1)
+    shift = shifts[np.sum(order > shifts) - 1]
+    support = (v > shift).astype(float)
+    face = np.diag(support) - np.outer(support, support) / support.sum()
+    return np.maximum(v - shift, 0), face
+
+
+SETS = {
+    "box": (lambda y: project.projection_box(y, -0.5, 0.5), _box),
+    "non-negative": (project.projection_non_negative, _non_negative),
+    "ball": (project.projection_l2_ball, _ball),
+    "simplex": (project.projection_simplex, _simplex),
+}
+
+
+class Nearest(blx.AbstractBilevelProblem):
+    """y is the nearest point of a set to C x."""
+
+    C: Array
+    target: Array
+    name: str = eqx.field(static=True)
+
+    def outer(self, x, y):
+        return jnp.sum(jnp.sin(y - self.target)) + 0.5 * jnp.sum(x**2)
+
+    def inner(self, x, y):
+        return 0.5 * jnp.sum((y - self.C @ x) ** 2)
+
+    def project_y(self, y):
+        return SETS[self.name][0](y)
+
+    def truth(self, x):
+        C, t, x = map(np.asarray, (self.C, self.target, x))
+        y, D = SETS[self.name][1](C @ x)
+        return y, D @ C, x + C.T @ D @ np.cos(y - t)
+
+
+def nearest(name, dtype=jnp.float64):
+    keys = jr.split(jr.key(3), 3)
+    problem = Nearest(jr.normal(keys[0], (N, M)), jr.normal(keys[1], (N,)), name)
+    x = jr.normal(keys[2], (M,))
+    return jax.tree.map(lambda u: u.astype(dtype), (problem, x))
+
+
+_descent = blx.ProjectedGradient()
+_responses = {
+    "pinv": blx.Implicit(_descent, blx.Pseudoinverse()),
+    "cg": blx.Implicit(_descent, blx.TruncatedCG(2 * N + 1)),
+    "neumann": blx.Implicit(blx.GradientDescent(0.9, 60), blx.Neumann(200, 0.9)),
+    "unrolled": blx.Unrolled(optax.sgd(0.5), 80),
+    "forward": blx.Unrolled(optax.sgd(0.5), 80, "forward"),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("kind", _responses)
+def test_nearest_point(name, kind):
+    problem, x = nearest(name)
+    y, J, gradient = problem.truth(x)
+    assert 0 < np.linalg.matrix_rank(J) < M or name in ("ball", "box", "non-negative")
+    anchor = jnp.full(N, 0.1)
+    out = blx.hypergradient(problem, x, anchor, _responses[kind])
+    assert np.allclose(out.y, y, atol=1e-10)
+    assert np.allclose(out.gradient, gradient, atol=1e-9)
+    answer = _responses[kind](problem, x, anchor)
+    v, u = jnp.arange(1.0, M + 1), jnp.arange(1.0, N + 1)
+    assert np.allclose(answer.jacobian.mv(v), J @ v, atol=1e-9)
+    assert np.allclose(answer.jacobian.T.mv(u), J.T @ u, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_best_response_in_both_modes(name):
+    problem, x = nearest(name)
+    _, J, gradient = problem.truth(x)
+
+    @jax.jit
+    def y_of(x):
+        return blx.best_response(problem, x, jnp.zeros(N), _responses["pinv"])
+
+    assert np.allclose(jax.jacfwd(y_of)(x), J, atol=1e-10)
+    total = jax.grad(lambda x: problem.outer(x, y_of(x)))(x)
+    assert np.allclose(total, gradient, atol=1e-10)
+
+
+def test_general_quadratic_on_its_face():
+    """With an H that is not the identity: the free variables solve a smaller system."""
+    keys = jr.split(jr.key(0), 3)
+    A, B = jr.normal(keys[0], (9, N)), jr.normal(keys[1], (N, M))
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(jnp.sin(y)),
+        lambda x, y: 0.5 * jnp.sum((A @ y) ** 2) + y @ (B @ x),
+        project_y=project.projection_non_negative,
+    )
+    x = 3 * jr.normal(keys[2], (M,))
+    out = blx.hypergradient(problem, x, jnp.zeros(N), _responses["pinv"])
+    free = np.asarray(out.y > 0)
+    assert 0 < free.sum() < N
+    H, B = np.asarray(A.T @ A), np.asarray(B)
+    y, J = np.zeros(N), np.zeros((N, M))
+    y[free] = -np.linalg.solve(H[np.ix_(free, free)], B[free] @ np.asarray(x))
+    J[free] = -np.linalg.solve(H[np.ix_(free, free)], B[free])
+    multiplier = H @ y + B @ np.asarray(x)
+    assert np.all(y >= 0) and np.all(multiplier[~free] > 0), "the optimality conditions"
+    assert np.allclose(out.y, y, atol=1e-12)
+    assert np.allclose(out.gradient, J.T @ np.cos(y), atol=1e-11)
+
+
+class Bounded(blx.AbstractBilevelProblem):
+    """Its bound is a field, and y moves with it where it is active."""
+
+    bound: Array
+
+    def outer(self, x, y):
+        return jnp.sum(y**2)
+
+    def inner(self, x, y):
+        return 0.5 * jnp.sum((y - x) ** 2) + 0.1 * (y[0] - y[2]) ** 2
+
+    def project_y(self, y):
+        return jnp.minimum(y, self.bound)
+
+
+def test_moves_with_a_moving_bound():
+    problem = Bounded(jnp.array([1.0, 1.0, 9.0]))
+    x = jnp.array([2.0, 0.5, 3.0])
+    implicit = _responses["pinv"]
+
+    def y_of(problem, x):
+        return blx.best_response(problem, x, jnp.zeros(3), implicit)
+
+    # y_0 is at its bound b; y_2 = (x_2 + b / 5) / (1 + 1 / 5).
+    y = y_of(problem, x)
+    assert np.allclose(y, [1.0, 0.5, 3.2 / 1.2])
+    by_bound = jax.jacrev(lambda b: y_of(Bounded(b), x))(problem.bound)
+    expected = np.zeros((3, 3))
+    expected[0, 0], expected[2, 0] = 1, 1 / 6
+    assert np.allclose(by_bound, expected, atol=1e-12)
+    bounds = jnp.array([1.0, 1.5, 5.0])[:, None] * jnp.ones((1, 3))
+    many = jax.vmap(lambda b: y_of(Bounded(b), x))(bounds)
+    assert np.allclose(many[:, 0], [1.0, 1.5, 1.3 / 0.6 * 1.0], atol=0.2)
+    for bound, y in zip(bounds, many):
+        assert np.allclose(y, y_of(Bounded(bound), x), atol=1e-12)
+
+
+def test_second_derivatives():
+    # Where the boundary is curved, its curvature is part of them.
+    C = jr.normal(jr.key(1), (N, M))
+    x = jr.normal(jr.key(2), (M,))
+
+    def length(y):
+        return jnp.sqrt(jnp.sum(y**2))
+
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(y),
+        lambda x, y: 0.5 * jnp.sum((y - C @ x) ** 2),
+        project_y=lambda y: y / jnp.maximum(length(y), 1),
+    )
+
+    def value(x):
+        y = blx.best_response(problem, x, jnp.zeros(N), _responses["pinv"])
+        return problem.outer(x, y)
+
+    def closed(x):
+        return jnp.sum(C @ x / length(C @ x))
+
+    assert length(C @ x) > 1
+    assert np.allclose(jax.hessian(value)(x), jax.hessian(closed)(x), atol=1e-9)
+
+
+def test_proximal_pulls_within_the_set():
+    problem, x = nearest("non-negative")
+    anchor, epsilon = jnp.full(N, 0.3), 0.5
+    response = blx.Proximal(epsilon, _descent, blx.Pseudoinverse())
+    out = blx.hypergradient(problem, x, anchor, response)
+    middle = (np.asarray(problem.C @ x) + epsilon * 0.3) / (1 + epsilon)
+    y, D = _non_negative(middle)
+    J = D @ np.asarray(problem.C) / (1 + epsilon)
+    expected = np.asarray(x) + J.T @ np.cos(y - np.asarray(problem.target))
+    assert np.allclose(out.y, y, atol=1e-12)
+    assert np.allclose(out.gradient, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_single_precision(name):
+    problem, x = nearest(name, jnp.float32)
+    out = blx.hypergradient(
+        problem, x, jnp.zeros(N, jnp.float32), _responses["pinv"], throw=False
+    )
+    assert out.result == blx.RESULTS.successful
+    assert tree_has_dtype((out.y, out.gradient), jnp.float32)
+    y, _, gradient = problem.truth(x.astype(jnp.float64))
+    assert np.allclose(out.y, y, atol=1e-5)
+    assert np.allclose(out.gradient, gradient, atol=1e-4)
+
+
+def test_projected_gradient_finds_its_step():
+    # The curvature at the start says nothing of that at the minimum.
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(y),
+        lambda x, y: jnp.sum(y**4) - jnp.sum(x * y),
+        project_y=project.projection_non_negative,
+    )
+    x = jnp.array([500.0, -1.0])
+    y = blx.best_response(problem, x, jnp.full(2, 1e-3), _responses["pinv"])
+    assert np.allclose(y, [5.0, 0.0], atol=1e-6)
+
+
+#
+# Runs
+#
+
+
+class Ridge(blx.AbstractBilevelProblem):
+    """y = C x, so that x minimises a quadratic, in a set."""
+
+    C: Array
+    target: Array
+    name: str = eqx.field(static=True)
+
+    def outer(self, x, y):
+        return 0.5 * jnp.sum((y - self.target) ** 2) + 0.05 * jnp.sum(x**2)
+
+    def inner(self, x, y):
+        return 0.5 * jnp.sum((y - self.C @ x) ** 2)
+
+    def project_x(self, x):
+        return SETS[self.name][0](x)
+
+    def truth(self):
+        """By many projected gradient steps, in NumPy."""
+        C, t = np.asarray(self.C), np.asarray(self.target)
+        P = C.T @ C + 0.1 * np.eye(M)
+        x = np.full(M, 0.3)
+        for _ in range(20_000):
+            moved = x - (P @ x - C.T @ t) / np.linalg.norm(P, 2)
+            inside = self.name == "ball" and np.linalg.norm(moved) <= 1
+            x = moved if inside else SETS[self.name][1](moved)[0]
+        return x
+
+
+def ridge(name):
+    keys = jr.split(jr.key(9), 2)
+    return Ridge(jr.normal(keys[0], (N, M)), 3 * jr.normal(keys[1], (N,)), name)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("concept", ["stackelberg", "cold", "optimistic"])
+def test_solve_with_x_in_a_set(name, concept):
+    problem = ridge(name)
+    equilibrium = {
+        "stackelberg": blx.Stackelberg(),
+        "cold": blx.ColdStart(),
+        "optimistic": blx.Optimistic(),
+    }[concept]
+    # The start is outside of the set.
+    solution = blx.solve(
+        problem, equilibrium, jnp.full(M, 4.0), jnp.zeros(N), num_steps=60
+    )
+    expected = problem.truth()
+    gradient = np.asarray(problem.C.T @ (problem.C @ expected - problem.target))
+    assert np.linalg.norm(gradient + 0.1 * expected) > 0.1, "a constraint is active"
+    assert np.allclose(solution.x, expected, atol=1e-8)
+    assert solution.certificate.largest < 1e-8
+    assert "in its set" in str(solution.certificate)
+    # Inside of the set, and not where it should be.
+    elsewhere = blx.certify(
+        problem, equilibrium, 0.5 * solution.x, 0.5 * solution.y, y0=jnp.zeros(N)
+    )
+    assert elsewhere.residuals["outer"] > 1e-2
+
+
+def test_tolerance_is_of_the_projected_gradient():
+    problem = ridge("box")
+    solution = blx.solve(
+        problem,
+        blx.Stackelberg(),
+        jnp.zeros(M),
+        jnp.zeros(N),
+        num_steps=200,
+        tolerance=1e-9,
+    )
+    assert solution.stats["num_steps"] < 200
+
+
+@pytest.mark.parametrize(
+    "name, optimiser",
+    [("box", optax.adam(0.03)), ("simplex", optax.sgd(0.05, momentum=0.5))],
+    ids=["box", "simplex"],
+)
+def test_any_optimiser_is_projected(name, optimiser):
+    problem = ridge(name)
+    pipeline = blx.GradientPipeline(_responses["pinv"], optimiser)
+    solution = blx.solve(
+        problem,
+        blx.WarmStart(),
+        jnp.zeros(M),
+        jnp.zeros(N),
+        pipeline=pipeline,
+        num_steps=1500,
+        record=lambda x, y, metrics: x,
+    )
+    for x in np.asarray(solution.history)[::100]:
+        assert np.allclose(SETS[name][1](x)[0], x, atol=1e-15)
+    assert np.allclose(solution.x, problem.truth(), atol=1e-5)
+    assert solution.certificate.largest < 1e-4
+
+
+def test_the_certificate_tells_where_a_projection_does_not_fit_the_optimiser():
+    # Adam measures each coordinate in a unit of its own. A box does not mind, and the
+    # nearest point of a simplex is another one then.
+    problem = ridge("simplex")
+    pipeline = blx.GradientPipeline(_responses["pinv"], optax.adam(0.03))
+    solution = blx.solve(
+        problem,
+        blx.WarmStart(),
+        jnp.zeros(M),
+        jnp.zeros(N),
+        pipeline=pipeline,
+        num_steps=500,
+    )
+    assert np.linalg.norm(solution.x - problem.truth()) > 0.1
+    assert solution.certificate.residuals["outer"] > 1e-2
+
+
+_registered = [
+    (equilibrium, entry.name)
+    for equilibrium in (blx.Optimistic(), blx.Pessimistic(0.5), blx.Nash())
+    for entry in blx.registered(type(equilibrium))
+]
+
+
+@pytest.mark.parametrize(
+    "equilibrium, name", _registered, ids=[name for _, name in _registered]
+)
+def test_every_pipeline_keeps_x_in_its_set(equilibrium, name):
+    problem = ridge("box")
+    solution = blx.solve(
+        problem,
+        equilibrium,
+        jnp.full(M, 4.0),
+        jnp.zeros(N),
+        pipeline=name,
+        num_steps=30,
+        record=lambda x, y, metrics: x,
+    )
+    size = np.max(np.abs(solution.history), axis=1)
+    assert size[0] == 0.5 and np.all(size <= 0.5)
+
+
+def test_nash_with_both_in_sets():
+    """F = x y and f = -x y, on boxes that do not have zero inside: a corner."""
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(x * y),
+        lambda x, y: -jnp.sum(x * y),
+        project_x=lambda x: project.projection_box(x, 1.0, 2.0),
+        project_y=lambda y: project.projection_box(y, -1.0, 3.0),
+    )
+    start = jnp.array([1.5])
+    solution = blx.solve(problem, blx.Nash(), start, start, num_steps=200)
+    assert np.allclose((solution.x, solution.y), ([1.0], [3.0]))
+    assert solution.certificate.largest < 1e-10
+    off = blx.certify(problem, blx.Nash(), jnp.array([2.0]), solution.y)
+    assert off.residuals["outer"] > 0.1
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+def test_solve_with_y_in_a_set(epsilon):
+    # Of C x only the share between the bounds counts; F is least where y = .3.
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum((y - jnp.array([0.3, 0.9])) ** 2) + 0.5 * (x[1] - 2) ** 2,
+        lambda x, y: 0.5 * jnp.sum((y - x) ** 2),
+        project_y=lambda y: project.projection_box(y, -0.5, 0.5),
+    )
+    equilibrium = blx.WarmStart(epsilon) if epsilon else blx.Stackelberg()
+    x0, y0 = jnp.array([0.1, 1.0]), jnp.zeros(2)
+    solution = blx.solve(problem, equilibrium, x0, y0, num_steps=150)
+    # y_1 stays at its bound, and then x_1 is free to go to 2.
+    assert np.allclose(solution.x, [0.3, 2.0], atol=1e-7)
+    assert np.allclose(solution.y, [0.3, 0.5], atol=1e-7)
+    assert solution.certificate.largest < 1e-7
+    # As if there were no constraint: far from stationary.
+    free = blx.BilevelProblem(problem.outer, problem.inner)
+    assert blx.certify(free, equilibrium, solution.x, solution.y).largest > 0.1
+
+
+def test_check_hypergradient_knows_of_constraints():
+    problem, x = nearest("simplex")
+    check = blx.check_hypergradient(problem, x, jnp.zeros(N))
+    assert check.sound
+    named = check.responses
+    assert named["Implicit, Pseudoinverse"].right
+    assert "MinimumDisplacement" not in named
+    # One that forgets the constraint is found out.
+    blind = blx.BilevelProblem(problem.outer, problem.inner)
+    y = blx.best_response(problem, x, jnp.zeros(N), _responses["pinv"])
+    wrong = blx.hypergradient(
+        blind, x, y, blx.Implicit(None, blx.Pseudoinverse())
+    ).gradient
+    assert np.linalg.norm(wrong - problem.truth(x)[2]) > 0.1
+
+
+#
+# Refusals
+#
+
+
+def test_refusals():
+    problem, x = nearest("box")
+    y0 = jnp.zeros(N)
+    with pytest.raises(ValueError, match="`Projection` knows nothing.*ProjectedGradient"):
+        blx.hypergradient(
+            problem, x, y0, blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+        )
+    with pytest.raises(ValueError, match="Implicit.*ProjectedGradient.*Unrolled"):
+        blx.hypergradient(problem, x, y0, blx.MinimumDisplacement())
+    for equilibrium in (blx.ColdStart(), blx.Optimistic(), blx.Pessimistic(1.0)):
+        with pytest.raises(ValueError, match="Stackelberg.*WarmStart.*Nash"):
+            blx.solve(problem, equilibrium, x, y0, num_steps=1)
+        with pytest.raises(ValueError, match="Stackelberg.*WarmStart.*Nash"):
+            blx.certify(problem, equilibrium, x, y0, y0=y0)
+    with pytest.raises(ValueError, match="check_hypergradient"):
+        blx.diagnose(problem, x, y0)
+    elsewhere = blx.BilevelProblem(
+        problem.outer, problem.inner, project_y=lambda y: y[:2]
+    )
+    with pytest.raises(ValueError, match=r"project_y\(y\).*nearest point"):
+        blx.hypergradient(elsewhere, x, y0, _responses["pinv"])
+    optimiser = blx.spectral_projected_gradient(jnp.abs)
+    with pytest.raises(ValueError, match="value_fn"):
+        optimiser.update(x, optimiser.init(x), x)
