@@ -129,7 +129,11 @@ class Diagnosis:
                 f"y: {minimum}; the inner gradient has norm {self.gradient_norm:.1e}, "
                 f"and its minimum is {self.distance:.1e} of the size of y away.",
                 f"F_y: {self.null_share:.1%} of it is in the null space of H.",
-                f"Hypergradients, from that of the pseudoinverse: {gaps}.",
+                f"Hypergradients, from that of the pseudoinverse: {gaps}."
+                if any(self.gaps.values())
+                else "Hypergradients: nothing of them comes through y, since B^T q = 0 "
+                "for all q that were tried: x does not reach the inner gradient, or y "
+                "not F, or F_y vanishes here. `check_hypergradient` tells which.",
                 f"Neumann terms for a relative error of {errors}: {terms}.",
                 f"Safe: a step size of {self.step_size:.3g} (the limit is "
                 f"{2 * self.step_size:.3g}); an epsilon of {self.epsilon:.3g}.",
