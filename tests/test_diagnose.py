@@ -352,3 +352,23 @@ def test_refused():
         blx.diagnose(problem, x, jnp.arange(5))
     with pytest.raises(ValueError, match="finite"):
         blx.diagnose(problem, x, y.at[0].set(jnp.nan))
+
+
+def test_what_it_says_of_planted_faults():
+    from test_check import _curve, exact
+
+    said = {}
+    for fault in ("", "stopped", "hidden", "unreachable", "endless"):
+        problem, x, y0 = _curve(fault)
+        y = blx.best_response(problem, x, y0, exact, throw=False)
+        said[fault] = str(blx.diagnose(problem, x, y))
+    assert "nothing of them comes through y" not in said[""]
+    for fault in ("stopped", "unreachable"):
+        assert "nothing of them comes through y" in said[fault]
+    assert "rank 4" in said[""] and "rank 3" in said["hidden"]
+    assert "y: not an inner minimum" in said["endless"]
+    assert "y: an inner minimum" in said[""]
+    problem, x, y0 = _curve()
+    assert "y: not an inner minimum" in str(blx.diagnose(problem, x, y0))
+    with pytest.raises(ValueError, match="no derivative"):
+        blx.diagnose(problem, jnp.arange(5), y0)

@@ -785,3 +785,23 @@ def test_response_crosses_jit():
         assert tree_allclose(answer.jacobian.T.mv(cotangent), expected, rtol=1e-10)
         pulled, _, _ = answer.pullback(cotangent)
         assert tree_allclose(pulled, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "response",
+    (
+        blx.Implicit(None, blx.Pseudoinverse()),
+        blx.Proximal(0.5, None, blx.TruncatedCG(3)),
+    ),
+    ids=("implicit", "proximal"),
+)
+def test_one_number_each_in_different_shapes(response):
+    # lineax takes a map from one number to another to be diagonal, and its product with
+    # H to be symmetric, which asks for the same shape on both sides.
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: jnp.sum((y - jnp.sum(x)) ** 2)
+    )
+    out = blx.hypergradient(problem, jnp.ones(1), jnp.array(0.5), response)
+    share = 1.0 if isinstance(response, blx.Implicit) else 2 / 2.5
+    assert out.gradient.shape == (1,)
+    assert np.allclose(out.gradient, -share)

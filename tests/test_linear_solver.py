@@ -595,3 +595,38 @@ def test_solvers_of_the_problem_and_of_a_matrix_agree():
         ours, _, _ = _solve_at(problem, x, y, y, solver)
         theirs, _, _ = _solve(matrix, y, solver)
         assert tree_allclose(ours, theirs, rtol=1e-10)
+
+
+def test_cg_keeps_its_digits_along_nearly_flat_directions():
+    # Two eigenvalues that are close let a direction come up that is flat but for a few
+    # digits. A step along it is so long that the rest of q is lost to rounding.
+    rng = np.random.default_rng(101)
+    worst = 0.0
+    for values in ([0, 1, 1.0001, 2, 3], [0, 1, 1.01, 2, 30], [0, 1e-3, 1, 1.1, 2]):
+        for _ in range(20):
+            Q = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+            H, b = (Q * np.array(values)) @ Q.T, rng.normal(size=5)
+            operator = lx.MatrixLinearOperator(jnp.asarray(H), lx.symmetric_tag)
+            solution = lx.linear_solve(
+                operator, jnp.asarray(b), blx.TruncatedCG(40), throw=False
+            )
+            in_range = b - Q[:, 0] * (Q[:, 0] @ b)
+            error = np.linalg.norm(H @ solution.value - in_range) / np.linalg.norm(b)
+            worst = max(worst, error)
+    assert worst < 1e-4
+
+
+def test_cg_reports_what_rounding_has_taken():
+    # The recursion of the residual does not see it.
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.normal(size=(20, 20)))[0]
+    H = ((Q * np.logspace(-6, 0, 20)) @ Q.T).astype(np.float32)
+    b = rng.normal(size=20).astype(np.float32)
+    operator = lx.MatrixLinearOperator(jnp.asarray(H), lx.symmetric_tag)
+    solution = lx.linear_solve(
+        operator, jnp.asarray(b), blx.TruncatedCG(200), throw=False
+    )
+    q = np.asarray(solution.value, np.float64)
+    true = np.linalg.norm(H.astype(np.float64) @ q - b) / np.linalg.norm(b)
+    assert true > 1e-4, "an exact solution proves nothing"
+    assert 0.03 * true <= float(solution.stats["residual"]) <= 30 * true
