@@ -322,7 +322,7 @@ def response_jacobian(
     A lineax operator from pytrees like `x` to pytrees like `y`.
 
     **Raises:** as [`bilevel_eqx.inner_hessian`][]; also a `ValueError` if `damping` is
-    negative. A linear solve that fails raises when a product is taken.
+    negative, or if the problem confines y to a set. A linear solve that fails raises when a product is taken.
 
     ??? cite "Reference"
 
@@ -330,6 +330,12 @@ def response_jacobian(
         Overparameterized Bilevel Optimization*, 2021: Table 1 and Equation 4.
     """
     check_positive(damping, "damping", "response_jacobian", or_zero=True)
+    if problem.project_y is not None:
+        raise ValueError(
+            "`response_jacobian` is that of an inner minimum without constraints, and "
+            "this problem has a `project_y`. `Implicit(None, linear_solver)(problem, x, "
+            "y).jacobian` is the one in the set."
+        )
     H = inner_hessian(problem, x, y, tags={lx.positive_semidefinite_tag})
     B = cross_derivative(problem, x, y)
     if is_nonzero(damping):

@@ -458,6 +458,8 @@ def test_refusals():
             blx.solve(problem, equilibrium, x, y0, num_steps=1)
         with pytest.raises(ValueError, match="Stackelberg.*WarmStart.*Nash"):
             blx.certify(problem, equilibrium, x, y0, y0=y0)
+    with pytest.raises(ValueError, match="Implicit.*jacobian"):
+        blx.response_jacobian(problem, x, y0, blx.Pseudoinverse())
     with pytest.raises(ValueError, match="check_hypergradient"):
         blx.diagnose(problem, x, y0)
     elsewhere = blx.BilevelProblem(
