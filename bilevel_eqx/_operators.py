@@ -322,7 +322,8 @@ def response_jacobian(
     A lineax operator from pytrees like `x` to pytrees like `y`.
 
     **Raises:** as [`bilevel_eqx.inner_hessian`][]; also a `ValueError` if `damping` is
-    negative, or if the problem confines y to a set. A linear solve that fails raises when a product is taken.
+    negative, or if the problem confines y to a set. A linear solve that fails raises
+    when a product is taken.
 
     ??? cite "Reference"
 
