@@ -5,9 +5,9 @@ import jax
 import pytest
 
 
-# Nearly all of the time goes into compiling programs that run once, for milliseconds. With
-# these flags it is about half. Of a flag given twice the last one counts, and so whatever is
-# in XLA_FLAGS already stays in force.
+# Nearly all of the time goes into compiling programs that run once, for milliseconds:
+# with these flags about half of it. Of a flag given twice the last one counts, and so
+# whatever is in XLA_FLAGS already stays in force.
 _cheap = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_cheap} {os.environ.get('XLA_FLAGS', '')}".strip()
 
