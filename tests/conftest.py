@@ -1,15 +1,7 @@
-import os
-
 import equinox.internal as eqxi
 import jax
 import pytest
 
-
-# Nearly all of the time goes into compiling programs that run once, for milliseconds:
-# with these flags about half of it. Of a flag given twice the last one counts, and so
-# whatever is in XLA_FLAGS already stays in force.
-_cheap = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{_cheap} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 jax.config.update("jax_enable_x64", True)
 # Whatever happens to work through an implicit promotion would not in strict user code.
