@@ -294,7 +294,7 @@ def test_solve_with_x_in_a_set(name, concept):
     }[concept]
     # The start is outside of the set.
     solution = blx.solve(
-        problem, equilibrium, jnp.full(M, 4.0), jnp.zeros(N), num_steps=60
+        problem, equilibrium, jnp.full(M, 4.0), jnp.zeros(N), num_steps=200
     )
     expected = problem.truth()
     gradient = np.asarray(problem.C.T @ (problem.C @ expected - problem.target))
