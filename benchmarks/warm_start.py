@@ -2,8 +2,8 @@
 
 D: two learned points for the concentric rings, with a network of 3 hidden layers of 200
    or of 16 units; one unrolled step of gradient descent of size 1e-3, Adam with a rate of
-   1e-2 on the points. Either a follower moves the weights (Algorithm 1 of the paper), or
-   the response itself does.
+   1e-2 on the points. An inner update (Algorithm 1 of the paper) or the response itself
+   moves the weights.
 
 Ours is the whole of `bilevel_eqx.solve`: checks, an entry of the history every 50 steps,
 a certificate at the end. The bare scan makes the same updates, with none of this but a
@@ -45,7 +45,7 @@ def ours(problem, x, y, pipeline, num_steps):
     return solution.x, solution.history, solution
 
 
-def _bare(with_follower):
+def _bare(with_inner_update):
     """The initial carry and the step of the run, by hand."""
     optimiser = optax.adam(_OUTER_RATE)
 
@@ -59,7 +59,7 @@ def _bare(with_follower):
             return problem.outer(x, answer), answer
 
         (value, answer), gradient = jax.value_and_grad(outer, has_aux=True)(x)
-        return value, gradient, y if with_follower else answer
+        return value, gradient, y if with_inner_update else answer
 
     def init(problem, x, y):
         _, gradient, y = respond(problem, x, y)
@@ -69,7 +69,7 @@ def _bare(with_follower):
         x, y, gradient, state = carry
         updates, state = optimiser.update(gradient, state)
         x = optax.apply_updates(x, updates)
-        if with_follower:
+        if with_inner_update:
             y = inner_step(problem, x, y)
         value, gradient, y = respond(problem, x, y)
         history = _record(x, y, {"value": value})
@@ -78,13 +78,15 @@ def _bare(with_follower):
     return init, step
 
 
-def measure(title, width, with_follower, num_steps, args):
+def measure(title, width, with_inner_update, num_steps, args):
     problem, x, y = rings(jr.key(0), width=width)
     response = blx.Unrolled(optax.sgd(_INNER_RATE), num_steps=1)
     pipeline = blx.GradientPipeline(
-        response, optax.adam(_OUTER_RATE), follower=response if with_follower else None
+        response,
+        optax.adam(_OUTER_RATE),
+        inner_update=response if with_inner_update else None,
     )
-    init, step = _bare(with_follower)
+    init, step = _bare(with_inner_update)
 
     @jax.jit
     def bare_scan(problem, x, y):
@@ -136,10 +138,12 @@ def main(args: argparse.Namespace) -> None:
     figures = {}
     for width, num_steps in ((200, 2_000), (16, 20_000)):
         num_steps = num_steps // 10 if args.quick else num_steps
-        for with_follower in (True, False):
-            kind = "with follower" if with_follower else "without follower"
+        for with_inner_update in (True, False):
+            kind = (
+                "with an inner update" if with_inner_update else "without an inner update"
+            )
             title = f"D, width {width}, {kind}, {num_steps} steps"
-            figures[title] = measure(title, width, with_follower, num_steps, args)
+            figures[title] = measure(title, width, with_inner_update, num_steps, args)
     _timing.write(args, figures)
 
 

@@ -7,10 +7,16 @@ from jaxtyping import jaxtyped
 
 
 X = TypeVar("X")
+
+
 """A pytree of floating-point arrays: the outer variables."""
 
+
 Y = TypeVar("Y")
+
+
 """A pytree of floating-point arrays: the inner variables."""
+
 
 # Public functions are checked by jaxtyping with beartype. Under `eqx.filter_jit` this
 # happens while tracing, so that a compiled program does not pay for it.

@@ -7,24 +7,20 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree, Scalar
 
+from ._arguments import as_variables
 from ._custom_types import typechecked, X, Y
-from ._error_bound import answered, as_curvature, Curvature, error_bound, ErrorBound
-from ._misc import as_variables, depends_on, tree_norm
-from ._problem import (
-    AbstractBilevelProblem,
-    check_problem,
-    inner_gradient,
-    outer_gradients,
-    proximal,
-)
-from ._response import AbstractResponse, ImplicitPullback, Proximal
-from ._results import (
-    figures_of,
-    finite_or_not,
-    first_failure,
-    RESULTS,
-    throw_if_failed,
-)
+from ._depends_on import depends_on
+from ._derivatives.first import inner_gradient, outer_gradients
+from ._failure.results import figures_of, finite_or_not, first_failure, RESULTS
+from ._failure.throw import throw_if_failed
+from ._problem.base import AbstractBilevelProblem
+from ._problem.checks import check_problem
+from ._problem.proximal import proximal
+from ._response.base import AbstractResponse
+from ._response.implicit import ImplicitPullback
+from ._response.proximal import Proximal
+from ._tree import tree_norm
+from ._trust.error_bound import answered, as_curvature, Curvature, error_bound, ErrorBound
 
 
 class Hypergradient(eqx.Module, Generic[X, Y]):

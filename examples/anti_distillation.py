@@ -106,14 +106,14 @@ def sweep(problems, x0, y0, settings, rate):
     }
 
     def rest(kind, problem, setting):
-        response, follower = recipes[kind](setting)
+        response, inner_update = recipes[kind](setting)
         optimiser = optax.lbfgs(1.0, memory_size=1, linesearch=None)
         solution = blx.solve(
             problem,
             blx.WarmStart(setting if kind == "proximal" else 0.0),
             x0,
             y0,
-            pipeline=blx.GradientPipeline(response, optimiser, follower),
+            pipeline=blx.GradientPipeline(response, optimiser, inner_update),
             num_steps=NUM_STEPS,
             save_every=NUM_STEPS,
         )
@@ -132,7 +132,7 @@ def plain_descent(problems, x0, y0, K, rate, num_steps):
     """The paper's algorithms as they stand, with plain gradient descent."""
     one, many = (blx.Unrolled(optax.sgd(rate), k) for k in (1, K))
     pipelines = {
-        "algorithm 1": blx.GradientPipeline(many, optax.sgd(1e-2), follower=one),
+        "algorithm 1": blx.GradientPipeline(many, optax.sgd(1e-2), inner_update=one),
         "algorithm 3": blx.GradientPipeline(
             blx.Proximal(1 / (rate * K), blx.Projection(), lx.Cholesky()),
             optax.sgd(1e-1),

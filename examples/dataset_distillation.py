@@ -52,7 +52,7 @@ def direct_training(problem, y0, num_steps):
 def warm_start(problem, x0, y0, num_steps, inner_rate, state=None):
     """Algorithm 1 with K = 1: one step of the points, one step of the network."""
     step = blx.Unrolled(optax.sgd(inner_rate), 1)
-    pipeline = blx.GradientPipeline(step, optax.adam(OUTER_RATE), follower=step)
+    pipeline = blx.GradientPipeline(step, optax.adam(OUTER_RATE), inner_update=step)
     solution = blx.solve(
         problem,
         blx.WarmStart(),

@@ -189,7 +189,7 @@ def warm_start(problem, x0, y0, seed, budget, progress):
         blx.WarmStart(1 / rate),  # what a step of descent is a proximal step of
         x0,
         y0,
-        pipeline=MiniBatched(step, fast_and_forgetful, follower=step),
+        pipeline=MiniBatched(step, fast_and_forgetful, inner_update=step),
         num_steps=budget.warm,
         key=jr.key(seed),
         record=learned_images,

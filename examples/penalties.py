@@ -121,7 +121,7 @@ def training(num_steps):
 @eqx.filter_jit
 def warm_start(problem, x0, y0, num_steps):
     step = blx.Unrolled(optax.sgd(0.05), 1)
-    pipeline = blx.GradientPipeline(step, optax.adam(WARM_RATE), follower=step)
+    pipeline = blx.GradientPipeline(step, optax.adam(WARM_RATE), inner_update=step)
     return solve(problem, blx.WarmStart(), x0, y0, pipeline, num_steps)
 
 

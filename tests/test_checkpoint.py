@@ -24,7 +24,7 @@ momentum = optax.sgd(0.05, momentum=0.9)
 pipeline = blx.GradientPipeline(
     blx.Unrolled(momentum, 2),
     optax.sgd(0.3, momentum=0.5),
-    follower=blx.Unrolled(momentum, 1),
+    inner_update=blx.Unrolled(momentum, 1),
 )
 
 
@@ -209,7 +209,7 @@ import test_checkpoint as this
 import bilevel_eqx as blx
 
 # Each save takes a while, so that some of the kills come in the middle of one.
-import bilevel_eqx._checkpoint as checkpoint
+import bilevel_eqx._solve.checkpoint as checkpoint
 flush = checkpoint.os.fsync
 checkpoint.os.fsync = lambda f: (flush(f), time.sleep(0.01))
 solution = this._solve(200, checkpoint={file!r}, checkpoint_every=1)

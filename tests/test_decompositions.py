@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from bilevel_eqx import _decompositions
+from bilevel_eqx._linalg import decompositions as _decompositions
 
 
 _symmetric = jr.normal(jr.key(0), (7, 5, 5))

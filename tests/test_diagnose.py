@@ -222,7 +222,7 @@ def test_products_are_counted(monkeypatch, num_products):
     def counting(problem, x, y):
         return jax.grad(problem.inner, 1)(x, y), CountingOperator(matrix, counter)
 
-    monkeypatch.setattr("bilevel_eqx._diagnose.gradient_and_hessian", counting)
+    monkeypatch.setattr("bilevel_eqx._trust.diagnose.gradient_and_hessian", counting)
     jax.clear_caches()
     found = blx.diagnose(problem, x, y, num_products=num_products)
     assert counter.read() == found.num_products <= num_products

@@ -98,8 +98,8 @@ def _toy_pipelines():
 @pytest.mark.parametrize("dtype", dtypes)
 @pytest.mark.parametrize("name", list(_toy_pipelines()))
 def test_toy_a(name, dtype):
-    equilibrium, response, follower, expected = _toy_pipelines()[name]
-    pipeline = blx.GradientPipeline(response, optax.sgd(0.5), follower)
+    equilibrium, response, inner_update, expected = _toy_pipelines()[name]
+    pipeline = blx.GradientPipeline(response, optax.sgd(0.5), inner_update)
 
     def run(c):
         y0 = jnp.stack([jnp.zeros_like(c), c])
@@ -353,11 +353,11 @@ def test_t9_all_reach_the_closed_form(name, num_validation):
         epsilons.append(epsilon)
 
     def run(problem, alpha, epsilon, rate):
-        follower, equilibrium = None, blx.WarmStart()
+        inner_update, equilibrium = None, blx.WarmStart()
         if name == "Algorithm 1":
             inner = optax.sgd(alpha)
             response = blx.Unrolled(inner, num_terms)
-            follower = blx.Unrolled(inner, 1)
+            inner_update = blx.Unrolled(inner, 1)
         elif name == "Algorithm 3":
             equilibrium = blx.WarmStart(epsilon)
             response = blx.Proximal(epsilon, blx.Projection(), blx.Pseudoinverse())
@@ -369,7 +369,7 @@ def test_t9_all_reach_the_closed_form(name, num_validation):
             equilibrium,
             x0,
             y0,
-            pipeline=blx.GradientPipeline(response, optax.sgd(rate), follower),
+            pipeline=blx.GradientPipeline(response, optax.sgd(rate), inner_update),
             num_steps=4000,
             tolerance=1e-9,
             save_every=500,
@@ -421,15 +421,15 @@ def test_inner_residuals():
             False,
         ),
         "warm unrolled": (blx.WarmStart(), blx.Unrolled(sgd, 2), None, False),
-        "cold follower": (
+        "cold inner_update": (
             blx.ColdStart(),
             blx.Unrolled(sgd, 2),
             blx.Unrolled(sgd, 1),
             False,
         ),
     }
-    for equilibrium, response, follower, is_zero in settings.values():
-        pipeline = blx.GradientPipeline(response, optax.sgd(0.1), follower)
+    for equilibrium, response, inner_update, is_zero in settings.values():
+        pipeline = blx.GradientPipeline(response, optax.sgd(0.1), inner_update)
         solution = blx.solve(problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=2)
         x, y = as_numpy(solution.x), as_numpy(solution.y)
         expected = 0.0 if is_zero else np.linalg.norm(phi.T @ (phi @ y - x))

@@ -12,7 +12,7 @@ from helpers import toy_a, tree_allclose
 from jaxtyping import Array, PRNGKeyArray
 
 import bilevel_eqx as blx
-from bilevel_eqx import _registry
+from bilevel_eqx._pipeline import registry as _registry
 
 
 toy = toy_a()

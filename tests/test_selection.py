@@ -23,12 +23,12 @@ from helpers import (
 from jaxtyping import Array
 
 import bilevel_eqx as blx
-from bilevel_eqx._spectrum import (
+from bilevel_eqx._linalg.eigenbasis import (
     eigenbasis,
     eigenbasis_within,
     negative_curvature,
-    trust_region,
 )
+from bilevel_eqx._linalg.trust_region import trust_region
 
 
 nearest = blx.MinimumDisplacement()

@@ -50,7 +50,7 @@ def _points(x, y, metrics):
 
 def _algorithms():
     """A concept, a pipeline, and in NumPy: the response with its Jacobian, and the
-    follower."""
+    inner update."""
     K, epsilon = 3, 0.7
     sgd = optax.sgd(STEP_SIZE)
     outer = optax.sgd(RATE)
@@ -70,8 +70,8 @@ def _algorithms():
         y = np.linalg.solve(hessian, phi.T @ x + epsilon * anchor)
         return y, damped_jacobian(phi, epsilon)
 
-    def gradient(response, follower=None):
-        return blx.GradientPipeline(response, outer, follower)
+    def gradient(response, inner_update=None):
+        return blx.GradientPipeline(response, outer, inner_update)
 
     algorithm_1 = gradient(blx.Unrolled(sgd, K), blx.Unrolled(sgd, 1))
     algorithm_3 = gradient(blx.Proximal(epsilon, blx.Projection(), lx.Cholesky()))
@@ -85,20 +85,20 @@ def _algorithms():
     }
 
 
-def _numpy_run(problem, x, y0, warm, response, follower, num_steps):
+def _numpy_run(problem, x, y0, warm, response, inner_update, num_steps):
     phi, x, y0 = as_numpy(problem.features), as_numpy(x), as_numpy(y0)
     outer_phi = as_numpy(problem.outer_features)
     targets = as_numpy(problem.outer_targets)
     y = y0
     ahead, jacobian = response(phi, x, y0)
-    y = ahead if follower is None else y0
+    y = ahead if inner_update is None else y0
     history = []
     for _ in range(num_steps):
         x = x - RATE * linear_reference(problem, x, ahead, jacobian)
-        if follower is not None:
-            y = follower(phi, x, y if warm else y0)
+        if inner_update is not None:
+            y = inner_update(phi, x, y if warm else y0)
         ahead, jacobian = response(phi, x, y if warm else y0)
-        y = ahead if follower is None else y
+        y = ahead if inner_update is None else y
         misfit = outer_phi @ ahead - targets
         value = 0.5 * misfit @ misfit + 0.25 * np.sum((x - 1) ** 2)
         history.append((x, y, value))
@@ -107,12 +107,12 @@ def _numpy_run(problem, x, y0, warm, response, follower, num_steps):
 
 @pytest.mark.parametrize("name", list(_algorithms()))
 def test_a_run_is_a_loop(name):
-    equilibrium, pipeline, response, follower = _algorithms()[name]
+    equilibrium, pipeline, response, inner_update = _algorithms()[name]
     problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)
     solution = blx.solve(
         problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=7, record=_points
     )
-    expected = _numpy_run(problem, x0, y0, equilibrium.warm, response, follower, 7)
+    expected = _numpy_run(problem, x0, y0, equilibrium.warm, response, inner_update, 7)
     assert tree_allclose(solution.history, expected, rtol=1e-10)
     last = jtu.tree_map(lambda h: h[-1], expected)
     assert tree_allclose(solution.x, last["x"], rtol=1e-10)
@@ -189,14 +189,16 @@ def test_pytrees_of_mixed_shapes():
 
 
 @pytest.mark.parametrize("equilibrium", (blx.WarmStart(), blx.ColdStart()))
-@pytest.mark.parametrize("with_follower", (False, True))
-def test_inner_optimiser_state(equilibrium, with_follower):
+@pytest.mark.parametrize("with_inner_update", (False, True))
+def test_inner_optimiser_state(equilibrium, with_inner_update):
     # Carried along with y under a warm start, begun anew under a cold one.
     problem, x0, y0 = make_ridge()
     y0 = y0 + 0.3
     optimiser = optax.sgd(0.05, momentum=0.9)
-    follower = blx.Unrolled(optimiser, 1) if with_follower else None
-    pipeline = blx.GradientPipeline(blx.Unrolled(optimiser, 2), optax.sgd(1.0), follower)
+    inner_update = blx.Unrolled(optimiser, 1) if with_inner_update else None
+    pipeline = blx.GradientPipeline(
+        blx.Unrolled(optimiser, 2), optax.sgd(1.0), inner_update
+    )
     solution = blx.solve(
         problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=6, record=_points
     )
@@ -219,17 +221,17 @@ def test_inner_optimiser_state(equilibrium, with_follower):
         start = y0, jnp.zeros_like(y0)
         x, last = x0, start
         gradient, ahead = look_ahead(x, *start)
-        if not with_follower:
+        if not with_inner_update:
             last = ahead
         history = []
         for _ in range(6):
             x = x - gradient
             anchor = last if carries else start
-            if with_follower:
+            if with_inner_update:
                 last = anchor = unroll(x, *anchor, 1)
                 anchor = anchor if carries else start
             gradient, ahead = look_ahead(x, *anchor)
-            if not with_follower:
+            if not with_inner_update:
                 last = ahead
             history.append((x, last[0]))
         return jnp.stack([x for x, _ in history]), jnp.stack([y for _, y in history])
@@ -329,12 +331,12 @@ def test_history(save_every):
 
 def test_default_record():
     problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)
-    equilibrium, pipeline, response, follower = _algorithms()["Algorithm 1"]
+    equilibrium, pipeline, response, inner_update = _algorithms()["Algorithm 1"]
     solution = blx.solve(
         problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=7, save_every=2
     )
     assert set(solution.history) == {"value", "outer_residual", "inner_residual"}
-    run = _numpy_run(problem, x0, y0, True, response, follower, 7)
+    run = _numpy_run(problem, x0, y0, True, response, inner_update, 7)
     phi = as_numpy(problem.features)
     for entry, step in enumerate((1, 3, 5)):
         x, y = run["x"][step], run["y"][step]
@@ -399,9 +401,9 @@ def test_progress_is_reported(capfd):
 def test_resumed_is_uninterrupted(equilibrium):
     problem, x0, y0 = make_ridge()
     momentum = optax.sgd(0.05, momentum=0.9)
-    follower = blx.Unrolled(momentum, 1) if equilibrium.warm else None
+    inner_update = blx.Unrolled(momentum, 1) if equilibrium.warm else None
     pipeline = blx.GradientPipeline(
-        blx.Unrolled(momentum, 2), optax.sgd(0.3, momentum=0.5), follower
+        blx.Unrolled(momentum, 2), optax.sgd(0.3, momentum=0.5), inner_update
     )
 
     def run(num_steps, x, y, state=None):

@@ -10,16 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
+from .._arguments import as_variables, is_traced
 from .._custom_types import typechecked
-from .._misc import as_variables, is_traced, tree_norm
-from .._problem import (
-    AbstractBilevelProblem,
-    check_problem,
-    projection_x,
-    projection_y,
-    step_left,
-)
-from .._solution_set import SolutionSet
+from .._problem.base import AbstractBilevelProblem
+from .._problem.checks import check_problem
+from .._problem.constraints import projection_x, projection_y, step_left
+from .._solution_set.tangent import SolutionSet
+from .._tree import tree_norm
 
 
 class Certificate(eqx.Module):

@@ -2,9 +2,10 @@
 
 from typing import ClassVar
 
-from .._misc import tree_axpy
-from .._problem import outer_gradients
-from .._solution_set import Displacement, SolutionSet
+from .._derivatives.first import outer_gradients
+from .._solution_set.nearest import Displacement
+from .._solution_set.tangent import SolutionSet
+from .._tree import tree_axpy
 from .base import (
     AbstractEquilibrium,
     Certificate,

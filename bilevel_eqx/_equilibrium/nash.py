@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._misc import depends_on, tree_norm, tree_struct
-from .._problem import projection_x, projection_y
-from .._spectrum import possible_decrease
-from .._stationarity import confined
+from .._depends_on import depends_on
+from .._linalg.trust_region import possible_decrease
+from .._problem.constraints import projection_x, projection_y
+from .._solution_set.stationarity import confined
+from .._tree import tree_norm, tree_struct
 from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 
 

@@ -2,11 +2,11 @@
 
 from typing import ClassVar
 
-from .._misc import tree_scale, tree_sub
-from .._operators import cross_derivative_operator
-from .._problem import outer_gradients
-from .._solution_set import SolutionSet
-from .._spectrum import eigenbasis_within, negative_curvature
+from .._derivatives.first import outer_gradients
+from .._derivatives.second import cross_derivative_operator
+from .._linalg.eigenbasis import eigenbasis_within, negative_curvature
+from .._solution_set.tangent import SolutionSet
+from .._tree import tree_scale, tree_sub
 from .base import (
     AbstractEquilibrium,
     Certificate,

@@ -8,12 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, ScalarLike
 
-from .._linear_solver import Pseudoinverse
-from .._misc import (
-    as_rate,
-    check_positive,
-    is_traced,
-    largest_curvature,
+from .._arguments import as_rate, check_positive, is_traced
+from .._linalg.power_iteration import largest_curvature
+from .._linear_solver.pseudoinverse import Pseudoinverse
+from .._problem.constraints import projection_x, step_left
+from .._solution_set.nearest import nearest_to
+from .._solution_set.search import polished
+from .._solution_set.tangent import SolutionSet
+from .._solution_set.worst_by_penalty import penalised_worst
+from .._solution_set.worst_in_ball import danskin_gradient, WorstCase
+from .._tree import (
     nonzero,
     tree_axpy,
     tree_dot,
@@ -22,10 +26,6 @@ from .._misc import (
     tree_norm,
     tree_sub,
 )
-from .._problem import projection_x, step_left
-from .._solution_set import nearest_to, polished, SolutionSet
-from .._worst_case import danskin_gradient, WorstCase
-from .._worst_in_set import penalised_worst
 from .base import (
     AbstractEquilibrium,
     Certificate,
@@ -185,6 +185,8 @@ class Pessimistic(AbstractEquilibrium):
 # Of the penalty, relative to the ratio of curvatures; and of the neighbourhood of x whose
 # gradients count, relative to the size of x. What is below the one is above the other.
 _WEIGHT = 1e7
+
+
 _NEIGHBOURHOOD = 1e-6
 
 

@@ -12,19 +12,13 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
-from .._inner_solver import Projection
-from .._misc import (
-    as_rate,
-    check_positive,
-    is_traced,
-    nonzero,
-    tree_axpy,
-    tree_norm,
-    tree_struct,
-)
-from .._operators import cross_derivative_operator, HessianAt
-from .._problem import projection_x, proximal
-from .._solution_set import SolutionSet
+from .._arguments import as_rate, check_positive, is_traced
+from .._derivatives.second import cross_derivative_operator, HessianAt
+from .._inner_solver.projection import Projection
+from .._problem.constraints import projection_x
+from .._problem.proximal import proximal
+from .._solution_set.tangent import SolutionSet
+from .._tree import nonzero, tree_axpy, tree_norm, tree_struct
 from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 from .nash import gap
 

@@ -6,11 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._misc import is_traced, nonzero, tree_size, tree_sub
-from .._operators import cross_derivative_operator, gradient_and_hessian
-from .._problem import AbstractLeastSquaresProblem, outer_gradients
-from .._solution_set import SolutionSet
-from .._spectrum import eigenbasis
+from .._arguments import is_traced
+from .._derivatives.first import outer_gradients
+from .._derivatives.second import cross_derivative_operator, gradient_and_hessian
+from .._linalg.eigenbasis import eigenbasis
+from .._problem.least_squares import AbstractLeastSquaresProblem
+from .._solution_set.tangent import SolutionSet
+from .._tree import nonzero, tree_size, tree_sub
 from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 
 

@@ -5,10 +5,13 @@ from typing import ClassVar
 import equinox as eqx
 from jaxtyping import ScalarLike
 
-from .._misc import as_rate, check_positive, tree_sub
-from .._operators import cross_derivative_operator, is_nonzero
-from .._problem import outer_gradients, proximal
-from .._solution_set import SolutionSet
+from .._arguments import as_rate, check_positive
+from .._derivatives.first import outer_gradients
+from .._derivatives.public import is_nonzero
+from .._derivatives.second import cross_derivative_operator
+from .._problem.proximal import proximal
+from .._solution_set.tangent import SolutionSet
+from .._tree import tree_sub
 from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
-from .._misc import as_rate, check_count, check_positive, tree_axpy
+from .._arguments import as_rate, check_count, check_positive
+from .._tree import tree_axpy
 
 
 class GradientDescent(optx.AbstractMinimiser[Any, Any, Int[Array, ""]]):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._misc import (
-    check_count,
-    largest_curvature,
+from .._arguments import check_count
+from .._linalg.power_iteration import largest_curvature
+from .._tree import (
     nonzero,
     tree_axpy,
     tree_dot,

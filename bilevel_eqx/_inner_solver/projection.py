@@ -10,19 +10,12 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._linear_solver import Pseudoinverse
+from .._arguments import check_count
+from .._depends_on import depends_on
+from .._derivatives.operators import LeastSquaresHessian
+from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._linear_solver.truncated_cg import newton_direction
-from .._misc import (
-    check_count,
-    depends_on,
-    tree_axpy,
-    tree_dot,
-    tree_dtype,
-    tree_norm,
-    tree_scale,
-    tree_struct,
-)
-from .._operators import LeastSquaresHessian
+from .._tree import tree_axpy, tree_dot, tree_dtype, tree_norm, tree_scale, tree_struct
 
 
 class _ProjectionState(eqx.Module):

@@ -7,7 +7,8 @@ import equinox.internal as eqxi
 import lineax as lx
 from jaxtyping import ScalarLike
 
-from .._misc import as_rate, check_positive, tree_scale
+from .._arguments import as_rate, check_positive
+from .._tree import tree_scale
 from .misc import check_square
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
-from .._misc import nonzero, tree_norm
+from .._tree import nonzero, tree_norm
 
 
 def check_square(operator: lx.AbstractLinearOperator, owner: str) -> None:

@@ -10,23 +10,16 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, ScalarLike
 
-from .._decompositions import eigh
-from .._misc import (
-    as_rate,
-    check_count,
-    check_positive,
-    is_traced,
-    nonzero,
-    tree_axpy,
-    tree_dot,
-    tree_dtype,
-    tree_scale,
-)
+from .._arguments import as_rate, check_count, check_positive, is_traced
+from .._linalg.decompositions import eigh
+from .._tree import nonzero, tree_axpy, tree_dot, tree_dtype, tree_scale
 from .misc import check_square, relative
 
 
 # Beyond this many terms, diagonalising a matrix of this size is the cheaper way.
 _MANY_TERMS = 1000
+
+
 _SMALL = 256
 
 

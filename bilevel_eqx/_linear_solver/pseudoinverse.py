@@ -10,16 +10,11 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Scalar
 
-from .._decompositions import eigh, inv, qr, svd
-from .._misc import (
-    check_count,
-    DENSE_SIZE,
-    tree_dtype,
-    tree_norm,
-    tree_sub,
-    tree_zeros_like,
-)
-from .._operators import curved_tag, LeastSquaresHessian
+from .._arguments import check_count
+from .._derivatives.operators import curved_tag, LeastSquaresHessian
+from .._linalg.decompositions import eigh, inv, qr, svd
+from .._linalg.power_iteration import DENSE_SIZE
+from .._tree import tree_dtype, tree_norm, tree_sub, tree_zeros_like
 
 
 class Pseudoinverse(lx.AbstractLinearSolver):

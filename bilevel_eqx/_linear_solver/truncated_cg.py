@@ -8,8 +8,8 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, ScalarLike
 
-from .._misc import (
-    check_count,
+from .._arguments import check_count
+from .._tree import (
     nonzero,
     tree_axpy,
     tree_dot,

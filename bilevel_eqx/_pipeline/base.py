@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._equilibrium import AbstractEquilibrium
-from .._problem import AbstractBilevelProblem
+from .._equilibrium.base import AbstractEquilibrium
+from .._problem.base import AbstractBilevelProblem
 
 
 State = TypeVar("State")

@@ -8,18 +8,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
+from .._arguments import as_pytree, check_type
+from .._derivatives.first import inner_gradient
+from .._failure.results import figures_of, first_failure, RESULTS, Verdict, verdict_where
 from .._hypergradient import hypergradient_and_state, reaches_outer
-from .._misc import (
-    as_pytree,
-    check_type,
-    first_order,
-    optimiser_step,
-    tree_cast,
-    tree_norm,
-)
-from .._problem import inner_gradient, projection_x, projection_y, step_left
-from .._response import AbstractResponse, Implicit, Unrolled
-from .._results import figures_of, first_failure, RESULTS, Verdict, verdict_where
+from .._optimiser.step import first_order, optimiser_step
+from .._problem.constraints import projection_x, projection_y, step_left
+from .._response.base import AbstractResponse
+from .._response.implicit import Implicit
+from .._response.unrolled import Unrolled
+from .._tree import tree_cast, tree_norm
 from .base import AbstractPipeline
 
 
@@ -49,9 +47,9 @@ class GradientPipeline(AbstractPipeline[GradientState]):
     r"""Moves x along the hypergradient of a response, and lets y answer:
 
     1. $x \leftarrow x - \alpha\, (F_x + J^\top F_y)$, or what the optimiser makes of it;
-    2. $y \leftarrow$ the follower's answer to the new x, if there is a follower;
+    2. $y \leftarrow$ the inner update's answer to the new x, if there is an inner update;
     3. the response answers x: this yields the next hypergradient and, if there is no
-       follower, y.
+       inner_update, y.
 
     Both start from the last y under a warm start, and from $y_0$ under a cold one.
 
@@ -59,7 +57,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
 
     - Algorithm 1, which looks ahead by K steps and moves by one:
         `GradientPipeline(Unrolled(optax.sgd(eta), K), optax.sgd(alpha),
-        follower=Unrolled(optax.sgd(eta), 1))` with [`bilevel_eqx.WarmStart`][];
+        inner_update=Unrolled(optax.sgd(eta), 1))` with [`bilevel_eqx.WarmStart`][];
     - Algorithm 3: `GradientPipeline(Proximal(epsilon, ...), optax.sgd(alpha))` with
         [`bilevel_eqx.WarmStart`][];
     - cold start: `GradientPipeline(Implicit(...), optax.sgd(alpha))` with
@@ -71,22 +69,22 @@ class GradientPipeline(AbstractPipeline[GradientState]):
     gradient, such as Adam or L-BFGS, come to rest elsewhere unless the set is a box, and
     L-BFGS even then; the certificate shows it.
 
-    Where the follower unrolls, its optimiser's state is carried along with y, and a
+    Where the inner update unrolls, its optimiser's state is carried along with y, and a
     response that unrolls the same optimiser looks ahead from that state.
     """
 
     response: AbstractResponse
     optimiser: optax.GradientTransformation = eqx.field(converter=as_pytree)
-    follower: AbstractResponse | None = None
+    inner_update: AbstractResponse | None = None
 
     def __check_init__(self):
         owner = "GradientPipeline"
         check_type(self.response, AbstractResponse, "response", owner)
         check_type(self.optimiser, optax.GradientTransformation, "optimiser", owner)
-        check_type(self.follower, AbstractResponse | None, "follower", owner)
+        check_type(self.inner_update, AbstractResponse | None, "inner_update", owner)
 
     def init(self, problem, equilibrium, x, y, key):
-        mover = self.response if self.follower is None else self.follower
+        mover = self.response if self.inner_update is None else self.inner_update
         state = GradientState(
             x=x,
             y=y,
@@ -129,9 +127,9 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             state,
             (x, outer_state, state.num_steps + 1),
         )
-        if self.follower is not None:
+        if self.inner_update is not None:
             anchor = state.y if equilibrium.warm else state.y0
-            answer = self.follower(problem, x, anchor, state.inner_state)
+            answer = self.inner_update(problem, x, anchor, state.inner_state)
             inner_state = answer.state if equilibrium.warm else None
             verdict = Verdict(answer.result, figures_of(x, answer.stats))
             verdict = verdict_where(state.verdict.failed, state.verdict, verdict)
@@ -153,18 +151,18 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         return state, metrics
 
     def _respond(self, problem, equilibrium, state: GradientState) -> GradientState:
-        """The hypergradient at x and, without a follower, the move of y."""
+        """The hypergradient at x and, without an inner update, the move of y."""
         anchor = state.y if equilibrium.warm else state.y0
         carried = state.inner_state
-        if self.follower is not None and not _same_optimiser(
-            self.follower, self.response
+        if self.inner_update is not None and not _same_optimiser(
+            self.inner_update, self.response
         ):
             carried = None
         out, inner_state = _respond(problem, state.x, anchor, self.response, carried)
         parts = {"value": out.value, "gradient": out.gradient}
         verdict = Verdict(out.result, figures_of(state.x, out.stats, **parts))
         y = out.y
-        if self.follower is not None:
+        if self.inner_update is not None:
             y, inner_state = state.y, state.inner_state
         elif not equilibrium.warm:
             inner_state = None
@@ -184,7 +182,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
 
     def _inner_residual(self, problem, equilibrium, state):
         """Zero iff y stands still, given that x does."""
-        lags = equilibrium.warm or self.follower is not None
+        lags = equilibrium.warm or self.inner_update is not None
         if not lags and not isinstance(self.response, Implicit):
             # y is a function of x, computed anew each time: it cannot lag behind, and
             # what an unrolled response leaves undone is not for it to do.
@@ -198,11 +196,11 @@ GradientPipeline.__init__.__doc__ = """**Arguments:**
 - `response`: through which the hypergradient is taken.
 - `optimiser`: any optax optimiser; it moves x. Those with a line search are given the
     outer objective through the response.
-- `follower`: a response that moves y, where that is not `response` itself.
+- `inner_update`: a response that moves y, where that is not `response` itself.
 """
 
 
-def _same_optimiser(follower: AbstractResponse, response: AbstractResponse) -> bool:
-    if not (isinstance(follower, Unrolled) and isinstance(response, Unrolled)):
+def _same_optimiser(inner_update: AbstractResponse, response: AbstractResponse) -> bool:
+    if not (isinstance(inner_update, Unrolled) and isinstance(response, Unrolled)):
         return False
-    return eqx.tree_equal(follower.optimiser, response.optimiser) is True
+    return eqx.tree_equal(inner_update.optimiser, response.optimiser) is True

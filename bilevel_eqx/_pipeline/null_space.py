@@ -11,37 +11,30 @@ import optax
 import optimistix as optx
 from jaxtyping import Array, Int, PyTree, Scalar
 
-from .._equilibrium import AbstractEquilibrium, Optimistic, Pessimistic
-from .._inner_solver import Projection
-from .._linear_solver import Pseudoinverse
-from .._misc import (
-    as_pytree,
-    check_count,
-    check_type,
-    first_order,
-    optimiser_step,
-    tree_cast,
-    tree_dtype,
-    tree_norm,
-    tree_sub,
-)
-from .._operators import cross_derivative_operator
-from .._problem import (
-    AbstractBilevelProblem,
-    outer_gradients,
-    projection_x,
-    step_left,
-)
-from .._response import Implicit, MinimumDisplacement
-from .._results import (
+from .._arguments import as_pytree, check_count, check_type
+from .._derivatives.first import outer_gradients
+from .._derivatives.second import cross_derivative_operator
+from .._equilibrium.base import AbstractEquilibrium
+from .._equilibrium.optimistic import Optimistic
+from .._equilibrium.pessimistic import Pessimistic
+from .._failure.results import (
     figures_of,
     finite_or_not,
     first_failure,
     Verdict,
     verdict_where,
 )
-from .._solution_set import select, SolutionSet
-from .._worst_case import find_worst
+from .._inner_solver.projection import Projection
+from .._linear_solver.pseudoinverse import Pseudoinverse
+from .._optimiser.step import first_order, optimiser_step
+from .._problem.base import AbstractBilevelProblem
+from .._problem.constraints import projection_x, step_left
+from .._response.implicit import Implicit
+from .._response.minimum_displacement import MinimumDisplacement
+from .._solution_set.search import select
+from .._solution_set.tangent import SolutionSet
+from .._solution_set.worst_in_ball import find_worst
+from .._tree import tree_cast, tree_dtype, tree_norm, tree_sub
 from .base import AbstractPipeline
 
 
@@ -236,6 +229,7 @@ NullSpaceDescent.__init__.__doc__ = """**Arguments:**
 - `selection_steps`: the largest number of Newton steps along $S(x)$ in an outer step.
     The search goes on from where it was.
 """
+
 
 NullSpaceAscent.__init__.__doc__ = """**Arguments:** as for
 [`bilevel_eqx.NullSpaceDescent`][].

@@ -8,24 +8,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
-from .._equilibrium import Pessimistic
-from .._misc import (
-    as_pytree,
-    as_rate,
-    check_positive,
-    check_type,
-    largest_curvature,
-    nonzero,
-    optimiser_step,
-    tree_axpy,
-    tree_dtype,
-    tree_norm,
-    tree_scale,
-    tree_sub,
-)
-from .._operators import is_turning
-from .._problem import inner_gradient, outer_gradients, projection_x, step_left
-from .._results import finite_or_not
+from .._arguments import as_pytree, as_rate, check_positive, check_type
+from .._derivatives.first import inner_gradient, outer_gradients
+from .._derivatives.second import is_turning
+from .._equilibrium.pessimistic import Pessimistic
+from .._failure.results import finite_or_not
+from .._linalg.power_iteration import largest_curvature
+from .._optimiser.step import optimiser_step
+from .._problem.constraints import projection_x, step_left
+from .._tree import nonzero, tree_axpy, tree_dtype, tree_norm, tree_scale, tree_sub
 from .base import AbstractPipeline
 
 

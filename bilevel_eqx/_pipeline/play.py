@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree, Scalar
 
-from .._equilibrium import Nash, ProximalEquilibrium
-from .._misc import nonzero, tree_axpy, tree_dtype, tree_norm, tree_scale, tree_sub
-from .._problem import inner_gradient, projection_x, projection_y, step_left
-from .._results import finite_or_not
+from .._derivatives.first import inner_gradient
+from .._equilibrium.nash import Nash
+from .._equilibrium.proximal_equilibrium import ProximalEquilibrium
+from .._failure.results import finite_or_not
+from .._problem.constraints import projection_x, projection_y, step_left
+from .._tree import nonzero, tree_axpy, tree_dtype, tree_norm, tree_scale, tree_sub
 from .base import AbstractPipeline
 
 
@@ -34,6 +36,8 @@ class PlayState(eqx.Module):
 
 # Between 1 and the golden ratio; the rate may grow by the second at each step.
 _GOLDEN = 1.5
+
+
 _GROWTH = 1 / _GOLDEN + 1 / _GOLDEN**2
 
 

@@ -5,18 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ScalarLike
 
-from .._misc import (
-    as_rate,
-    check_count,
-    check_positive,
-    depends_on,
-    largest_curvature,
-    nonzero,
-    tree_axpy,
-    tree_dtype,
-)
-from .._problem import inner_gradient, outer_gradients, projection_y
-from .._results import RESULTS
+from .._arguments import as_rate, check_count, check_positive
+from .._depends_on import depends_on
+from .._derivatives.first import inner_gradient, outer_gradients
+from .._failure.results import RESULTS
+from .._linalg.power_iteration import largest_curvature
+from .._problem.constraints import projection_y
+from .._tree import nonzero, tree_axpy, tree_dtype
 from .base import AbstractResponse
 from .unrolled import differentiated, repeat
 

@@ -9,8 +9,8 @@ import lineax as lx
 from jaxtyping import PyTree
 
 from .._custom_types import X, Y
-from .._problem import AbstractBilevelProblem
-from .._results import RESULTS
+from .._failure.results import RESULTS
+from .._problem.base import AbstractBilevelProblem
 
 
 class Response(eqx.Module, Generic[X, Y]):

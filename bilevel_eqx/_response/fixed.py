@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import lineax as lx
 
-from .._misc import tree_dtype, tree_struct, tree_zeros_like
-from .._results import RESULTS
+from .._failure.results import RESULTS
+from .._tree import tree_dtype, tree_struct, tree_zeros_like
 from .base import AbstractResponse, Response, TransposedJacobian
 
 

@@ -8,30 +8,23 @@ import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 
-from .._inner_solver import GradientDescent, ProjectedGradient
-from .._linear_solver import IdentityInverse, Neumann, Pseudoinverse, TruncatedCG
+from .._arguments import check_count, check_positive, check_type
+from .._depends_on import depends_on
+from .._derivatives.first import inner_gradient
+from .._derivatives.operators import curved_tag
+from .._derivatives.second import cross_derivative_operator, HessianAt, is_curved
+from .._failure.results import first_failure, RESULTS
+from .._inner_solver.gradient_descent import GradientDescent
+from .._inner_solver.projected_gradient import ProjectedGradient
+from .._linear_solver.identity_inverse import IdentityInverse
 from .._linear_solver.misc import relative
-from .._misc import (
-    check_count,
-    check_positive,
-    check_type,
-    depends_on,
-    nonzero,
-    tree_axpy,
-    tree_dot,
-    tree_norm,
-    tree_scale,
-    tree_sub,
-)
-from .._operators import (
-    cross_derivative_operator,
-    curved_tag,
-    HessianAt,
-    is_curved,
-)
-from .._problem import closure_converted, inner_gradient, projection_y
-from .._results import first_failure, RESULTS
-from .._stationarity import stationarity
+from .._linear_solver.neumann import Neumann
+from .._linear_solver.pseudoinverse import Pseudoinverse
+from .._linear_solver.truncated_cg import TruncatedCG
+from .._problem.closure import closure_converted
+from .._problem.constraints import projection_y
+from .._solution_set.stationarity import stationarity
+from .._tree import nonzero, tree_axpy, tree_dot, tree_norm, tree_scale, tree_sub
 from .base import AbstractResponse, Response
 
 
@@ -251,6 +244,7 @@ class ImplicitPullback(eqx.Module):
 
 # Our own solvers judge themselves, and some are meant to leave a residual.
 _reports = (IdentityInverse, Neumann, Pseudoinverse, TruncatedCG)
+
 
 # Generous: it is to tell a solution from nonsense, and not a good from a better one.
 _FOREIGN_TOLERANCE = 1e-2

@@ -8,18 +8,16 @@ import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 
-from .._inner_solver import Projection
-from .._linear_solver import Pseudoinverse
-from .._misc import (
-    check_count,
-    check_positive,
-    tree_norm,
-    tree_struct,
-)
-from .._operators import cross_derivative_operator
-from .._problem import closure_converted, inner_gradient
-from .._results import first_failure, RESULTS
-from .._solution_set import Displacement, nearest_to, SolutionSet
+from .._arguments import check_count, check_positive
+from .._derivatives.first import inner_gradient
+from .._derivatives.second import cross_derivative_operator
+from .._failure.results import first_failure, RESULTS
+from .._inner_solver.projection import Projection
+from .._linear_solver.pseudoinverse import Pseudoinverse
+from .._problem.closure import closure_converted
+from .._solution_set.nearest import Displacement, nearest_to
+from .._solution_set.tangent import SolutionSet
+from .._tree import tree_norm, tree_struct
 from .base import AbstractResponse, Response
 from .implicit import Implicit
 

@@ -5,8 +5,8 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import ScalarLike
 
-from .._misc import as_rate, check_positive
-from .._problem import proximal
+from .._arguments import as_rate, check_positive
+from .._problem.proximal import proximal
 from .base import AbstractResponse
 from .implicit import Implicit
 

@@ -13,18 +13,13 @@ import jax.tree_util as jtu
 import lineax as lx
 import optax
 
-from .._misc import (
-    as_pytree,
-    check_count,
-    check_type,
-    depends_on,
-    is_traced,
-    optimiser_step,
-    tree_dtype,
-    tree_struct,
-)
-from .._problem import inner_gradient, projection_y
-from .._results import RESULTS
+from .._arguments import as_pytree, check_count, check_type, is_traced
+from .._depends_on import depends_on
+from .._derivatives.first import inner_gradient
+from .._failure.results import RESULTS
+from .._optimiser.step import optimiser_step
+from .._problem.constraints import projection_y
+from .._tree import tree_dtype, tree_struct
 from .base import AbstractResponse, Response, TransposedJacobian
 
 

@@ -9,6 +9,8 @@ import matplotlib as mpl
 
 # Of clearly different lightness, so that they also differ in greyscale.
 CLASS_COLOURS = ("#c2185b", "#3fa796", "#1f3b73", "#e3a53b", "#7a7a7a")
+
+
 """One colour for each class."""
 
 

@@ -10,7 +10,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from .._custom_types import typechecked
-from .._problem import AbstractLeastSquaresProblem
+from .._problem.least_squares import AbstractLeastSquaresProblem
 
 
 class AntiDistillation(AbstractLeastSquaresProblem[Array, Array]):

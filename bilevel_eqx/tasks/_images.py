@@ -10,11 +10,13 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 from .._custom_types import typechecked
-from .._problem import AbstractBilevelProblem
+from .._problem.base import AbstractBilevelProblem
 from ._network import accuracy, cross_entropy, evaluate, initial_weights, Weights
 
 
 DistilledImages: TypeAlias = dict[str, Array]
+
+
 """The outer variables: `"images"`, of shape `(k, ...)`, and the `"logits"` of their soft
 labels, of shape `(k, c)`."""
 

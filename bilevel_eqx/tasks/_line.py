@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .._custom_types import typechecked
-from .._problem import AbstractLeastSquaresProblem
+from .._problem.least_squares import AbstractLeastSquaresProblem
 
 
 class MovingDatapoint(AbstractLeastSquaresProblem[Array, Array]):

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 
 Weights: TypeAlias = list[tuple[Array, Array]]
+
+
 """The inner variables: a matrix and a bias for each layer of the network."""
 
 

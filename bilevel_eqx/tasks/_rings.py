@@ -10,11 +10,14 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 from .._custom_types import typechecked
-from .._problem import AbstractBilevelProblem, AbstractLeastSquaresProblem
+from .._problem.base import AbstractBilevelProblem
+from .._problem.least_squares import AbstractLeastSquaresProblem
 from ._network import accuracy, cross_entropy, evaluate, initial_weights, Weights
 
 
 Distilled: TypeAlias = dict[str, Array]
+
+
 """The outer variables: `"points"`, of shape `(k, 2)`, and `"logits"`, of shape `(k, c)`,
 if the labels are learned."""
 

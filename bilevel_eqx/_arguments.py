@@ -1,0 +1,101 @@
+"""Checks and conversions of the arguments of public functions."""
+
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree, ScalarLike
+
+
+def is_traced(value: Any) -> bool:
+    """Whether `value` is known only when the program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def as_rate(value: ScalarLike) -> Any:
+    """Makes a rate a NumPy array, so that a new value does not compile anew.
+
+    `eqx.filter_jit` takes Python floats as part of the program and arrays as data.
+    NumPy's, because a JAX array at import would start JAX's backend.
+    """
+    return value if eqx.is_array(value) else np.asarray(value, dtype=np.float64)
+
+
+def as_pytree(optimiser: Any) -> Any:
+    """Makes an optax optimiser, which is a tuple of closures, a pytree.
+
+    A learning rate that is an array is then data: it can be vmapped over, differentiated
+    with respect to, and changed without compiling anew.
+    """
+    try:
+        return eqxi.closure_to_pytree(optimiser)
+    except (RecursionError, ValueError):
+        # Some closures refer to themselves. They work as well, as part of the program.
+        return optimiser
+
+
+def check_positive(value: Any, name: str, owner: str, or_zero: bool = False) -> None:
+    """Refuses a negative (or zero) rate, unless it is known only at run time."""
+    if is_traced(value):
+        return
+    smallest_bad = np.min(np.asarray(value))
+    if not (smallest_bad >= 0 if or_zero else smallest_bad > 0):
+        wanted = "at least zero" if or_zero else "greater than zero"
+        raise ValueError(f"`{owner}({name}=...)` must be {wanted}; it is {smallest_bad}.")
+
+
+def check_count(value: Any, name: str, owner: str) -> None:
+    """Refuses a count that is not a positive integer."""
+    if is_traced(value):
+        return
+    is_integer = isinstance(value, int | np.integer) or (
+        eqx.is_array_like(value) and np.issubdtype(np.asarray(value).dtype, np.integer)
+    )
+    if isinstance(value, bool) or not is_integer:
+        raise ValueError(
+            f"`{owner}({name}=...)` must be a positive integer; it is {value!r}."
+        )
+    smallest = np.min(np.asarray(value))
+    if smallest < 1:
+        raise ValueError(f"`{owner}({name}=...)` must be at least one; it is {smallest}.")
+
+
+def check_type(value: Any, kind: Any, name: str, owner: str) -> None:
+    """Refuses a part of the wrong kind where it is put in, and not where it is used."""
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"`{owner}({name}=...)` must be of type `{getattr(kind, '__name__', kind)}`; "
+            f"it is {value!r}."
+        )
+
+
+def as_variables(tree: PyTree, name: str) -> PyTree[Array]:
+    """Makes `tree` a pytree of floating-point arrays, or says which leaf is not one."""
+    paths_and_leaves, treedef = jtu.tree_flatten_with_path(tree)
+    if len(paths_and_leaves) == 0:
+        raise ValueError(f"`{name}` has no arrays in it: there is nothing to optimise.")
+    leaves = []
+    for path, leaf in paths_and_leaves:
+        where = f"`{name}{jtu.keystr(path)}`"
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            raise ValueError(
+                f"Every leaf of `{name}` must be a floating-point array, but {where} is "
+                f"{leaf!r}, of type `{type(leaf).__name__}`. Wrap a number in "
+                "`jnp.asarray(...)`; keep what is not optimised in the problem, or "
+                "split it off with `eqx.partition(..., eqx.is_inexact_array)`."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"Every leaf of `{name}` must be a floating-point array, but {where} "
+                f"has type {leaf.dtype}: there is no derivative with respect to it. "
+                "Cast it with `.astype(float)` if it is to be optimised; otherwise keep "
+                "it in the problem."
+            )
+        # A weak type would change once it has met data, and a loop's carry may not.
+        leaves.append(jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype))
+    return jtu.tree_unflatten(treedef, leaves)

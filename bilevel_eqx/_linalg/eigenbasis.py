@@ -1,0 +1,136 @@
+"""Eigenvalues of symmetric operators, and what can be said with them of a quadratic.
+
+Dense where the operator is small; by Lanczos where it is not, and then what is said
+holds within a Krylov space.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from .._tree import nonzero, tree_axpy, tree_dtype, tree_struct, tree_sub, tree_zeros_like
+from .decompositions import eigh
+from .power_iteration import DENSE_SIZE, largest_magnitude
+
+
+_LANCZOS_STEPS = 64
+
+
+class Eigenbasis(eqx.Module):
+    """Orthonormal vectors in which an operator is diagonal: all, or some."""
+
+    values: Float[Array, " k"]
+    vectors: Float[Array, "n k"]
+
+    def coordinates(self, vector: PyTree[Array]) -> Float[Array, " k"]:
+        flat, _ = jax.flatten_util.ravel_pytree(vector)
+        return self.vectors.T @ flat
+
+    def combine(self, coordinates: Float[Array, " k"], like: PyTree) -> PyTree[Array]:
+        _, unravel = jax.flatten_util.ravel_pytree(tree_zeros_like(like))
+        return unravel(self.vectors @ coordinates)
+
+
+def eigenbasis(
+    operator: lx.AbstractLinearOperator, start: PyTree[Array] | None = None
+) -> Eigenbasis:
+    """The eigenvectors of a symmetric operator, or Ritz vectors of its Krylov space.
+
+    That space is spanned from `start`, or from a random vector.
+    """
+    n = operator.in_size()
+    if n <= DENSE_SIZE:
+        matrix = operator.as_matrix()
+        values, vectors = eigh(0.5 * (matrix + matrix.T))
+        return Eigenbasis(values, vectors)
+    dtype = tree_dtype(operator.in_structure())
+    # Never only `start`: what is orthogonal to it would not be seen.
+    first = jr.normal(jr.PRNGKey(0), (n,), dtype)
+    if start is not None:
+        flat, _ = jax.flatten_util.ravel_pytree(start)
+        size = jnp.linalg.norm(flat)
+        mix = jnp.sqrt(jnp.finfo(dtype).eps) / jnp.sqrt(jnp.asarray(n, dtype))
+        first = jnp.where(size == 0, first, flat / size + mix * first)
+    basis, values, rotation, _ = lanczos(operator, first, _LANCZOS_STEPS)
+    return Eigenbasis(values, basis.T @ rotation)
+
+
+def lanczos(
+    operator: lx.AbstractLinearOperator, first: Float[Array, " n"], num_steps: int
+) -> tuple[Float[Array, "k n"], Float[Array, " k"], Float[Array, "k k"], Scalar]:
+    """Ritz values of a symmetric operator in the Krylov space of a vector.
+
+    Returns an orthonormal basis of that space, in rows, that begins with the vector; the
+    Ritz values, in ascending order; the Ritz vectors in that basis, in columns; and the
+    length of the next vector of the basis, which says what the space lacks.
+    """
+    zeros = tree_zeros_like(operator.in_structure())
+    _, unravel = jax.flatten_util.ravel_pytree(zeros)
+
+    def product(flat):
+        return jax.flatten_util.ravel_pytree(operator.mv(unravel(flat)))[0]
+
+    def step(carry, k):
+        basis, vector, scale = carry
+        basis = basis.at[k].set(vector)
+        image = product(vector)
+        alpha = vector @ image
+        scale = jnp.maximum(scale, jnp.linalg.norm(image))
+        # Against all before it and twice: rounding would bring them back.
+        for _ in range(2):
+            image = image - basis.T @ (basis @ image)
+        beta = jnp.linalg.norm(image)
+        ended = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
+        beta = jnp.where(ended, 0, beta)
+        vector = jnp.where(ended, 0, image / jnp.where(ended, 1, beta))
+        return (basis, vector, scale), (alpha, beta)
+
+    vector = first / jnp.linalg.norm(first)
+    basis = jnp.zeros((num_steps, first.size), first.dtype)
+    carry = basis, vector, jnp.zeros((), first.dtype)
+    (basis, _, _), (alphas, betas) = jax.lax.scan(step, carry, jnp.arange(num_steps))
+    # Where the Krylov space is exhausted, a value from inside of the spectrum.
+    exhausted = jnp.sum(basis**2, axis=1) == 0
+    diagonal, off = jnp.where(exhausted, alphas[0], alphas), betas[:-1]
+    tridiagonal = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    values, rotation = eigh(tridiagonal)
+    return basis, values, rotation, betas[-1]
+
+
+def eigenbasis_within(
+    project: Callable[[PyTree], PyTree],
+    operator: lx.AbstractLinearOperator,
+    start: PyTree[Array],
+) -> Eigenbasis:
+    """The eigenvectors of an operator W within a subspace: of P W P, in the range of P.
+
+    Eigenvalues and vectors across the subspace are zero exactly; what rounding makes of
+    them would pass for curvature where the subspace is small, or nothing at all.
+    """
+    size = nonzero(largest_magnitude(operator.mv, start))
+
+    def moved_away(vector):
+        # What is across the subspace gets an eigenvalue that nothing within it has.
+        along = project(vector)
+        across = tree_sub(vector, along)
+        return tree_axpy(-4 * size, across, project(operator.mv(along)))
+
+    T = lx.FunctionLinearOperator(moved_away, tree_struct(start), lx.symmetric_tag)
+    basis = eigenbasis(T, start)
+    is_within = basis.values > -2 * size
+    eps = jnp.finfo(basis.values.dtype).eps
+    is_zero = jnp.abs(basis.values) <= 100 * eps * size
+    values = jnp.where(is_within & ~is_zero, basis.values, 0)
+    return Eigenbasis(values, jnp.where(is_within[None, :], basis.vectors, 0))
+
+
+def negative_curvature(basis: Eigenbasis) -> Scalar:
+    """How negative the most negative eigenvalue is, relative to the largest."""
+    largest = jnp.max(jnp.abs(basis.values))
+    return jnp.maximum(0, -jnp.min(basis.values)) / nonzero(largest)

@@ -1,0 +1,37 @@
+"""The largest eigenvalue of a symmetric map, by power iteration."""
+
+from collections.abc import Callable
+
+import jax
+import jax.core
+from jaxtyping import Array, PyTree, Scalar
+
+from .._tree import nonzero, tree_norm, tree_scale, tree_waves
+
+
+def largest_curvature(fn: Callable[[PyTree], Scalar], at: PyTree[Array]) -> Scalar:
+    """An estimate from below of the largest curvature of `fn`, by power iteration.
+
+    For choosing a step size that will not diverge. It has no derivative.
+    """
+    at = jax.lax.stop_gradient(at)
+    return largest_magnitude(jax.linearize(jax.grad(fn), at)[1], at)
+
+
+def largest_magnitude(product: Callable[[PyTree], PyTree], like: PyTree[Array]) -> Scalar:
+    """An estimate from below of the largest absolute eigenvalue of a symmetric map."""
+
+    def multiply(vector, _):
+        image = product(vector)
+        size = tree_norm(image)
+        return tree_scale(1 / nonzero(size), image), size
+
+    start = tree_waves(like)
+    start = tree_scale(1 / tree_norm(start), start)
+    return jax.lax.scan(multiply, start, None, length=20)[1][-1]
+
+
+DENSE_SIZE = 1024
+
+
+"""Up to this size a matrix is decomposed; a larger one is only multiplied with."""

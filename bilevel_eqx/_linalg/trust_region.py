@@ -1,0 +1,115 @@
+"""The largest value of a quadratic in a ball."""
+
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, PyTree, Scalar, ScalarLike
+
+from .._tree import nonzero, tree_scale
+from .eigenbasis import Eigenbasis, eigenbasis
+
+
+def possible_decrease(
+    hessian: lx.AbstractLinearOperator, gradient: PyTree[Array], radius: ScalarLike
+) -> Scalar:
+    r"""$-\min_{\|s\| \le R} g^\top s + \tfrac12 s^\top Q s$: what a move could gain.
+
+    Zero iff the gradient is zero and no curvature is negative.
+    """
+    flipped = lx.FunctionLinearOperator(
+        lambda v: tree_scale(-1, hessian.mv(v)), hessian.in_structure(), lx.symmetric_tag
+    )
+    downhill = tree_scale(-1, gradient)
+    return trust_region(eigenbasis(flipped, downhill), downhill, radius).value
+
+
+class WorstStep(eqx.Module):
+    """Where a quadratic is largest within a ball, with the multiplier of the ball.
+
+    `mixture` is `step`, except where two points tie or nearly so: there it lies between
+    them. The gradient there is that of the maximum with its kinks rounded off, whose
+    value is `lift` above that of the mixture.
+    """
+
+    step: PyTree[Array]
+    mixture: PyTree[Array]
+    lift: Scalar
+    multiplier: Scalar
+    value: Scalar
+
+
+_BISECTIONS = 200
+
+
+def trust_region(
+    basis: Eigenbasis,
+    slope: PyTree[Array],
+    radius: ScalarLike,
+    rounding: ScalarLike = 0.0,
+) -> WorstStep:
+    r"""$\max_{\|s\| \le R} g^\top s + \tfrac12 s^\top Q s$, all of it, not only locally.
+
+    At the maximum $(\lambda I - Q) s = g$ with $\lambda \ge \max(0, \lambda_{\max}(Q))$,
+    and $\|s\| = R$ or $\lambda = 0$ (Moré and Sorensen, 1983).
+    """
+    q, g = basis.values, basis.coordinates(slope)
+    eps = jnp.finfo(q.dtype).eps
+    radius = jnp.asarray(radius, q.dtype)
+    size = jnp.max(jnp.abs(q))
+    top = jnp.max(q)
+    curved = top > 100 * eps * size
+    floor = jnp.where(curved, top, 0)
+    gap = floor - q
+
+    def coordinates(excess):
+        denominator = gap + excess
+        return jnp.where(
+            denominator > 0, g / jnp.where(denominator > 0, denominator, 1), 0
+        )
+
+    def excess_for(barrier):
+        """The excess of lambda over its floor at which the step has length R."""
+
+        def too_long(excess):
+            length = jnp.sum(coordinates(excess) ** 2)
+            return length + 2 * barrier / excess > radius**2
+
+        def bisect(_, bounds):
+            low, high = bounds
+            middle = 0.5 * (low + high)
+            long = too_long(middle)
+            return jnp.where(long, middle, low), jnp.where(long, high, middle)
+
+        high = jnp.linalg.norm(g) / radius + jnp.sqrt(2 * barrier) / radius
+        high = high + 4 * barrier / radius**2
+        bounds = jnp.zeros_like(high), jnp.maximum(high, jnp.finfo(q.dtype).tiny)
+        return jax.lax.fori_loop(0, _BISECTIONS, bisect, bounds)[1]
+
+    excess = excess_for(jnp.zeros((), q.dtype))
+    step = coordinates(excess)
+    # Nothing pushes along the top eigenvector, and both of its directions are as bad.
+    missing = jnp.sqrt(jnp.maximum(0, radius**2 - jnp.sum(step**2)))
+    along_top = jnp.arange(q.size) == jnp.argmax(q)
+    sign = jnp.where(jnp.sum(jnp.where(along_top, g, 0)) < 0, -1, 1)
+    tied = curved & (missing > 100 * jnp.sqrt(eps) * radius)
+    step = jnp.where(tied & along_top, step + sign * missing, step)
+
+    # A logarithmic barrier keeps lambda off its floor, which rounds off the kinks of the
+    # dual, min over lambda of (g^T (lambda I - Q)^-1 g + lambda R^2) / 2.
+    barrier = jnp.asarray(rounding, q.dtype) * radius**2 * size
+    barrier = jnp.where(curved, barrier, 0)
+    rounded = excess_for(barrier)
+    mixture = coordinates(rounded)
+    lift = 0.5 * (floor + rounded) * (radius**2 - jnp.sum(mixture**2))
+    barrier_value = barrier * jnp.log(rounded / nonzero(size))
+    lift = lift - jnp.where(barrier == 0, 0, barrier_value)
+    value = jnp.sum(g * step) + 0.5 * jnp.sum(q * step**2)
+    return WorstStep(
+        basis.combine(step, slope),
+        basis.combine(mixture, slope),
+        lift,
+        floor + excess,
+        value,
+    )

@@ -1,0 +1,122 @@
+"""Projected gradient descent that chooses its own steps, for the outer variables."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, PyTree, Scalar
+
+from .._tree import (
+    nonzero,
+    tree_axpy,
+    tree_dot,
+    tree_dtype,
+    tree_max,
+    tree_scale,
+    tree_sub,
+)
+
+
+class SpectralState(NamedTuple):
+    """What is known of the steps before."""
+
+    last: PyTree[Array]
+    last_gradient: PyTree[Array]
+    # The last values: a step may rise above the last one, and not above all of them.
+    values: Float[Array, " memory"]
+    begun: Bool[Array, ""]
+
+
+def spectral_projected_gradient(
+    project: Callable[[PyTree], PyTree], memory: int = 10, max_halvings: int = 20
+) -> optax.GradientTransformationExtraArgs:
+    r"""An optax optimiser for variables that are confined to a convex set,
+
+    $$x \leftarrow x + a\, d, \qquad d = \Pi(x - \lambda \nabla\phi(x)) - x, \qquad
+    \lambda = \frac{\langle s, s \rangle}{\langle s, r \rangle},$$
+
+    with s and r the last changes of x and of the gradient. No rate is to be chosen: a is
+    1, or less if the value would otherwise exceed the largest of the last ones. The
+    default pipelines take it where a problem has a `project_x`; elsewhere they take
+    L-BFGS, whose steps a projection would spoil.
+
+    **Arguments:**
+
+    - `project`: $\Pi$, the Euclidean projection on the set.
+    - `memory`: how many of the last values there are to compare with.
+    - `max_halvings`: how often a step is made shorter, at most.
+
+    **Returns:**
+
+    An optax optimiser. Its `update` needs `value` and `value_fn`, as those of
+    `optax.lbfgs` do.
+
+    ??? cite "Reference"
+
+        Birgin, Martínez and Raydan, *Nonmonotone spectral projected gradient methods on
+        convex sets*, 2000.
+    """
+
+    def init(params):
+        dtype = tree_dtype(params)
+        values = jnp.full((memory,), -jnp.inf, dtype)
+        return SpectralState(params, params, values, jnp.array(False))
+
+    def update(updates, state, params=None, **extra):
+        if params is None or not {"value", "value_fn"} <= extra.keys():
+            raise ValueError(
+                "`spectral_projected_gradient` needs `update(gradient, state, params, "
+                "value=..., value_fn=...)`, as `optax.lbfgs` does."
+            )
+        value, value_fn = extra["value"], extra["value_fn"]
+        gradient, dtype = updates, tree_dtype(params)
+        value = value.astype(dtype)
+        change = tree_sub(params, state.last)
+        bend = tree_dot(change, tree_sub(gradient, state.last_gradient))
+        square = tree_dot(change, change)
+        # The first step is of the size of one; one where the curvature is negative, long.
+        plain = tree_sub(project(tree_sub(params, gradient)), params)
+        first = 1 / nonzero(tree_max(plain))
+        spectral = jnp.where(bend > 0, square / nonzero(bend), _LONGEST)
+        length = jnp.where(state.begun & (square > 0), spectral, first)
+        length = jnp.clip(length, 1 / _LONGEST, _LONGEST)
+        way = tree_sub(project(tree_axpy(-length, gradient, params)), params)
+        slope = tree_dot(gradient, way)
+
+        values = jnp.roll(state.values, 1).at[0].set(value)
+        slack = 10 * jnp.finfo(dtype).eps * jnp.abs(value)
+        highest = jnp.max(values) + slack
+
+        def at(share: Scalar) -> Scalar:
+            return value_fn(tree_axpy(share, way, params)).astype(dtype)
+
+        def unfinished(carry):
+            count, share, reached = carry
+            # Negated, so that NaN is too high as well.
+            high = ~(reached <= highest + _ARMIJO * share * slope)
+            return high & (count < max_halvings)
+
+        def shorten(carry):
+            count, share, reached = carry
+            # Where a parabola through what is known is least, within reason.
+            curve = 2 * (reached - value - share * slope)
+            least = -slope * share**2 / nonzero(curve)
+            usable = (least >= 0.1 * share) & (least <= 0.5 * share)
+            share = jnp.where(usable, least, 0.5 * share)
+            return count + 1, share, at(share)
+
+        one = jnp.ones((), dtype)
+        carry = jnp.array(0), one, at(one)
+        _, share, _ = jax.lax.while_loop(unfinished, shorten, carry)
+        state = SpectralState(params, gradient, values, jnp.array(True))
+        return tree_scale(share, way), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+_ARMIJO = 1e-4
+
+
+_LONGEST = 1e10

@@ -1,0 +1,198 @@
+"""The registered pipelines."""
+
+import optax
+
+from .._equilibrium.cold_start import ColdStart
+from .._equilibrium.nash import Nash
+from .._equilibrium.optimistic import Optimistic
+from .._equilibrium.pessimistic import Pessimistic
+from .._equilibrium.proximal_equilibrium import ProximalEquilibrium
+from .._equilibrium.stackelberg import Stackelberg
+from .._equilibrium.warm_start import WarmStart
+from .._inner_solver.projected_gradient import ProjectedGradient
+from .._inner_solver.projection import Projection
+from .._linear_solver.pseudoinverse import Pseudoinverse
+from .._optimiser.spectral_projected_gradient import spectral_projected_gradient
+from .._problem.constraints import projection_x
+from .._response.aggregated import Aggregated
+from .._response.implicit import Implicit
+from .._response.minimum_displacement import MinimumDisplacement
+from .._response.proximal import Proximal
+from .gradient import GradientPipeline
+from .null_space import NullSpaceAscent, NullSpaceDescent
+from .penalty import PenaltyAscent
+from .play import GradientPlay, ProximalPlay
+from .registry import register
+from .value_function import ValueFunctionDescent
+
+
+# L-BFGS has no rate to choose, and like gradient descent it moves x only within the
+# span of the gradients, which is what selects among many outer solutions. It presumes
+# that the gradient is that of the value: where that is only nearly so there is Adam.
+# Where x is confined to a set a projection would spoil its steps.
+
+
+def _optimiser(problem):
+    project = projection_x(problem)
+    return optax.lbfgs() if project is None else spectral_projected_gradient(project)
+
+
+def _solver(problem):
+    return Projection() if problem.project_y is None else ProjectedGradient()
+
+
+def _implicit(equilibrium, problem):
+    del equilibrium
+    response = Implicit(_solver(problem), Pseudoinverse())
+    return GradientPipeline(response, _optimiser(problem))
+
+
+def _cold_start(equilibrium, problem):
+    del equilibrium
+    # `solve` certifies how near to the nearest minimum its answer is.
+    response = MinimumDisplacement(selection_tolerance=None)
+    return GradientPipeline(response, _optimiser(problem))
+
+
+def _null_space_ascent(equilibrium, problem):
+    # Which needs a ball. In any other set there is only the penalty.
+    if equilibrium.radius is None:
+        return PenaltyAscent()
+    return NullSpaceAscent(_optimiser(problem))
+
+
+def _warm_start(equilibrium, problem):
+    if not equilibrium.partial:
+        return _implicit(equilibrium, problem)
+    response = Proximal(equilibrium.epsilon, _solver(problem), Pseudoinverse())
+    return GradientPipeline(response, _optimiser(problem))
+
+
+_newton = "1-2 Newton solves"
+
+
+_vicol = "Vicol et al. 2021"
+
+
+register(
+    ColdStart,
+    "minimum displacement",
+    _cold_start,
+    reference=f"{_vicol}, Def. 3.1",
+    cost=f"{_newton}; +1 and 100 Hv a step along a curved S(x); n^2 or 70 n",
+    demands="an inner minimum",
+    default=True,
+)
+
+
+register(
+    ColdStart,
+    "implicit",
+    _implicit,
+    reference=f"{_vicol}, Table 1",
+    cost=f"{_newton}; n^2 or 10 n",
+    demands="an inner minimum; H independent of x",
+)
+
+
+register(
+    WarmStart,
+    "implicit",
+    _warm_start,
+    reference=f"{_vicol}, Algorithm 3",
+    cost=f"{_newton}; n^2 or 10 n",
+    demands="an inner minimum",
+)
+
+
+register(
+    Optimistic,
+    "null-space descent",
+    lambda equilibrium, problem: NullSpaceDescent(_optimiser(problem)),
+    reference="exact if linear-quadratic",
+    cost=f"{_newton}; +1 and 100 Hv a step along S(x); n^2 or 10 n",
+    demands="an inner minimum; F bounded on S(x)",
+    default=True,
+)
+
+
+register(
+    Optimistic,
+    "value function",
+    lambda equilibrium, problem: ValueFunctionDescent(),
+    reference="BOME (Liu et al. 2022)",
+    cost="13 gradients of f, 1 of F, 10 Hv; 5 n",
+    demands="F bounded on S(x)",
+)
+
+
+register(
+    Optimistic,
+    "aggregation",
+    lambda equilibrium, problem: GradientPipeline(Aggregated(50), optax.adam(0.05)),
+    reference="BDA (Liu et al. 2020)",
+    cost="50 gradients of f and F, and adjoints; 50 n",
+    demands="F bounded on S(x)",
+)
+
+
+register(
+    Pessimistic,
+    "null-space ascent",
+    _null_space_ascent,
+    reference="Moré & Sorensen 1983",
+    cost=f"{_newton}; +1 and 64-1024 Hv a step along S(x); n^2 or 130 n",
+    demands="an inner minimum",
+    default=True,
+)
+
+
+register(
+    Pessimistic,
+    "penalty",
+    lambda equilibrium, problem: PenaltyAscent(),
+    reference="SiPBA (2025)",
+    cost="6 gradients of f, 2 of F; 8 n",
+    demands="H independent of x, in a ball",
+)
+
+
+register(
+    Stackelberg,
+    "implicit",
+    _implicit,
+    reference="Bengio 2000; Pedregosa 2016",
+    cost=f"{_newton}; n^2 or 10 n",
+    demands="a positive definite H",
+)
+
+
+register(
+    Nash,
+    "simultaneous",
+    lambda equilibrium, problem: GradientPlay(),
+    reference="Malitsky 2020",
+    cost="2 gradients of f, 2 of F; 6 n",
+    demands="a monotone game",
+    default=True,
+)
+
+
+register(
+    Nash,
+    "alternating",
+    lambda equilibrium, problem: GradientPlay(alternating=True),
+    reference="after Malitsky 2020",
+    cost="3 gradients of f, 3 of F; 6 n",
+    demands="a monotone game",
+)
+
+
+register(
+    ProximalEquilibrium,
+    "proximal play",
+    lambda equilibrium, problem: ProximalPlay(),
+    reference="Farnia & Ozdaglar 2020",
+    cost=f"{_newton}; n^2 or 10 n",
+    demands="f = -F",
+)

@@ -1,0 +1,61 @@
+"""Checks of a problem, from shapes alone: they cost nothing in a compiled program."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from .._depends_on import depends_on
+from .._tree import tree_struct
+from .base import AbstractBilevelProblem
+from .constraints import _Projection
+
+
+def _check_scalar(fn: Callable, name: str, x: PyTree, y: PyTree) -> None:
+    struct = jax.eval_shape(fn, x, y)
+    leaves = jtu.tree_leaves(struct)
+    is_scalar = (
+        isinstance(struct, jax.ShapeDtypeStruct)
+        and struct.shape == ()
+        and jnp.issubdtype(struct.dtype, jnp.floating)
+    )
+    if not is_scalar:
+        if len(leaves) == 1:
+            got = f"shape {leaves[0].shape} and type {leaves[0].dtype}"
+        else:
+            got = f"a pytree of {len(leaves)} arrays: {struct}"
+        raise ValueError(
+            f"The {name} objective must return a floating-point scalar, of shape (), "
+            f"but `problem.{name}(x, y)` has {got}. Reduce it with `jnp.sum` or "
+            "`jnp.mean`."
+        )
+
+
+def _check_projection(fn: Callable | None, name: str, at: PyTree) -> None:
+    if fn is None:
+        return
+    struct, wanted = jax.eval_shape(_Projection(fn).raw, at), tree_struct(at)
+    shapes, wanted_shapes = (jtu.tree_map(lambda u: u.shape, s) for s in (struct, wanted))
+    if shapes != wanted_shapes:
+        raise ValueError(
+            f"`problem.project_{name}({name})` must return the nearest point of a set, "
+            f"of the structure and shapes of {name}: {wanted}. It returns {struct}."
+        )
+
+
+def check_problem(problem: AbstractBilevelProblem, x: PyTree, y: PyTree) -> None:
+    """Refuses objectives that are not scalars, an inner one that ignores y, and
+    projections to other spaces."""
+    _check_projection(problem.project_x, "x", x)
+    _check_projection(problem.project_y, "y", y)
+    _check_scalar(problem.outer, "outer", x, y)
+    _check_scalar(problem.inner, "inner", x, y)
+    if not depends_on(lambda y: problem.inner(x, y), y):
+        raise ValueError(
+            "The inner objective does not depend on y: the derivative of "
+            "`problem.inner(x, y)` with respect to y is zero whatever x and y are. "
+            "Check the order of its arguments, which is (x, y), and look for a "
+            "`stop_gradient` or a cast to integers on the way from y."
+        )

@@ -1,0 +1,124 @@
+"""Arithmetic on pytrees."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
+
+
+#
+# Arithmetic. Every scalar is cast to the type of the leaf that it meets, so that no
+# result depends on whether 64-bit types are enabled.
+#
+
+
+def tree_dot(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
+    """The inner product of two pytrees of the same structure."""
+    dtype = tree_dtype(a)
+    products = jtu.tree_map(lambda u, v: jnp.sum(u * v).astype(dtype), a, b)
+    return sum(jtu.tree_leaves(products), start=jnp.zeros((), dtype))
+
+
+def tree_norm(a: PyTree[Array]) -> Scalar:
+    """The two-norm of a pytree. Its derivative at zero is zero, not NaN."""
+    square = tree_dot(a, a)
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+
+
+def tree_max(a: PyTree[Array]) -> Scalar:
+    """The largest absolute value in a pytree."""
+    largest = jnp.zeros((), tree_dtype(a))
+    for leaf in jtu.tree_leaves(a):
+        if leaf.size > 0:
+            largest = jnp.maximum(largest, jnp.max(jnp.abs(leaf)).astype(largest.dtype))
+    return largest
+
+
+def tree_scale(scale: ScalarLike, a: PyTree[Array]) -> PyTree[Array]:
+    """`scale * a`, in the types of `a`."""
+    return jtu.tree_map(lambda u: jnp.asarray(scale, u.dtype) * u, a)
+
+
+def tree_axpy(scale: ScalarLike, a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
+    """`scale * a + b`, in the types of `b`."""
+    return jtu.tree_map(
+        lambda u, v: jnp.asarray(scale, v.dtype) * u.astype(v.dtype) + v, a, b
+    )
+
+
+def tree_draw_in(
+    a: PyTree[Array], center: PyTree[Array], radius: ScalarLike
+) -> PyTree[Array]:
+    """The point of a ball next to `a`."""
+    way = tree_sub(a, center)
+    length = tree_norm(way)
+    radius = jnp.asarray(radius, length.dtype)
+    share = jnp.where(length > radius, radius / nonzero(length), 1)
+    return tree_axpy(share, way, center)
+
+
+def tree_cast(a: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
+    """`a`, in the types of `like`."""
+    return jtu.tree_map(lambda u, v: u.astype(v.dtype), a, like)
+
+
+def tree_sub(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
+    """`a - b`."""
+    return jtu.tree_map(jnp.subtract, a, b)
+
+
+def tree_where(pred: Bool[Array, ""], a: Any, b: Any) -> Any:
+    """`a` where `pred` holds and `b` elsewhere; whatever is not an array is `a`'s."""
+    dynamic_a, static = eqx.partition(a, eqx.is_array)
+    dynamic_b, _ = eqx.partition(b, eqx.is_array)
+    chosen = jtu.tree_map(lambda u, v: jnp.where(pred, u, v), dynamic_a, dynamic_b)
+    return eqx.combine(chosen, static)
+
+
+def nonzero(divisor: Array) -> Array:
+    """The divisor, or one where it is zero: for quotients that are then zero too."""
+    return jnp.where(divisor == 0, 1, divisor)
+
+
+def tree_zeros_like(a: PyTree) -> PyTree[Array]:
+    """Zeros of the structure of `a`, which may be of arrays or of their shapes."""
+    return jtu.tree_map(lambda u: jnp.zeros(u.shape, u.dtype), a)
+
+
+def tree_waves(a: PyTree[Array]) -> PyTree[Array]:
+    """A vector that is orthogonal to nothing in particular, without a random key."""
+    return jtu.tree_map(
+        lambda u: jnp.cos(1 + jnp.arange(u.size, dtype=u.dtype)).reshape(u.shape), a
+    )
+
+
+def tree_size(a: PyTree) -> int:
+    """The number of scalars in `a`, which may be of arrays or of their shapes."""
+    return sum(int(np.prod(u.shape)) for u in jtu.tree_leaves(a))
+
+
+def tree_dtype(a: PyTree) -> Any:
+    """The widest type among the leaves of `a`: the one that its scalars have."""
+    # Not `jnp.result_type` of all leaves at once: strict promotion forbids mixtures.
+    dtypes = [u.dtype for u in jtu.tree_leaves(a)]
+    return max(dtypes, key=lambda d: jnp.finfo(d).nmant) if dtypes else jnp.float32
+
+
+def tree_struct(a: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
+    """The shapes and types of a pytree of arrays."""
+    return jtu.tree_map(lambda u: jax.ShapeDtypeStruct(u.shape, u.dtype), a)
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every floating-point array in `tree` is free of NaN and infinity."""
+    leaves = [u for u in jtu.tree_leaves(tree) if eqx.is_inexact_array(u)]
+    finite = jnp.asarray(True)
+    for leaf in leaves:
+        finite = finite & jnp.all(jnp.isfinite(leaf))
+    return finite

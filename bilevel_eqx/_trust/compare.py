@@ -1,0 +1,174 @@
+"""Several equilibria of one problem beside each other, and the test for leakage."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree, Scalar, ScalarLike
+
+from .._arguments import as_variables
+from .._equilibrium.base import AbstractEquilibrium, Certificate, certify
+from .._equilibrium.cold_start import ColdStart
+from .._equilibrium.optimistic import Optimistic
+from .._equilibrium.warm_start import WarmStart
+from .._failure.results import RESULTS
+from .._pipeline.base import AbstractPipeline
+from .._problem.base import AbstractBilevelProblem
+from .._problem.checks import check_problem
+from .._solve.solution import Solution
+from .._solve.solve import solve
+from .._text import aligned
+from .._tree import tree_norm, tree_sub
+
+
+class Comparison(eqx.Module):
+    """What [`bilevel_eqx.compare`][] returns; `print` it for a table.
+
+    **Attributes:**
+
+    - `names`: what the equilibria are called in the table.
+    - `solutions`: a dictionary from names to [`bilevel_eqx.Solution`][]s.
+    - `figures`: a dictionary from names to dictionaries: `F` and `f`, the objectives;
+        `|x|` and `|y|`; `|y - y0|`, how far y went.
+    - `certificates`: `certificates[a][b]` is how far the answer of a is from being an
+        equilibrium of kind b.
+    - `refused`: a dictionary from the names of the equilibria that the problem cannot
+        have, or whose run failed, to the reason.
+    """
+
+    names: tuple[str, ...] = eqx.field(static=True)
+    solutions: dict[str, Solution]
+    figures: dict[str, dict[str, Scalar]]
+    certificates: dict[str, dict[str, Certificate]]
+    refused: dict[str, str] = eqx.field(static=True)
+
+    def __str__(self):
+        answered = [name for name in self.names if name in self.solutions]
+        columns = ("F", "f", "|x|", "|y|", "|y - y0|")
+        certified = [
+            n for n in self.names if any(n in c for c in self.certificates.values())
+        ]
+        header = ["", *columns, *certified]
+        rows = []
+        for name in answered:
+            figures = [_short(self.figures[name][column]) for column in columns]
+            residuals = [
+                f"{float(self.certificates[name][other].largest):.0e}"
+                if other in self.certificates[name]
+                else "-"
+                for other in certified
+            ]
+            rows.append([name, *figures, *residuals])
+        figures = [row[: 1 + len(columns)] for row in [header, *rows]]
+        split = len(aligned(figures)[0])
+        title = " " * (split + 2) + "largest residual of a certificate for"
+        lines = [title, *aligned([header, *rows])]
+        lines += [f"{name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+def _short(value) -> str:
+    return f"{float(value):.4g}"
+
+
+def compare(
+    problem: AbstractBilevelProblem,
+    x0: PyTree,
+    y0: PyTree,
+    equilibria: Sequence[AbstractEquilibrium] | None = None,
+    *,
+    num_steps: int = 200,
+    pipelines: Mapping[str, AbstractPipeline | str] | None = None,
+    tolerance: ScalarLike | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Comparison:
+    """Computes several equilibria of one problem from the same start, and checks each
+    answer against all of the definitions.
+
+    **Arguments:**
+
+    - `problem`: the bilevel problem.
+    - `x0`, `y0`: the initial variables, as for [`bilevel_eqx.solve`][].
+    - `equilibria`: which ones. By default `Optimistic()`, `WarmStart()` and
+        `ColdStart()`.
+    - `num_steps`: the number of outer steps of each. Keyword only argument.
+    - `pipelines`: for some of the equilibria, by their names in the table (such as
+        `"WarmStart()"`), a pipeline or the name of one; the others take their default.
+        Keyword only argument.
+    - `tolerance`, `key`: as for [`bilevel_eqx.solve`][]. Keyword only arguments.
+
+    **Returns:**
+
+    A [`bilevel_eqx.Comparison`][]. An equilibrium that the problem cannot have, or whose
+    run fails, is listed with the reason and does not stop the others.
+
+    **Raises:**
+
+    A `ValueError` for a problem that cannot be right, or a key of `pipelines` that is
+    none of the equilibria.
+    """
+    if equilibria is None:
+        equilibria = (Optimistic(), WarmStart(), ColdStart())
+    x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
+    check_problem(problem, x0, y0)
+    concepts = {describe(equilibrium): equilibrium for equilibrium in equilibria}
+    pipelines = {} if pipelines is None else dict(pipelines)
+    unknown = [name for name in pipelines if name not in concepts]
+    if unknown:
+        raise ValueError(
+            f"`compare(pipelines=...)` names {unknown}, but the equilibria are "
+            f"{list(concepts)}."
+        )
+    solutions, figures, certificates, refused = {}, {}, {}, {}
+    for name, equilibrium in concepts.items():
+        try:
+            solution = solve(
+                problem,
+                equilibrium,
+                x0,
+                y0,
+                pipeline=pipelines.get(name),
+                num_steps=num_steps,
+                tolerance=tolerance,
+                key=key,
+                throw=False,
+            )
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        if bool(solution.result != RESULTS.successful):
+            step = int(solution.stats["num_steps"])
+            refused[name] = f"stopped after step {step}. {RESULTS[solution.result]}"
+        x, y = solution.x, solution.y
+        solutions[name] = solution
+        figures[name] = {
+            "F": problem.outer(x, y),
+            "f": problem.inner(x, y),
+            "|x|": tree_norm(x),
+            "|y|": tree_norm(y),
+            "|y - y0|": tree_norm(tree_sub(y, y0)),
+        }
+    # One that the problem cannot have, it cannot be certified for.
+    for name, solution in solutions.items():
+        certificates[name] = {
+            asked: certify(problem, concepts[asked], solution.x, solution.y, y0=y0)
+            for asked in solutions
+        }
+    return Comparison(tuple(concepts), solutions, figures, certificates, refused)
+
+
+def describe(equilibrium: AbstractEquilibrium) -> str:
+    """An equilibrium as one would write it: `WarmStart(0.1)`."""
+    values = []
+    for field in dataclasses.fields(equilibrium):
+        value = getattr(equilibrium, field.name)
+        no_epsilon = field.name == "epsilon" and isinstance(value, float) and value == 0
+        if value is None or no_epsilon:
+            continue
+        is_number = isinstance(value, float | int | np.ndarray | jax.Array)
+        values.append(
+            f"{float(value):.3g}" if is_number and np.ndim(value) == 0 else repr(value)
+        )
+    return f"{type(equilibrium).__name__}({', '.join(values)})"
