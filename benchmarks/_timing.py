@@ -22,10 +22,17 @@ from typing import Any
 import jax
 
 import bilevel_eqx as blx
+from bilevel_eqx._text import aligned
 
 
-def parse_arguments(description: str | None, rounds: int) -> argparse.Namespace:
-    """The options that all benchmarks share. Call this before anything runs in JAX."""
+def parse_arguments(
+    description: str | None,
+    rounds: int,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
+    """The options that all benchmarks share, and those that `add_options` adds. Call this
+    before anything runs in JAX.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -45,6 +52,7 @@ def parse_arguments(description: str | None, rounds: int) -> argparse.Namespace:
         help="for a CPU shared with others: processor time, on one core (Linux only)",
     )
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+    add_options(parser)
     args = parser.parse_args()
     if args.rounds is None:
         args.rounds = 3 if args.quick else rounds
@@ -137,13 +145,10 @@ def relative_difference(a: Any, b: Any) -> float:
 def print_table(title: str, figures: dict[str, dict[str, Any]]) -> None:
     """A row for each contender and a column for each figure."""
     columns = list(dict.fromkeys(key for row in figures.values() for key in row))
-    names = ["", *figures]
-    cells = [[key, *(_text(row.get(key)) for row in figures.values())] for key in columns]
-    widths = [max(map(len, column)) for column in (names, *cells)]
-    print(f"\n{title}")
-    for i, name in enumerate(names):
-        texts = [column[i].rjust(w) for column, w in zip(cells, widths[1:])]
-        print("  ".join([name.ljust(widths[0]), *texts]).rstrip(), flush=True)
+    rows = [
+        [name, *(_text(row.get(key)) for key in columns)] for name, row in figures.items()
+    ]
+    print(f"\n{title}", *aligned([["", *columns], *rows]), sep="\n", flush=True)
 
 
 def _text(value: Any) -> str:
@@ -152,8 +157,13 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Writes the figures, and what they were measured on, if `--output` is given."""
+def write(
+    args: argparse.Namespace, figures: dict[str, Any], clock: str | None = None
+) -> None:
+    """Writes the figures, and what they were measured on, if `--output` is given.
+
+    `clock` is what was timed with, where that is not what `--shared` says.
+    """
     if args.output is None:
         return
     device = jax.devices()[0]
@@ -164,7 +174,7 @@ def write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
             "jax": jax.__version__,
             "bilevel_eqx": blx.__version__,
         },
-        "clock": "processor, one core" if args.shared else "wall",
+        "clock": clock or ("processor, one core" if args.shared else "wall"),
         "rounds": args.rounds,
         "quick": args.quick,
         # Rounded, in the order in which they were printed.

@@ -1,5 +1,6 @@
-import importlib.metadata
+from importlib.metadata import version as _version
 
+from . import pipelines as pipelines, reports as reports
 from ._derivatives.public import (
     cross_derivative as cross_derivative,
     inner_hessian as inner_hessian,
@@ -30,26 +31,16 @@ from ._linear_solver.identity_inverse import IdentityInverse as IdentityInverse
 from ._linear_solver.neumann import Neumann as Neumann
 from ._linear_solver.pseudoinverse import Pseudoinverse as Pseudoinverse
 from ._linear_solver.truncated_cg import TruncatedCG as TruncatedCG
-from ._optimiser.spectral_projected_gradient import (
-    spectral_projected_gradient as spectral_projected_gradient,
-)
 
-# Imported for what it does: it fills the registry.
+# Imported for its effect: it fills the registry.
 from ._pipeline import catalogue as _catalogue  # noqa: F401
 from ._pipeline.base import AbstractPipeline as AbstractPipeline
 from ._pipeline.gradient import GradientPipeline as GradientPipeline
-from ._pipeline.null_space import (
-    NullSpaceAscent as NullSpaceAscent,
-    NullSpaceDescent as NullSpaceDescent,
-)
-from ._pipeline.penalty import PenaltyAscent as PenaltyAscent
-from ._pipeline.play import GradientPlay as GradientPlay, ProximalPlay as ProximalPlay
 from ._pipeline.registry import (
     default_pipeline as default_pipeline,
     register as register,
     registered as registered,
 )
-from ._pipeline.value_function import ValueFunctionDescent as ValueFunctionDescent
 from ._problem.base import (
     AbstractBilevelProblem as AbstractBilevelProblem,
     BilevelProblem as BilevelProblem,
@@ -68,15 +59,15 @@ from ._response.unrolled import Unrolled as Unrolled
 from ._solve.checkpoint import load as load, save as save
 from ._solve.solution import Solution as Solution
 from ._solve.solve import solve as solve
-from ._trust.check_hypergradient import (
-    check_hypergradient as check_hypergradient,
-    CheckedResponse as CheckedResponse,
-    HypergradientCheck as HypergradientCheck,
-)
-from ._trust.compare import compare as compare, Comparison as Comparison
-from ._trust.diagnose import diagnose as diagnose, Diagnosis as Diagnosis
-from ._trust.error_bound import ErrorBound as ErrorBound
-from ._trust.retrain_gap import retrain_gap as retrain_gap, RetrainGap as RetrainGap
+from ._trust.check_hypergradient import check_hypergradient as check_hypergradient
+from ._trust.compare import compare as compare
+from ._trust.diagnose import diagnose as diagnose
+from ._trust.error_bound import error_bound as error_bound
+from ._trust.retrain_gap import retrain_gap as retrain_gap
 
 
-__version__ = importlib.metadata.version("bilevel_eqx")
+__version__ = _version("bilevel_eqx")
+
+
+def __dir__() -> list[str]:
+    return sorted(name for name in globals() if not name.startswith("_"))

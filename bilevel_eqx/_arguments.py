@@ -3,44 +3,39 @@
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
-import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, ScalarLike
 
-
-def is_traced(value: Any) -> bool:
-    """Whether `value` is known only when the program runs."""
-    return isinstance(value, jax.core.Tracer)
+from ._compat import closure_to_pytree, is_traced
 
 
 def as_rate(value: ScalarLike) -> Any:
-    """Makes a rate a NumPy array, so that a new value does not compile anew.
+    """Makes a rate a NumPy array, so that a new value needs no new compilation.
 
-    `eqx.filter_jit` takes Python floats as part of the program and arrays as data.
-    NumPy's, because a JAX array at import would start JAX's backend.
+    `eqx.filter_jit` takes Python floats as part of the program and arrays as data. It is
+    a NumPy array, because a JAX array at import would start JAX's backend.
     """
     return value if eqx.is_array(value) else np.asarray(value, dtype=np.float64)
 
 
 def as_pytree(optimiser: Any) -> Any:
-    """Makes an optax optimiser, which is a tuple of closures, a pytree.
+    """Makes a pytree of an optax optimiser, which is a tuple of closures.
 
-    A learning rate that is an array is then data: it can be vmapped over, differentiated
-    with respect to, and changed without compiling anew.
+    A learning rate that is an array is then data: one can vmap over it, differentiate
+    with respect to it, and change it without a new compilation.
     """
     try:
-        return eqxi.closure_to_pytree(optimiser)
+        return closure_to_pytree(optimiser)
     except (RecursionError, ValueError):
-        # Some closures refer to themselves. They work as well, as part of the program.
+        # Some closures refer to themselves. They stay part of the program, which works.
         return optimiser
 
 
 def check_positive(value: Any, name: str, owner: str, or_zero: bool = False) -> None:
-    """Refuses a negative (or zero) rate, unless it is known only at run time."""
+    """Refuses a negative or zero rate. A traced rate passes."""
     if is_traced(value):
         return
     smallest_bad = np.min(np.asarray(value))
@@ -66,7 +61,7 @@ def check_count(value: Any, name: str, owner: str) -> None:
 
 
 def check_type(value: Any, kind: Any, name: str, owner: str) -> None:
-    """Refuses a part of the wrong kind where it is put in, and not where it is used."""
+    """Refuses a part of the wrong type where the user passes it, not where it is used."""
     if not isinstance(value, kind):
         raise ValueError(
             f"`{owner}({name}=...)` must be of type `{getattr(kind, '__name__', kind)}`; "
@@ -78,7 +73,7 @@ def as_variables(tree: PyTree, name: str) -> PyTree[Array]:
     """Makes `tree` a pytree of floating-point arrays, or says which leaf is not one."""
     paths_and_leaves, treedef = jtu.tree_flatten_with_path(tree)
     if len(paths_and_leaves) == 0:
-        raise ValueError(f"`{name}` has no arrays in it: there is nothing to optimise.")
+        raise ValueError(f"`{name}` contains no arrays: there is nothing to optimise.")
     leaves = []
     for path, leaf in paths_and_leaves:
         where = f"`{name}{jtu.keystr(path)}`"
@@ -86,16 +81,24 @@ def as_variables(tree: PyTree, name: str) -> PyTree[Array]:
             raise ValueError(
                 f"Every leaf of `{name}` must be a floating-point array, but {where} is "
                 f"{leaf!r}, of type `{type(leaf).__name__}`. Wrap a number in "
-                "`jnp.asarray(...)`; keep what is not optimised in the problem, or "
-                "split it off with `eqx.partition(..., eqx.is_inexact_array)`."
+                "`jnp.asarray(...)`. Keep values that are not optimised in the problem, "
+                "or split them off with `eqx.partition(..., eqx.is_inexact_array)`."
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"Every leaf of `{name}` must be a floating-point array, but {where} "
                 f"has type {leaf.dtype}: there is no derivative with respect to it. "
-                "Cast it with `.astype(float)` if it is to be optimised; otherwise keep "
+                "Cast it with `.astype(float)` if it should be optimised; otherwise keep "
                 "it in the problem."
             )
-        # A weak type would change once it has met data, and a loop's carry may not.
+        # A weak type changes when it meets data, but the carry of a loop may not change.
         leaves.append(jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype))
     return jtu.tree_unflatten(treedef, leaves)
+
+
+def says(part: Any, what: str, default: Any) -> Any:
+    """The class attribute `what` of a part, or the default.
+
+    Parts may come from other libraries, which do not have these attributes.
+    """
+    return getattr(type(part), what, default)

@@ -18,6 +18,6 @@ Y = TypeVar("Y")
 """A pytree of floating-point arrays: the inner variables."""
 
 
-# Public functions are checked by jaxtyping with beartype. Under `eqx.filter_jit` this
-# happens while tracing, so that a compiled program does not pay for it.
+# jaxtyping and beartype check the public functions. Under `eqx.filter_jit` they do so
+# while tracing, so that a compiled program does not pay for it.
 typechecked = jaxtyped(typechecker=beartype)

@@ -3,17 +3,17 @@
 from collections.abc import Callable
 
 import jax
-import jax.core
-import jax.extend as jex
 from jaxtyping import Array, PyTree
+
+from ._compat import is_literal
 
 
 def depends_on(fn: Callable[[PyTree], PyTree], at: PyTree[Array]) -> bool:
-    """Whether the derivative of `fn` at `at` can be anything but zero.
+    """Whether the derivative of `fn` at `at` can be nonzero.
 
-    This reads the program of the Jacobian-vector product and asks whether its output
-    is reached from its input. It runs nothing, so it can be asked while tracing; it
-    sees through `stop_gradient`, casts to integers and unused arguments.
+    This reads the program of the Jacobian-vector product, and looks for a path from its
+    input to its output. It runs nothing, so it works while tracing. It notices
+    `stop_gradient`, casts to integers and unused arguments.
     """
 
     def tangent_map(tangent):
@@ -23,8 +23,8 @@ def depends_on(fn: Callable[[PyTree], PyTree], at: PyTree[Array]) -> bool:
     reached = set(jaxpr.invars)
 
     def is_reached(variable):
-        # Literals are constants, and not hashable.
-        return not isinstance(variable, jex.core.Literal) and variable in reached
+        # Literals are constants and not hashable.
+        return not is_literal(variable) and variable in reached
 
     for equation in jaxpr.eqns:
         if any(is_reached(v) for v in equation.invars):

@@ -1,19 +1,19 @@
 """Arithmetic on pytrees."""
 
+import functools as ft
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Float, PyTree, Scalar, ScalarLike
 
 
 #
-# Arithmetic. Every scalar is cast to the type of the leaf that it meets, so that no
-# result depends on whether 64-bit types are enabled.
+# Arithmetic. Every scalar is cast to the type of its leaf, so that no result depends on
+# whether 64-bit types are enabled.
 #
 
 
@@ -21,7 +21,8 @@ def tree_dot(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
     """The inner product of two pytrees of the same structure."""
     dtype = tree_dtype(a)
     products = jtu.tree_map(lambda u, v: jnp.sum(u * v).astype(dtype), a, b)
-    return sum(jtu.tree_leaves(products), start=jnp.zeros((), dtype))
+    # Not `sum`: it starts from zero, which is one more operation to compile.
+    return ft.reduce(jnp.add, jtu.tree_leaves(products) or [jnp.zeros((), dtype)])
 
 
 def tree_norm(a: PyTree[Array]) -> Scalar:
@@ -29,6 +30,11 @@ def tree_norm(a: PyTree[Array]) -> Scalar:
     square = tree_dot(a, a)
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+
+
+def vector_norm(a: Float[Array, " n"]) -> Scalar:
+    """The two-norm of a vector, in three operations. `jnp.linalg.norm` takes thirteen."""
+    return jnp.sqrt(jnp.vdot(a, a))
 
 
 def tree_max(a: PyTree[Array]) -> Scalar:
@@ -52,15 +58,15 @@ def tree_axpy(scale: ScalarLike, a: PyTree[Array], b: PyTree[Array]) -> PyTree[A
     )
 
 
-def tree_draw_in(
+def project_on_ball(
     a: PyTree[Array], center: PyTree[Array], radius: ScalarLike
 ) -> PyTree[Array]:
-    """The point of a ball next to `a`."""
-    way = tree_sub(a, center)
-    length = tree_norm(way)
+    """The point of a ball nearest to `a`."""
+    displacement = tree_sub(a, center)
+    length = tree_norm(displacement)
     radius = jnp.asarray(radius, length.dtype)
     share = jnp.where(length > radius, radius / nonzero(length), 1)
-    return tree_axpy(share, way, center)
+    return tree_axpy(share, displacement, center)
 
 
 def tree_cast(a: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
@@ -74,7 +80,7 @@ def tree_sub(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
 
 
 def tree_where(pred: Bool[Array, ""], a: Any, b: Any) -> Any:
-    """`a` where `pred` holds and `b` elsewhere; whatever is not an array is `a`'s."""
+    """`a` where `pred` holds and `b` elsewhere. Leaves other than arrays are from `a`."""
     dynamic_a, static = eqx.partition(a, eqx.is_array)
     dynamic_b, _ = eqx.partition(b, eqx.is_array)
     chosen = jtu.tree_map(lambda u, v: jnp.where(pred, u, v), dynamic_a, dynamic_b)
@@ -82,29 +88,29 @@ def tree_where(pred: Bool[Array, ""], a: Any, b: Any) -> Any:
 
 
 def nonzero(divisor: Array) -> Array:
-    """The divisor, or one where it is zero: for quotients that are then zero too."""
+    """The divisor, or one where it is zero. It is for quotients that are zero there."""
     return jnp.where(divisor == 0, 1, divisor)
 
 
 def tree_zeros_like(a: PyTree) -> PyTree[Array]:
-    """Zeros of the structure of `a`, which may be of arrays or of their shapes."""
+    """Zeros with the structure of `a`, whose leaves are arrays or their shapes."""
     return jtu.tree_map(lambda u: jnp.zeros(u.shape, u.dtype), a)
 
 
 def tree_waves(a: PyTree[Array]) -> PyTree[Array]:
-    """A vector that is orthogonal to nothing in particular, without a random key."""
+    """A start vector for power iteration: generic, but without a random key."""
     return jtu.tree_map(
         lambda u: jnp.cos(1 + jnp.arange(u.size, dtype=u.dtype)).reshape(u.shape), a
     )
 
 
 def tree_size(a: PyTree) -> int:
-    """The number of scalars in `a`, which may be of arrays or of their shapes."""
+    """The number of scalars in `a`, whose leaves are arrays or their shapes."""
     return sum(int(np.prod(u.shape)) for u in jtu.tree_leaves(a))
 
 
 def tree_dtype(a: PyTree) -> Any:
-    """The widest type among the leaves of `a`: the one that its scalars have."""
+    """The widest type among the leaves of `a`, which is the type of its scalars."""
     # Not `jnp.result_type` of all leaves at once: strict promotion forbids mixtures.
     dtypes = [u.dtype for u in jtu.tree_leaves(a)]
     return max(dtypes, key=lambda d: jnp.finfo(d).nmant) if dtypes else jnp.float32
@@ -122,3 +128,36 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     for leaf in leaves:
         finite = finite & jnp.all(jnp.isfinite(leaf))
     return finite
+
+
+class Layout:
+    """How a pytree of arrays is laid out in one vector. It hashes by shapes and types.
+
+    The vector has the widest type among the leaves. `jax.flatten_util.ravel_pytree`
+    refuses leaves of several types where promotion is strict.
+    """
+
+    def __init__(self, tree: PyTree):
+        self.leaves, self.treedef = jtu.tree_flatten(tree_struct(tree))
+        self.dtype = tree_dtype(tree)
+        self.size = tree_size(tree)
+
+    def __hash__(self):
+        return hash((tuple(self.leaves), self.treedef))
+
+    def __eq__(self, other):
+        return (self.leaves, self.treedef) == (other.leaves, other.treedef)
+
+    def ravel(self, tree: PyTree[Array]) -> Float[Array, " n"]:
+        """The entries of a pytree of this layout in one vector."""
+        parts = [u.reshape(-1).astype(self.dtype) for u in jtu.tree_leaves(tree)]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    def unravel(self, flat: Float[Array, " n"]) -> PyTree[Array]:
+        """The pytree of this layout whose entries are those of `flat`."""
+        leaves, start = [], 0
+        for leaf in self.leaves:
+            entries = flat[start : start + leaf.size]
+            leaves.append(entries.reshape(leaf.shape).astype(leaf.dtype))
+            start += leaf.size
+        return jtu.tree_unflatten(self.treedef, leaves)

@@ -1,7 +1,28 @@
+import os
+import signal
+
 import equinox.internal as eqxi
 import jax
+import jaxlib
 import pytest
 
+
+# Nearly all of the time of the tests goes into compiling programs that run once, for
+# milliseconds. These two halve it: XLA's older code generator for fused loops, and no
+# splitting of a program into 32 parts to compile in parallel, since pytest-xdist keeps
+# the processors busy. The optimisation levels are those that users have, and so the
+# numbers are theirs, but for the last bits of a few sums and exponentials. (Lower levels
+# change most of the numbers, and a persistent cache costs more than it saves: programs
+# with callbacks, as all that can raise, are not kept in it.) XLA refuses flags that it
+# does not know, so this is for the versions that were tried. What is in XLA_FLAGS already
+# has the last word.
+if jaxlib.__version__.startswith("0.10."):
+    flags = (
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        os.environ.get("XLA_FLAGS", ""),
+    )
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 jax.config.update("jax_enable_x64", True)
 # Whatever happens to work through an implicit promotion would not in strict user code.
@@ -11,6 +32,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+    # A shell has what it runs in the background ignore Ctrl-C. Some tests press it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -98,8 +98,11 @@ def tree_dot(a: PyTree, b: PyTree) -> np.ndarray:
 def finite_difference_jvp(fn, primal: PyTree, tangent: PyTree, eps: float = 1e-3):
     """The directional derivative, by central differences of fourth order."""
 
+    def move(u, t, shift):
+        return jnp.asarray(as_numpy(u) + shift * as_numpy(t), u.dtype)
+
     def moved(shift):
-        return fn(jtu.tree_map(lambda u, t: u + shift * t, primal, tangent))
+        return fn(jtu.tree_map(lambda u, t: move(u, t, shift), primal, tangent))
 
     stencil = ((-2, 1.0), (-1, -8.0), (1, 8.0), (2, -1.0))
     values = [
@@ -117,6 +120,16 @@ def finite_difference_gradient(fn, primal: PyTree, eps: float = 1e-3) -> PyTree:
         finite_difference_jvp(fn, primal, unravel(jnp.asarray(e)), eps) for e in basis
     ]
     return unravel(jnp.asarray(np.stack(entries)))
+
+
+def value_and_both(fn, primals: tuple, tangents: tuple):
+    """The value, the derivative along `tangents`, and the gradient (of a scalar `fn`).
+
+    Forward mode and its transpose, which is what reverse mode is, of one linearisation:
+    `fn` is in the program once.
+    """
+    value, push = jax.linearize(fn, *primals)
+    return value, push(*tangents), jax.linear_transpose(push, *primals)(1.0 + 0 * value)
 
 
 @eqx.filter_jit
@@ -309,6 +322,7 @@ def make_ridge(dtype=jnp.float64, seed=0):
     return problem, jnp.asarray([-0.3, 0.2, 0.5], dtype), jnp.zeros(3, dtype)
 
 
+@eqx.filter_jit
 def ridge_solution(problem, x):
     """(A^T A + diag e^x)^-1 A^T b."""
     A, b = problem.features, problem.targets
@@ -397,17 +411,14 @@ class CurvedLeastSquares(blx.AbstractLeastSquaresProblem):
 
 def make_curved(dtype=jnp.float64, seed=0, penalised=True, num_weights=4):
     rng = np.random.default_rng(seed + 400)
-    features = jnp.asarray(rng.normal(size=(3, num_weights)), dtype)
-    problem = CurvedLeastSquares(features, penalised)
-    y = {
-        "weights": jnp.asarray(0.3 * rng.normal(size=num_weights), dtype),
-        "bias": jnp.asarray(0.2, dtype),
-    }
-    x = {"scale": jnp.asarray(1.3, dtype), "targets": jnp.zeros(3, dtype)}
+    features = rng.normal(size=(3, num_weights))
+    weights, bias, scale = 0.3 * rng.normal(size=num_weights), 0.2, 1.3
     # Near enough for H to be definite, and far enough for its curved part to matter.
-    misfit = problem.inner_residual(x, y)["misfit"]
-    targets = misfit + jnp.asarray(0.1 * rng.normal(size=3), dtype)
-    return problem, {**x, "targets": targets}, y
+    targets = scale * np.tanh(features @ weights + bias) + 0.1 * rng.normal(size=3)
+    problem = CurvedLeastSquares(jnp.asarray(features, dtype), penalised)
+    x = {"scale": jnp.asarray(scale, dtype), "targets": jnp.asarray(targets, dtype)}
+    y = {"weights": jnp.asarray(weights, dtype), "bias": jnp.asarray(bias, dtype)}
+    return problem, x, y
 
 
 #
@@ -439,16 +450,17 @@ def make_moving(dtype=jnp.float64):
 #
 
 
+def _toy_outer(w, y):
+    return 0.5 * (w - y[1]) ** 2 + 0.5 * (y[0] - 1) ** 2
+
+
+def _toy_inner(w, y):
+    return 0.5 * y[0] ** 2 - w * y[0]
+
+
 def toy_a() -> blx.BilevelProblem:
     """Outer variable w; inner variables (x0, x1), of which f sees only the first."""
-
-    def outer(w, y):
-        return 0.5 * (w - y[1]) ** 2 + 0.5 * (y[0] - 1) ** 2
-
-    def inner(w, y):
-        return 0.5 * y[0] ** 2 - w * y[0]
-
-    return blx.BilevelProblem(outer, inner)
+    return blx.BilevelProblem(_toy_outer, _toy_inner)
 
 
 #

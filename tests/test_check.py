@@ -95,7 +95,7 @@ def test_right_is_right(dtype):
     (
         ("stopped", "inner gradient in x is not that of its values"),
         ("hidden", "`inner` in y is not that of its values"),
-        ("swapped", "`inner(x, y)` fails, and `inner(y, x)` does not"),
+        ("swapped", "`inner(x, y)` fails, but `inner(y, x)` does not"),
         ("unreachable", "x does not reach F"),
         ("endless", "the inner problem was not solved"),
     ),
@@ -163,6 +163,115 @@ def test_defaults():
     assert len(check.responses) == 5
     assert check.responses["Implicit, Pseudoinverse"].right
     assert check.responses["MinimumDisplacement"].right
+
+
+@jax.custom_vjp
+def _softly(u):
+    return jnp.log(jnp.cosh(u))
+
+
+_softly.defvjp(lambda u: (_softly(u), u), lambda u, c: (c * jnp.tanh(u),))
+
+
+@jax.custom_vjp
+def _twice(u):
+    return _softly(u)
+
+
+# A rule that calls a second one: forward over reverse mode meets a reverse-only function.
+_twice.defvjp(lambda u: (_twice(u), u), lambda u, c: (c * jnp.tanh(_softly(u)),))
+
+
+@pytest.mark.parametrize("rule", (_softly, _twice))
+def test_a_rule_for_reverse_mode_alone(rule):
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(_softly(y - 2)),
+        lambda x, y: jnp.sum(rule(y - x)) + 0.5 * jnp.sum(y**2),
+    )
+    x = jnp.array([0.3, 1.0])
+    check = blx.check_hypergradient(problem, x, jnp.zeros(2))
+    if rule is _softly:
+        assert check.sound and check.findings == ()
+        assert check.responses["Implicit, Pseudoinverse"].right
+        assert check.responses["Unrolled, 100 steps"].right
+        # It takes third derivatives, in forward mode.
+        nearest = check.responses["MinimumDisplacement"]
+        assert nearest.right or "`jax.custom_vjp`" in nearest.verdict
+        singular = blx.BilevelProblem(
+            problem.outer, lambda x, y: _softly(jnp.sum(y) - x[0])
+        )
+        check = blx.check_hypergradient(singular, x, jnp.zeros(2), [exact])
+        (row,) = check.responses.values()
+        assert row.right and row.errors["warm"] < 1e-6
+        return
+    # Its rule is wrong besides, and to see that takes no second derivative.
+    assert not check.sound and check.responses == {}
+    assert any("`inner` in y is not that of its values" in f for f in check.findings)
+    assert any("second derivatives cannot be computed" in f for f in check.findings)
+
+
+@pytest.mark.parametrize("scale", (1e-10, 1e10))
+def test_the_units_of_the_objectives_do_not_matter(scale):
+    problem, x, y0 = _curve()
+    scaled = blx.BilevelProblem(
+        lambda x, y: scale * problem.outer(x, y),
+        lambda x, y: scale * problem.inner(x, y),
+    )
+    check = blx.check_hypergradient(scaled, x, y0, [exact])
+    assert check.sound and check.findings == ()
+    unmoved = blx.BilevelProblem(
+        lambda x, y: scale * (1 + jnp.sum(y * 0 + 2)), scaled.inner
+    )
+    check = blx.check_hypergradient(unmoved, x, y0, [exact])
+    assert any("x does not reach F" in finding for finding in check.findings)
+
+
+def test_a_kink_at_x_itself():
+    # There all central differences are zero.
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(jnp.abs(y)), lambda x, y: jnp.sum((y - x) ** 2)
+    )
+    check = blx.check_hypergradient(problem, jnp.zeros(2), jnp.zeros(2), [exact])
+    assert not check.sound
+    (finding,) = check.findings
+    assert "kink" in finding
+
+
+def test_few_programs():
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(60, 20)), np.sign(rng.normal(size=60))
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.mean(jax.nn.softplus(-labels[:20] * (features[:20] @ y))),
+        lambda x, y: (
+            jnp.mean(jax.nn.softplus(-labels[20:] * (features[20:] @ y)))
+            + jnp.exp(x) @ y**2
+        ),
+    )
+    x, y0 = jnp.full(20, -3.0), jnp.zeros(20)
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        check = blx.check_hypergradient(problem, x, y0)
+        assert check.sound and len(compiled) <= 20
+        compiled.clear()
+        blx.diagnose(problem, x, y0)
+        assert len(compiled) <= 10
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_responses_in_a_sequence_are_named_as_code():
+    short = blx.Implicit(blx.Projection(), blx.Neumann(3, 0.1))
+    check = blx.check_hypergradient(*_curve(), [exact, short, exact], num_coordinates=1)
+    name = "Implicit(Projection(), Pseudoinverse())"
+    code = "Implicit(Projection(), Neumann(3, 0.1))"
+    assert list(check.responses) == [f"{name} [0]", code, f"{name} [2]"]
+    assert "Neumann(3, 0.1) has not converged" in check.responses[code].verdict
 
 
 def test_refused():

@@ -1,5 +1,6 @@
 """Runs that survive: what is saved is what was there, and a killed run ends as others."""
 
+import fnmatch
 import os
 import pathlib
 import random
@@ -18,6 +19,7 @@ import pytest
 from helpers import make_ridge, tree_identical
 
 import bilevel_eqx as blx
+from bilevel_eqx._solve import segments
 
 
 momentum = optax.sgd(0.05, momentum=0.9)
@@ -251,3 +253,100 @@ def test_killed_at_ten_random_moments(tmp_path):
     whole = _solve(200)
     expected = whole.x, whole.y, whole.history, whole.state
     assert tree_identical(blx.load(answer, expected), expected)
+
+
+#
+# Segments and Ctrl-C
+#
+
+
+def _cut(monkeypatch, length):
+    monkeypatch.setattr(
+        segments._Pace, "end", lambda self, done, save_every: done + length
+    )
+
+
+def test_the_file_does_not_depend_on_the_cuts(tmp_path, monkeypatch):
+    contents = []
+    for length in (1, 3, 100):
+        _cut(monkeypatch, length)
+        file = tmp_path / str(length)
+        whole = _solve(20, save_every=2, checkpoint=file, checkpoint_every=8)
+        contents.append(file.read_bytes())
+        # And of a run that is resumed.
+        longer = _solve(30, save_every=2, checkpoint=file, checkpoint_every=8)
+        contents[-1] += file.read_bytes()
+        assert whole.history["value"].shape == (10,)
+        assert longer.history["value"].shape == (15,)
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_interrupted_and_resumed(tmp_path, monkeypatch):
+    """By Ctrl-C, in the middle of a block, and between two savings."""
+    _cut(monkeypatch, 5)
+    file = tmp_path / "run"
+    options = {"save_every": 3, "checkpoint": file, "checkpoint_every": 15}
+
+    def press(step, num_steps, metrics):
+        if step == 9:
+            signal.raise_signal(signal.SIGINT)
+
+    match = f"after step 10 of 40. It is saved in `{file}`: the same call resumes it"
+    with pytest.raises(KeyboardInterrupt, match=match):
+        _solve(40, progress=press, **options)
+    steps = []
+    solution = _solve(
+        40, progress=lambda step, total, metrics: steps.append(step), **options
+    )
+    assert steps == [*range(12, 40, 3), 40]
+    assert tree_identical(solution, _solve(40, save_every=3))
+    # With `throw=False`, what there is comes back, and the file is there too.
+    file.unlink()
+    solution = _solve(40, progress=press, throw=False, **options)
+    assert solution.result == blx.RESULTS.interrupted
+    assert solution.stats["num_steps"] == 10
+    assert solution.history["value"].shape == (3,)
+    assert tree_identical(_solve(40, **options), _solve(40, save_every=3))
+
+
+#
+# Where the file is
+#
+
+
+def test_a_missing_folder_is_noticed_first(tmp_path):
+    def never(*_):
+        raise AssertionError("a step was taken")
+
+    file = tmp_path / "missing" / "run"
+    with pytest.raises(FileNotFoundError, match=r"there is no folder `.*missing`"):
+        _solve(20, checkpoint=file, progress=never)
+    file.parent.mkdir()
+    _solve(2, checkpoint=file)
+
+
+def test_what_a_kill_leaves_is_removed(tmp_path, monkeypatch):
+    file = tmp_path / "run[1]"
+    left = tmp_path / "run[1].abc.unfinished"
+    others = [tmp_path / "run1.abc.unfinished", tmp_path / "run[1].old"]
+    for path in (left, *others):
+        path.write_bytes(b"half of it")
+    # The names are those that are given while writing.
+    names = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (names.append(str(a)), replace(a, b)))
+    _solve(2, checkpoint=file)
+    assert sorted(tmp_path.iterdir()) == sorted([file, *others])
+    assert all(fnmatch.fnmatch(n, str(tmp_path / "run?1?.*.unfinished")) for n in names)
+    assert len(names) > 0
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    real, link = tmp_path / "elsewhere" / "real", tmp_path / "link"
+    link.symlink_to(real)
+    for num_steps in (4, 8):
+        solution = _solve(num_steps, checkpoint=link)
+        assert link.is_symlink() and real.is_file() and not real.is_symlink()
+        assert list((tmp_path / "elsewhere").iterdir()) == [real]
+    assert tree_identical(solution, _solve(8))

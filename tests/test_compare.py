@@ -16,6 +16,7 @@ from helpers import (
     tree_allclose,
     tree_dot,
 )
+from jaxtyping import Array
 
 import bilevel_eqx as blx
 import bilevel_eqx.tasks
@@ -127,6 +128,39 @@ def test_no_gap_after_a_cold_start():
     assert abs(float(blx.retrain_gap(problem, solution, y0).gap)) < 1e-12
 
 
+class _Model(blx.AbstractBilevelProblem):
+    """The inner variables are a model, which is a pytree that can be called."""
+
+    data: Array
+
+    def outer(self, x, y):
+        return jnp.mean((jax.vmap(y)(self.data) - 1) ** 2)
+
+    def inner(self, x, y):
+        penalty = jnp.sum(y.weight**2) + jnp.sum(y.bias**2)
+        return jnp.mean((jax.vmap(y)(self.data) - x) ** 2) + 0.1 * penalty
+
+
+def test_a_model_is_inner_variables():
+    problem = _Model(jr.normal(jr.key(0), (5, 2)))
+    x = jnp.array(0.5)
+    models = [eqx.nn.Linear(2, 1, key=jr.key(i)) for i in range(3)]
+    solution = blx.Solution(x, models[0], *([None] * 5), state=None)
+    one = blx.retrain_gap(problem, solution, models[1])
+    expected = blx.best_response(
+        problem, x, models[1], blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+    )
+    assert np.isclose(one.retrained[0], problem.outer(x, expected), rtol=1e-10)
+    # A stack of models, and a function that makes them.
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+    assert blx.retrain_gap(problem, solution, stack).retrained.shape == (3,)
+    drawn = blx.retrain_gap(problem, solution, lambda k: eqx.nn.Linear(2, 1, key=k))
+    assert drawn.retrained.shape == (5,)
+    # One of another structure is called with a key, and the error says so.
+    with pytest.raises(ValueError, match="called it with a key"):
+        blx.retrain_gap(problem, solution, eqx.nn.Linear(2, 1, False, key=jr.key(0)))
+
+
 def test_what_retrain_gap_cannot_start_from():
     problem, _, solution = _warm_solution()
     with pytest.raises(ValueError, match="shapes of the inner variables"):
@@ -141,7 +175,7 @@ def test_what_retrain_gap_cannot_start_from():
         *([None] * 5),
         state=None,  # of a pipeline that has none
     )
-    with pytest.raises(ValueError, match="where its inner variables started"):
+    with pytest.raises(ValueError, match="the start of its inner variables"):
         blx.retrain_gap(problem, without)
 
 
@@ -163,7 +197,11 @@ def _rings():
 
 @pytest.mark.parametrize(
     "equilibrium, num_steps",
-    ((blx.ColdStart(), 25), (blx.WarmStart(0.1), 25), (blx.Optimistic(), 40)),
+    (
+        pytest.param(blx.ColdStart(), 25, marks=pytest.mark.slow),
+        (blx.WarmStart(0.1), 25),
+        pytest.param(blx.Optimistic(), 40, marks=pytest.mark.slow),
+    ),
     ids=lambda part: type(part).__name__,
 )
 def test_rings(equilibrium, num_steps):
@@ -178,10 +216,12 @@ def test_rings(equilibrium, num_steps):
         assert problem.accuracy(after.y) > 0.95
 
 
+@pytest.mark.slow
 def test_the_worst_weights_for_the_rings():
     # On a curved S(x): the search for the worst point ends at one, to second order.
     problem, x0, y0 = _rings()
-    pipeline, equilibrium = blx.NullSpaceAscent(selection_steps=40), blx.Pessimistic(0.5)
+    pipeline = blx.pipelines.NullSpaceAscent(selection_steps=40)
+    equilibrium = blx.Pessimistic(0.5)
     select = eqx.filter_jit(pipeline.select)
     worst = select(problem, equilibrium, x0, y0, y0)
     residuals = blx.certify(problem, equilibrium, x0, worst.y, y0=y0).residuals

@@ -33,7 +33,10 @@ def _documented_names():
     return re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", (blx, bilevel_eqx.tasks))
+MODULES = (blx, blx.pipelines, blx.reports, bilevel_eqx.tasks)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_every_public_name_is_documented(module):
     assert _public_names(module) - set(_documented_names()) == set()
 
@@ -45,7 +48,7 @@ def test_every_plot_is_documented():
 def test_nothing_else_is_documented_nor_anything_twice():
     documented = _documented_names()
     assert len(set(documented)) == len(documented)
-    public = _public_names(blx) | _public_names(bilevel_eqx.tasks) | _plot_names()
+    public = _plot_names().union(*map(_public_names, MODULES))
     assert set(documented) - public == set()
 
 

@@ -111,10 +111,14 @@ def test_vmap_over_epsilon_from_zero():
     # Zero is then known only at run time; it must mean what it means otherwise.
     epsilon = jnp.array([0.0, 0.1, EPSILON])
     w, y = jnp.array(0.3), jnp.array([0.3, C])
-    residuals = jax.vmap(
-        lambda e: blx.certify(toy, blx.WarmStart(e), w, y).residuals["outer"]
-    )(epsilon)
-    expected = np.abs(0.3 - C + (0.3 - 1) / (1 + epsilon))
+
+    @jax.jit
+    @jax.vmap
+    def outer_residual(epsilon):
+        return blx.certify(toy, blx.WarmStart(epsilon), w, y).residuals["outer"]
+
+    residuals = outer_residual(epsilon)
+    expected = np.abs(0.3 - C + (0.3 - 1) / (1 + as_numpy(epsilon)))
     assert tree_allclose(residuals, expected, rtol=1e-10)
 
 
@@ -263,11 +267,16 @@ def _cold_problems():
 def test_cold_start_is_stationarity_through_the_projection(name, structured):
     problem, x, y0 = _cold_problems()[name]
 
-    def cold_value(x):
-        return problem.outer(x, problem.project(x, y0))
+    @jax.jit
+    def cold(x):
+        y = problem.project(x, y0)
+        return y, problem.outer(x, y), problem.inner(x, y)
 
-    y = problem.project(x, y0)
-    assert np.abs(problem.inner(x, y)) < 1e-20
+    def cold_value(x):
+        return cold(x)[1]
+
+    y, value, inner = cold(x)
+    assert np.abs(inner) < 1e-20
     gradient = finite_difference_gradient(cold_value, x)
     # A linear term that makes this x stationary: then the certificate is zero only if
     # each component of the gradient is right.
@@ -279,7 +288,7 @@ def test_cold_start_is_stationarity_through_the_projection(name, structured):
         return certificate.residuals
 
     before, after = residuals(problem), residuals(mended)
-    expected = _relative(gradient, x, problem.outer(x, y))
+    expected = _relative(gradient, x, value)
     assert expected > 0.1
     assert tree_allclose(before["outer"], expected, rtol=1e-7)
     assert after["outer"] < 1e-7
@@ -292,8 +301,8 @@ def test_cold_start_is_stationarity_through_the_projection(name, structured):
 
 def test_displacement():
     problem, x, y0 = make_rows()
-    y = problem.project(x, y0)
-    phi = as_numpy(problem.features(x))
+    y = eqx.filter_jit(problem.project)(x, y0)
+    phi = as_numpy(eqx.filter_jit(problem.features)(x))
     rng = np.random.default_rng(3)
     along = rng.normal(size=5)
     along = along - np.linalg.pinv(phi) @ phi @ along
@@ -325,8 +334,9 @@ def _minimise(fn, x):
 def test_cold_optimum():
     # Found by an independent optimiser of an independent projection.
     problem, x, y0 = make_rows()
+    project = eqx.filter_jit(problem.project)
     x = _minimise(lambda x: problem.outer(x, problem.project(x, y0)), x)
-    y = problem.project(x, y0)
+    y = project(x, y0)
     certificate = blx.certify(problem, blx.ColdStart(), x, y, y0=y0)
     assert certificate.largest < 1e-6
     # Where the features move, it is another point than a warm start's.
@@ -370,7 +380,9 @@ def test_certificate_prints_under_transformations():
 
     traced(jnp.array(0.7))
     assert "traced" in printed[0]
-    batch = jax.vmap(lambda w: blx.certify(toy, blx.WarmStart(), w, y))(jnp.ones(2))
+    batch = jax.jit(jax.vmap(lambda w: blx.certify(toy, blx.WarmStart(), w, y)))(
+        jnp.ones(2)
+    )
     assert "outer  [0.3 0.3]" in str(batch)
 
 
@@ -405,3 +417,26 @@ def test_wrong_arguments(bad, match):
     good = dict(problem=toy, x=jnp.array(0.7), y=jnp.array([0.7, C]), y0=jnp.zeros(2))
     with pytest.raises(ValueError, match=match):
         blx.certify(equilibrium=blx.ColdStart(), **{**good, **bad})
+
+
+@pytest.mark.parametrize("concept", (blx.WarmStart(), blx.Stackelberg()))
+def test_a_large_certificate_takes_no_more_products_than_allowed(concept):
+    # H has 1,500 eigenvalues, of which twenty are large and stand apart.
+    size, num_products = 1500, 40
+    values = np.full(size, 1.0)
+    values[:20] = np.arange(2, 22)
+    values = jnp.asarray(values)
+
+    def inner(x, y):
+        return 0.5 * jnp.sum(values * (y - x[0]) ** 2)
+
+    problem = blx.BilevelProblem(lambda x, y: 0.5 * jnp.sum((y - 2) ** 2), inner)
+    x, y = jnp.array([1.0]), jnp.ones(size)
+    certificate = blx.certify(problem, concept, x, y, max_products=num_products)
+    # dF/dx = sum (y - 2) dy/dx = -1500, for |x| = 1 and F = 750.
+    expected = 1500 / 750
+    assert np.isclose(certificate.residuals["outer"], expected, rtol=1e-6)
+    assert certificate.accuracy < 1e-6
+    rough = blx.certify(problem, concept, x, y, max_products=12)
+    assert rough.accuracy > certificate.accuracy
+    assert "linear solves behind these" in str(rough)

@@ -128,7 +128,7 @@ def test_not_a_floating_point_array(which, leaf, said, call):
 def test_no_variables(which, call):
     problem = blx.BilevelProblem(_outer, _inner)
     x, y = ((), jnp.asarray(x3)) if which == "x" else (jnp.asarray(x3), ())
-    with pytest.raises(ValueError, match="`.*` has no arrays in it"):
+    with pytest.raises(ValueError, match="`.*` contains no arrays"):
         call(problem, x, y)
 
 
@@ -243,7 +243,7 @@ def test_reverse_mode_of_an_unknown_number_of_steps():
         response = blx.Unrolled(_sgd, num_steps, "reverse")
         return blx.hypergradient(problem, x, anchor, response).gradient
 
-    with pytest.raises(ValueError, match="reverse mode cannot keep an unknown number"):
+    with pytest.raises(ValueError, match="reverse mode cannot store an unknown number"):
         jax.jit(gradient)(jnp.array(3))
 
 
@@ -382,8 +382,8 @@ def test_neumann_diverges(num_terms):
     diverging = blx.Implicit(None, blx.Neumann(num_terms, 0.6))
     with pytest.raises(eqx.EquinoxRuntimeError, match="Neumann series diverges") as info:
         blx.hypergradient(problem, x, x, diverging)
-    # It says which step size would not.
-    found = re.search(r"a step size below ([\d.e+-]+) would not diverge", str(info.value))
+    # It says which step size does not diverge.
+    found = re.search(r"a step size below ([\d.e+-]+) does not diverge", str(info.value))
     assert found is not None
     assert tree_allclose(float(found.group(1)), 0.5, rtol=1e-2)
     out = blx.hypergradient(problem, x, x, diverging, throw=False)

@@ -14,6 +14,7 @@ import pytest
 from helpers import LinearBilevel, LinearLeastSquares, make_linear, project
 
 import bilevel_eqx as blx
+from bilevel_eqx._solve import segments
 
 
 _compilations = 0
@@ -128,6 +129,34 @@ def test_compilations(call, name):
     # And they were made use of.
     for other in others:
         assert not np.allclose(first, other, rtol=1e-6)
+
+
+def test_segments_are_one_program(monkeypatch):
+    """Neither how a run is cut nor its length is part of the program."""
+    problem, x, y, _ = _arguments(0)
+    pipeline = blx.GradientPipeline(responses["unrolled"](0.1), optax.sgd(0.1))
+
+    def run(length, num_steps, **options):
+        monkeypatch.setattr(
+            segments._Pace, "end", lambda self, done, save_every: done + length
+        )
+        before = segments._segment._cached._cache_size()
+        blx.solve(
+            problem,
+            blx.WarmStart(),
+            x,
+            y,
+            pipeline=pipeline,
+            num_steps=num_steps,
+            certify=False,
+            **options,
+        )
+        return segments._segment._cached._cache_size() - before
+
+    assert run(2, 9) == 1
+    # `state` is of the same types as at the start.
+    assert [run(*a) for a in ((1, 9), (100, 9), (3, 12), (100, 16))] == [0] * 4
+    assert run(100, 14, save_every=2) == 0
 
 
 def _resident():

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import re
 import subprocess
 import sys
 import types
@@ -12,6 +13,15 @@ import pytest
 
 import bilevel_eqx as blx
 from bilevel_eqx import tasks
+
+
+MODULES = {
+    "bilevel_eqx": blx,
+    "pipelines": blx.pipelines,
+    "reports": blx.reports,
+    "tasks": tasks,
+}
+each_module = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 
 
 def _public(module):
@@ -65,7 +75,47 @@ def test_public_names():
     assert set(promised.split()) <= set(_public(blx))
 
 
-@pytest.mark.parametrize("module", (blx, tasks), ids=("bilevel_eqx", "tasks"))
+def test_no_more_public_names_than_can_be_overlooked():
+    assert len(dir(blx)) <= 55
+
+
+def test_dir_shows_the_public_names_and_nothing_else():
+    # In an interpreter of its own: an imported submodule is an attribute too.
+    code = "import bilevel_eqx; print(*dir(bilevel_eqx))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == sorted({*_public(blx), "pipelines", "reports"})
+    for name in dir(blx):
+        value = getattr(blx, name)
+        own = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+        assert own.startswith("bilevel_eqx.")
+
+
+def test_submodules_come_with_the_package():
+    code = (
+        "import bilevel_eqx as blx\n"
+        "blx.pipelines.NullSpaceDescent()\n"
+        "assert blx.reports.Comparison.__name__ == 'Comparison'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    # And nothing is there twice.
+    for module in (blx.pipelines, blx.reports):
+        assert _public(module).keys() & _public(blx).keys() == set()
+
+
+@pytest.mark.parametrize("name", ("__init__", "pipelines", "reports"))
+def test_public_modules_hold_sorted_imports(name):
+    source = Path(blx.__file__).with_name(f"{name}.py").read_text()
+    imports = re.findall(r"^from (\.\S*) import", source, re.MULTILINE)
+    assert imports and imports == sorted(imports)
+    # No name is made there.
+    module = blx if name == "__init__" else getattr(blx, name)
+    made = [n for n, v in _public(module).items() if v.__module__ == module.__name__]
+    assert made == []
+
+
+@each_module
 def test_every_public_name_has_a_docstring(module):
     for name, value in _public(module).items():
         if isinstance(value, type) or callable(value):
@@ -74,11 +124,12 @@ def test_every_public_name_has_a_docstring(module):
             assert doc and doc.strip(), name
 
 
-@pytest.mark.parametrize("module", (blx, tasks), ids=("bilevel_eqx", "tasks"))
+@each_module
 def test_every_method_has_a_docstring(module):
     inherited = {"init", "step", "certify", "compute", "transpose", "conj", "terminate"}
     inherited |= {"postprocess", "assume_full_rank", "best_response", "reaches"}
     inherited |= {"outer", "inner", "inner_residual", "check", "field", "select"}
+    inherited |= {"propose", "judge"}
     for name, value in _public(module).items():
         if not (isinstance(value, type) and issubclass(value, eqx.Module)):
             continue

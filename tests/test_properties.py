@@ -47,6 +47,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 _is_long = settings.get_current_profile_name() == "long"
 
 
+def _names(fast, slow):
+    """Each is a program or two. What the fast ones are made of is in the others too."""
+    return pytest.mark.parametrize(
+        "name", (*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow))
+    )
+
+
 #
 # The problem: least squares in y, whose features may move with x, of any rank.
 #
@@ -461,7 +468,7 @@ def test_solver(name, data):
 @eqx.filter_jit
 def _respond(problem, x, anchor, response, v, u):
     answer = response(problem, x, anchor)
-    pulled, _, _ = answer.pullback(u)
+    pulled, *_ = answer.pullback(u)
     J = answer.jacobian
     return answer.y, J.mv(v), J.T.mv(u), pulled, answer.result
 
@@ -576,7 +583,7 @@ def _scale(case, dense, y, J):
     return size, _norm(J) + turning * size
 
 
-@pytest.mark.parametrize("name", responses)
+@_names((name for name in responses if name != "cholesky"), ("cholesky",))
 @given(data=st.data())
 def test_response(name, data):
     case = data.draw(_response_cases(name))
@@ -620,10 +627,10 @@ def _stack(*trees):
     return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-transformed = ("cold", "proximal", "checkpointed")
+transformed = _names(("cold", "checkpointed"), ("proximal",))
 
 
-@pytest.mark.parametrize("name", transformed)
+@transformed
 @given(cases=st.tuples(*3 * [_one]))
 def test_vmap(name, cases):
     """Over x, the anchor and all data at once: other ranks and other spectra."""
@@ -652,7 +659,7 @@ def _differentiated(problem, x, anchor, response):
     return out, *jax.value_and_grad(value)(x)
 
 
-@pytest.mark.parametrize("name", transformed)
+@transformed
 @given(case=_one)
 def test_grad_and_jit(name, case):
     """The derivative of F(x, best_response(x)), and the hypergradient within a program
@@ -688,9 +695,8 @@ def _with_and_without_x64(fn):
 
 
 # The others are parts of these, or less.
-@pytest.mark.parametrize(
-    "name",
-    ("warm", "cold", "proximal", "partial", "checkpointed", "forward", "aggregated"),
+@_names(
+    ("warm", "cold", "checkpointed"), ("proximal", "partial", "forward", "aggregated")
 )
 @given(case=_cases(single, drawn=False))
 def test_hypergradient(name, case):
@@ -715,7 +721,7 @@ def test_hypergradient(name, case):
     assert tree_identical(outs[0], gradient())
 
 
-@pytest.mark.parametrize("name", ("neumann_drawn", "matrix_free", "cg", "svd"))
+@_names(("matrix_free", "neumann_drawn"), ("cg", "svd"))
 @given(data=st.data())
 def test_x64_solver(name, data):
     log_cond = log_conds.get(name, 4.0)

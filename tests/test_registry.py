@@ -235,3 +235,17 @@ def test_only_equilibria_can_be_registered_for(kind):
         blx.register(kind, "descent", _descent)
     after = [(entry.equilibrium, entry.name) for entry in blx.registered()]
     assert after == before
+
+
+def test_a_subclass_of_a_concept_is_served():
+    class Warmer(blx.WarmStart):
+        pass
+
+    names = [entry.name for entry in blx.registered(Warmer)]
+    assert names == [entry.name for entry in blx.registered(blx.WarmStart)]
+    pipeline = blx.default_pipeline(Warmer(), toy)
+    assert isinstance(pipeline, blx.GradientPipeline)
+    # Its own entries come first, and replace those of the same name.
+    blx.register(Warmer, names[0], lambda equilibrium, problem: Descent(0.1))
+    assert isinstance(blx.default_pipeline(Warmer(), toy), Descent)
+    assert isinstance(blx.default_pipeline(blx.WarmStart(), toy), blx.GradientPipeline)

@@ -9,10 +9,8 @@ from helpers import (
     as_numpy,
     damped_jacobian,
     dense_derivatives,
-    dtypes,
     flatten,
     gradient_descent,
-    linear_problems,
     LinearBilevel,
     LinearLeastSquares,
     make_linear,
@@ -48,7 +46,7 @@ def _respond(problem, x, anchor, response, state=None):
     flat, unravel = jax.flatten_util.ravel_pytree(answer.y)
 
     def pull(basis_vector):
-        pulled, _, _ = answer.pullback(unravel(basis_vector))
+        pulled, *_ = answer.pullback(unravel(basis_vector))
         return jax.flatten_util.ravel_pytree(pulled)[0]
 
     # Not a matrix from the operator's own: what a hypergradient does.
@@ -76,12 +74,8 @@ def _check(problem, x, anchor, response, y, jacobian, rtol):
     "mode, num_steps, dtype",
     (
         ("checkpointed", 1, jnp.float64),
-        ("checkpointed", 7, jnp.float64),
-        ("checkpointed", 100, jnp.float64),
         ("checkpointed", 1000, jnp.float64),
-        ("reverse", 7, jnp.float64),
         ("reverse", 1000, jnp.float64),
-        ("forward", 7, jnp.float64),
         ("forward", 1000, jnp.float64),
         ("checkpointed", 100, jnp.float32),
         ("forward", 7, jnp.float32),
@@ -145,7 +139,7 @@ def test_t1_needs_a_quadratic(getkey):
 
 
 def _momentum(gradient, y, num_steps, rate, decay):
-    velocity = jnp.zeros_like(y)
+    velocity = np.zeros_like(y)
     for _ in range(num_steps):
         velocity = decay * velocity + gradient(y)
         y = y - rate * velocity
@@ -153,13 +147,13 @@ def _momentum(gradient, y, num_steps, rate, decay):
 
 
 def _adam(gradient, y, num_steps, rate, b1=0.9, b2=0.999, eps=1e-8):
-    first, second = jnp.zeros_like(y), jnp.zeros_like(y)
+    first, second = np.zeros_like(y), np.zeros_like(y)
     for k in range(1, num_steps + 1):
         g = gradient(y)
         first = b1 * first + (1 - b1) * g
         second = b2 * second + (1 - b2) * g**2
         corrected = second / (1 - b2**k)
-        y = y - rate * first / (1 - b1**k) / (jnp.sqrt(corrected) + eps)
+        y = y - rate * first / (1 - b1**k) / (np.sqrt(corrected) + eps)
     return y
 
 
@@ -201,10 +195,14 @@ def test_optimisers(name, mode):
     problem, x, y0 = make_linear(LinearBilevel, jnp.float64)
     optimiser, loop = _optimisers()[name]
 
-    def reference(x):
-        return loop(jax.grad(lambda y: problem.inner(x, y)), y0, 7)
+    features, start = as_numpy(problem.features), as_numpy(y0)
 
-    expected = jax.jit(lambda x: (reference(x), jax.jacfwd(reference)(x)))(x)
+    def reference(x):
+        return loop(lambda y: features.T @ (features @ y - x), start, 7)
+
+    # A step into the complex plane is a derivative without cancellation.
+    columns = [reference(as_numpy(x) + 1e-30j * e).imag / 1e-30 for e in np.eye(x.size)]
+    expected = reference(as_numpy(x)), np.stack(columns, axis=1)
     # optax.adam multiplies by Python floats that are float64 arrays by then.
     with jax.numpy_dtype_promotion("standard"):
         response = blx.Unrolled(optimiser, 7, mode)
@@ -248,7 +246,7 @@ def test_traced_num_steps(mode):
     def respond(num_steps):
         response = blx.Unrolled(optax.sgd(STEP_SIZE), num_steps, mode)
         answer = response(problem, x, y0)
-        pulled, _, _ = answer.pullback(jnp.ones_like(y0))
+        pulled, *_ = answer.pullback(jnp.ones_like(y0))
         return answer.y, pulled
 
     num_steps = jnp.array([1, 2, 7, 70])
@@ -278,7 +276,7 @@ def test_learning_rate_as_data():
         return blx.best_response(problem, x, y0, response)
 
     rates = jnp.array([0.1, 0.4])
-    ys = jax.vmap(point)(rates)
+    ys = jax.jit(jax.vmap(point))(rates)
     for y, rate in zip(ys, rates):
         expected = gradient_descent(problem.features, x, y0, 3, float(rate))
         assert tree_allclose(y, expected, rtol=1e-12)
@@ -289,8 +287,9 @@ def test_learning_rate_as_data():
             y = y - rate * problem.features.T @ (problem.features @ y - x)
         return y
 
-    expected = jax.jacfwd(reference)(rates[0])
-    assert tree_allclose(jax.jacrev(point)(rates[0]), expected, rtol=1e-12)
+    derivatives = jax.jit(lambda r: (jax.jacrev(point)(r), jax.jacfwd(reference)(r)))
+    found, expected = derivatives(rates[0])
+    assert tree_allclose(found, expected, rtol=1e-12)
 
 
 def test_unrolling_keeps_float32():
@@ -311,8 +310,10 @@ def test_unrolling_keeps_float32():
 #
 
 
-@pytest.mark.parametrize("dtype", dtypes)
-@pytest.mark.parametrize("cls", linear_problems)
+@pytest.mark.parametrize(
+    "cls, dtype",
+    ((LinearBilevel, jnp.float64), (LinearLeastSquares, jnp.float32)),
+)
 def test_implicit(cls, dtype):
     """Full warm start: the projection of the anchor, and -H^+ B."""
     problem, x, anchor = make_linear(cls, dtype)
@@ -404,9 +405,7 @@ def test_t12_moving_feature():
     "cls, linear_solver, dtype",
     (
         (LinearBilevel, blx.Pseudoinverse(), jnp.float64),
-        (LinearBilevel, lx.Cholesky(), jnp.float64),
         (LinearBilevel, lx.Cholesky(), jnp.float32),
-        (LinearLeastSquares, blx.Pseudoinverse(), jnp.float64),
         (LinearLeastSquares, blx.Pseudoinverse(), jnp.float32),
         (LinearLeastSquares, lx.Cholesky(), jnp.float64),
     ),
@@ -547,7 +546,7 @@ def test_jacobian_pullback_and_best_response_agree(name, getkey):
     @eqx.filter_jit
     def directly(problem, x, anchor):
         answer = response(problem, x, anchor)
-        pulled, result, _ = answer.pullback(cotangent)
+        pulled, result, *_ = answer.pullback(cotangent)
         return (
             answer.y,
             answer.jacobian.mv(tangent),
@@ -557,12 +556,11 @@ def test_jacobian_pullback_and_best_response_agree(name, getkey):
 
     @eqx.filter_jit
     def by_differentiation(problem, x, anchor):
-        def fn(x):
-            return blx.best_response(problem, x, anchor, response)
-
-        y, push = jax.jvp(fn, (x,), (tangent,))
-        _, vjp = jax.vjp(fn, x)
-        return y, push, *vjp(cotangent)
+        y, push = jax.linearize(
+            lambda x: blx.best_response(problem, x, anchor, response), x
+        )
+        # Reverse mode is the transpose of forward mode.
+        return y, push(tangent), *jax.linear_transpose(push, x)(cotangent)
 
     y, push, pull, pulled = directly(problem, x, anchor)
     y_again, push_again, pull_again = by_differentiation(problem, x, anchor)

@@ -1,7 +1,13 @@
 """`solve`: that a run is the loop it stands for, when it stops, what it keeps, and
 what it says when it fails."""
 
+import concurrent.futures
+import itertools
+import os
 import re
+import signal
+import threading
+import time
 
 import equinox as eqx
 import jax
@@ -13,6 +19,7 @@ import optax
 import pytest
 from helpers import (
     as_numpy,
+    Counter,
     damped_jacobian,
     dtypes,
     gradient_descent,
@@ -33,6 +40,7 @@ from helpers import (
 from jaxtyping import Array
 
 import bilevel_eqx as blx
+from bilevel_eqx._solve import report, segments, split
 
 
 exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
@@ -857,3 +865,391 @@ def test_unregistered_equilibrium():
     arguments["pipeline"] = march
     solution = blx.solve(**arguments)
     assert tree_allclose(solution.x, 1 - 0.9**3, rtol=1e-10)
+
+
+#
+# Segments: a run outside of transformations is cut where the host has something to do.
+#
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Sets the lengths of the segments, in steps, and keeps those that were run."""
+
+    def set_lengths(lengths):
+        lengths, taken = itertools.cycle(lengths), []
+        monkeypatch.setattr(
+            segments._Pace, "end", lambda self, done, save_every: done + next(lengths)
+        )
+        monkeypatch.setattr(
+            segments._Pace, "took", lambda self, steps, seconds: taken.append(steps)
+        )
+        return taken
+
+    return set_lengths
+
+
+@pytest.mark.parametrize("save_every", (1, 4))
+def test_the_answer_does_not_depend_on_the_cuts(cut, save_every):
+    problem, x0, y0 = make_ridge()
+    momentum = optax.sgd(0.05, momentum=0.9)
+    pipeline = blx.GradientPipeline(
+        blx.Unrolled(momentum, 2), optax.adam(0.1), blx.Unrolled(momentum, 1)
+    )
+
+    def run(lengths):
+        taken = cut(lengths)
+        # Adam itself mixes types.
+        with jax.numpy_dtype_promotion("standard"):
+            solution = blx.solve(
+                problem,
+                blx.WarmStart(),
+                x0,
+                y0,
+                pipeline=pipeline,
+                num_steps=150,
+                save_every=save_every,
+                record=_points,
+                certify=False,
+            )
+        return solution, taken
+
+    whole, taken = run([1000])
+    assert taken == [150]
+    for lengths in ([1], [7, 1, 30], [50, 2]):
+        solution, taken = run(lengths)
+        assert len(taken) > 4 and sum(taken) == 150
+        assert tree_identical(solution, whole)
+
+
+@pytest.mark.parametrize("save_every", (1, 7))
+def test_a_failure_does_not_depend_on_the_cuts(cut, save_every):
+    # Also where it fails in the first step of a segment, and after more than a round.
+    whole = None
+    for lengths in ([1000], [1], [70, 6, 34], [110]):
+        cut(lengths)
+        solution = _march(11.05, 150, save_every=save_every, throw=False)
+        assert solution.stats["num_steps"] == 110
+        assert tree_allclose(solution.x, 11.0, rtol=1e-10)
+        whole = solution if whole is None else whole
+        assert tree_identical(solution, whole)
+
+
+def test_the_callers_arrays_stay_valid():
+    problem, x0, y0 = make_ridge()
+    gradient = blx.GradientPipeline(exact, optax.sgd(RATE))
+    first = blx.solve(problem, blx.WarmStart(), x0, y0, num_steps=3, pipeline=gradient)
+    again = blx.solve(
+        problem,
+        blx.WarmStart(),
+        x0,
+        y0,
+        num_steps=3,
+        pipeline=gradient,
+        state=first.state,
+    )
+    for tree in (problem, x0, y0, first, again):
+        leaves = jtu.tree_leaves(tree)
+        assert not any(isinstance(u, jax.Array) and u.is_deleted() for u in leaves)
+
+
+def test_segments_take_about_as_long_as_they_should():
+    pace = segments._Pace()
+    # The first is there to be compiled.
+    for num_steps, seconds, then in (
+        (0, 20.0, 1),
+        (1, 1e-3, 100),
+        (100, 0.1, 1000),
+        (1000, 2.0, 500),
+        (500, 500.0, 1),
+    ):
+        assert pace.end(0, 1) == num_steps
+        pace.took(num_steps, seconds)
+        assert pace.length == then
+    # They end with an entry of the history, if there is one in reach.
+    pace.length = 500
+    assert pace.end(130, 100) == 600
+    assert pace.end(130, 1000) == 630
+
+
+#
+# Ctrl-C
+#
+
+
+def _after(step, action):
+    """A function for `progress` that acts once, at a given step."""
+
+    def report(at, num_steps, metrics):
+        if at == step:
+            action()
+
+    return report
+
+
+def _press():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("tolerance", (None, 1e-12))
+def test_interrupted(cut, tolerance):
+    cut([10])
+    options = {"record": _points, "progress": _after(20, _press), "tolerance": tolerance}
+    handler = signal.getsignal(signal.SIGINT)
+    solution = _march(np.inf, 1000, throw=False, **options)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert solution.result == blx.RESULTS.interrupted
+    assert solution.stats["num_steps"] == 20
+    assert tree_allclose(solution.history["x"], RATE * np.arange(1, 21), rtol=1e-10)
+    assert tree_allclose(solution.x, 2.0, rtol=1e-10)
+    assert solution.certificate is not None
+    assert "Ctrl-C interrupted the run" in str(solution)
+    with pytest.raises(KeyboardInterrupt, match="after step 20 of 1000. Nothing of it"):
+        _march(np.inf, 1000, **options)
+    assert signal.getsignal(signal.SIGINT) is handler
+    # One that has just ended, or failed by itself, has heard it too.
+    with pytest.raises(KeyboardInterrupt, match="after step 20 of 20"):
+        _march(np.inf, 20, **options)
+
+
+def test_interrupted_while_it_waits():
+    """By a signal that comes while the program runs."""
+
+    def wait(x):
+        time.sleep(0.02)
+        return x
+
+    class Slow(blx.AbstractPipeline):
+        def init(self, problem, equilibrium, x, y, key):
+            return march.init(problem, equilibrium, x, y, key)
+
+        def step(self, problem, equilibrium, state):
+            shape = jax.ShapeDtypeStruct((), state.x.dtype)
+            x = jax.pure_callback(wait, shape, state.x)
+            return march.step(problem, equilibrium, eqx.tree_at(lambda s: s.x, state, x))
+
+    options = {"pipeline": Slow(), "certify": False, "save_every": 10_000}
+
+    def run():
+        return _march(np.inf, 9_999, throw=False, **options)
+
+    def press_in(*moments):
+        for moment in moments:
+            threading.Timer(moment, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    _march(np.inf, 3, **options)
+    press_in(1.0)
+    solution = run()
+    assert solution.result == blx.RESULTS.interrupted
+    steps = int(solution.stats["num_steps"])
+    assert 0 < steps < 500
+    assert tree_allclose(solution.x, RATE * steps, rtol=1e-10)
+    # A second one does not wait for the end of a segment, if Python runs before.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments._Pace, "end", lambda self, done, save_every: 9_999)
+        press_in(0.3, 0.6)
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert time.monotonic() - began < 60
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_handlers_are_left_alone():
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    try:
+        solution = _march(np.inf, 30, progress=_after(20, _press))
+        assert solution.stats["num_steps"] == 30 and heard == [True]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    # Another thread than the main one may not handle signals.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(_march, np.inf, 30).result().stats["num_steps"] == 30
+
+
+#
+# Lines
+#
+
+
+def test_lines_of_a_failed_run(cut, capsys):
+    cut([6])
+    for save_every, steps in ((1, range(1, 11)), (4, (4, 8, 10)), (20, (10,))):
+        _march(1.05, 15, save_every=save_every, progress=True, throw=False)
+        lines = capsys.readouterr().out.splitlines()
+        assert _steps_of(lines) == list(steps)
+    # And of one that fails from the start, there is none.
+    _march(0.05, 15, progress=True, throw=False)
+    assert capsys.readouterr().out == ""
+
+
+def _steps_of(lines):
+    steps = (re.match(r"step +(\d+)/15  ", line) for line in lines)
+    # On a slow machine, another line says that it compiles.
+    return [int(match[1]) for match in steps if match is not None]
+
+
+def test_lines_within_a_transformation(capfd):
+    for save_every, steps in ((1, range(1, 11)), (4, (4, 8, 10)), (20, (10,))):
+        run = jax.jit(
+            lambda edge, save_every=save_every: (
+                _march(edge, 15, save_every=save_every, progress=True, throw=False).x
+            )
+        )
+        run(jnp.array(1.05)).block_until_ready()
+        jax.effects_barrier()
+        lines = capfd.readouterr().out.splitlines()
+        assert _steps_of(lines) == list(steps)
+
+
+def test_compiling_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(report, "_PATIENCE", 0.0)
+    # Other shapes, so that there is something to compile.
+    blx.solve(*_pair(3), pipeline=march_pair, num_steps=2, progress=True, certify=False)
+    assert "compiling ..." in capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(report, "_PATIENCE", 60.0)
+    blx.solve(*_pair(4), pipeline=march_pair, num_steps=2, progress=True, certify=False)
+    assert "compiling" not in capsys.readouterr().out
+
+
+march_pair = blx.GradientPipeline(blx.Unrolled(optax.sgd(0.1), 1), optax.sgd(0.1))
+
+
+def _pair(size):
+    def outer(x, y):
+        return 0.5 * jnp.sum((y - 1) ** 2)
+
+    def inner(x, y):
+        return 0.5 * jnp.sum((y - x) ** 2)
+
+    problem = blx.BilevelProblem(outer, inner)
+    return problem, blx.WarmStart(), jnp.zeros(size), jnp.zeros(size)
+
+
+#
+# The certificate is asked for, or not
+#
+
+
+def test_certificate_not_asked_for():
+    asked = _march(np.inf, 5)
+    for run in (
+        lambda **kwargs: _march(np.inf, 5, **kwargs),
+        lambda **kwargs: eqx.filter_jit(_march)(jnp.array(np.inf), 5, **kwargs),
+    ):
+        solution = run(certify=False)
+        assert solution.certificate is None
+        assert tree_identical(solution.state, asked.state)
+        text = str(solution)
+        assert "certificate: not asked for" in text
+        assert re.search(r"F +-0\.5\n", text) and re.search(r"steps +5\n", text)
+        assert re.search(r"result +successful\n", text)
+        assert re.search(r"outer_residual +1\n", text)
+    text = str(asked)
+    assert str(asked.certificate) in text and "not asked for" not in text
+    batch = jax.vmap(lambda e: _march(e, 5, throw=False))(jnp.array([0.25, np.inf]))
+    assert re.search(r"result +1 of 2 successful\n", str(batch))
+
+
+def test_the_certificate_is_a_program_of_its_own(monkeypatch):
+    certificates = []
+
+    class Counted(blx.AbstractEquilibrium):
+        warm = True
+
+        def certify(self, problem, x, y, y0):
+            certificates.append(None)
+            return blx.Certificate("counted", {"x": (jnp.abs(x), "x")})
+
+    for response in (exact, blx.Unrolled(optax.sgd(0.1), 2)):
+        for num_steps in (2, 3):
+            solution = blx.solve(
+                Spring(jnp.array(1.0)),
+                Counted(),
+                zero,
+                zero,
+                pipeline=blx.GradientPipeline(response, optax.sgd(RATE)),
+                num_steps=num_steps,
+            )
+            assert solution.certificate.largest == jnp.abs(solution.x)
+    assert len(certificates) == 1
+
+
+def test_a_value_that_is_closed_over_is_transformed():
+    def run(target):
+        problem = blx.BilevelProblem(
+            lambda x, y: 0.5 * (y - target) ** 2, lambda x, y: 0.5 * (y - x) ** 2
+        )
+        return blx.solve(
+            problem, blx.WarmStart(), zero, zero, pipeline=march, num_steps=9
+        ).x
+
+    targets = jnp.array([1.0, -2.0])
+    expected = targets * (1 - 0.9**9)
+    assert tree_allclose(jax.vmap(run)(targets), expected, rtol=1e-10)
+    assert tree_allclose(jax.jit(jax.vmap(run))(targets), expected, rtol=1e-10)
+
+
+#
+# The program
+#
+
+
+def test_each_part_is_in_the_program_once():
+    """A step, `record` and the start are traced into the loop once, and the metrics of a
+    step that nobody looks at are not computed."""
+    counter = {name: Counter() for name in ("init", "step", "metrics", "record")}
+
+    class Counting(blx.AbstractPipeline):
+        def init(self, problem, equilibrium, x, y, key):
+            return march.init(problem, equilibrium, counted("init", x), y, key)
+
+        def step(self, problem, equilibrium, state):
+            state = eqx.tree_at(lambda s: s.x, state, counted("step", state.x))
+            state, metrics = march.step(problem, equilibrium, state)
+            return state, metrics | {"value": jnp.sinh(metrics["value"])}
+
+    def counted(name, x):
+        # With an effect, which no compiler takes away.
+        counter[name].when_run()
+        return x
+
+    def record(x, y, metrics):
+        return jnp.cosh(counted("record", metrics["value"]))
+
+    def run(edge):
+        return _march(
+            edge,
+            10,
+            pipeline=Counting(),
+            record=record,
+            save_every=5,
+            certify=False,
+            throw=False,
+        )
+
+    text = eqx.filter_jit(run).lower(jnp.array(np.inf)).as_text()
+    assert text.count("chlo.sinh") == text.count("chlo.cosh") == 1
+    solution = run(jnp.array(np.inf))
+    # The first step only evaluates the initial point.
+    assert [counter[name].read() for name in ("init", "step")] == [1, 11]
+    assert tree_allclose(solution.history, np.cosh(np.sinh([-0.5, -1.0])), rtol=1e-12)
+
+
+def test_what_is_needed_later_is_computed_later():
+    def fn(x):
+        u = jnp.sin(x["a"])
+        state = {"a": u + x["b"], "b": x["b"]}
+        return state, jnp.sum(u) > 0, {"m": jnp.tanh(u) + jnp.exp(state["a"]), "n": 1.0}
+
+    x = {"a": jnp.arange(3.0), "b": jnp.ones(3)}
+    halves = split.split(fn, x)
+    early = str(jax.make_jaxpr(halves.first)(x))
+    late = str(jax.make_jaxpr(halves.second)(x, [x["a"]]))
+    assert "sin" in early and "tanh" not in early and "exp" not in early
+    assert "sin" not in late and "tanh" in late and "exp" in late
+    state, facts, rest = halves.first(x)
+    assert len(rest) == len(halves.rest) == 1
+    got = state, facts, halves.second(state, rest)
+    assert tree_allclose(got, fn(x), rtol=1e-15)

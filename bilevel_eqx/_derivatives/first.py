@@ -9,7 +9,7 @@ from .._problem.base import AbstractBilevelProblem
 def outer_gradients(
     problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array]
 ) -> tuple[Scalar, PyTree[Array], PyTree[Array]]:
-    """The outer objective with both of its partial gradients: F, F_x, F_y."""
+    """The outer objective and its partial gradients: F, F_x, F_y."""
     value, (outer_x, outer_y) = jax.value_and_grad(problem.outer, argnums=(0, 1))(x, y)
     return value, outer_x, outer_y
 

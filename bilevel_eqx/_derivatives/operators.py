@@ -17,17 +17,18 @@ curved_tag = _CurvedTag()
 
 """A tag of lineax operators: an inner Hessian that depends on y.
 
-Its null space is the tangent space of $S(x)$ only at an exact minimum. Near one, what
-should be zero is as large as the error of y, and a pseudoinverse must not invert it.
+Its null space is the tangent space of $S(x)$ only at an exact minimum. Near a minimum,
+the eigenvalues that should be zero are as large as the error of y, and a pseudoinverse
+must not invert them.
 """
 
 
 class LeastSquaresHessian(lx.AbstractLinearOperator):
-    r"""The inner Hessian of a sum of squares, which also knows the factor of its main
-    part: $H = A^\top A + C$, where $A = \partial r / \partial y$.
+    r"""The inner Hessian of a sum of squares, with the factor of its main part:
+    $H = A^\top A + C$, where $A = \partial r / \partial y$.
 
-    $C = \sum_i r_i \nabla^2 r_i$ vanishes where the residual is linear in y (`curved`
-    is then `False`) and wherever the residual is zero.
+    $C = \sum_i r_i \nabla^2 r_i$ vanishes if the residual is linear in y (`curved` is
+    then `False`), and where the residual is zero.
     """
 
     hessian: lx.AbstractLinearOperator
@@ -79,10 +80,11 @@ for _transform in (lx.linearise, lx.conj):
 
 
 class CrossDerivative(lx.AbstractLinearOperator):
-    """B, of which nothing is presumed.
+    """B, without any structural tags.
 
-    lineax takes any map from one number to another to be diagonal, and a product of two
-    such to be symmetric; it then refuses x and y of one number each in different shapes.
+    lineax treats a map from one number to one number as diagonal
+    (https://github.com/patrick-kidger/lineax/pull/106), and a product of two such maps as
+    symmetric. It then refuses x and y of one number each if their shapes differ.
     """
 
     operator: lx.AbstractLinearOperator
@@ -127,7 +129,7 @@ for _transform in (lx.linearise, lx.conj, lx.materialise):
 def damped(
     operator: lx.AbstractLinearOperator, damping: ScalarLike
 ) -> lx.AbstractLinearOperator:
-    """H + damping I, with the tags of H: lineax drops them from a sum."""
+    """H + damping I, with the tags of H, which a sum of lineax operators loses."""
     tags = {lx.symmetric_tag}
     if lx.is_positive_semidefinite(operator):
         tags.add(lx.positive_semidefinite_tag)
@@ -140,5 +142,5 @@ def damped(
         )
 
     # Not `H + damping * lx.IdentityLinearOperator(...)`, which promotes float32 to
-    # float64 where 64-bit types are enabled.
+    # float64 if 64-bit types are enabled.
     return lx.FunctionLinearOperator(mv, operator.in_structure(), tags)

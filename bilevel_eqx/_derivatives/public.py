@@ -1,14 +1,16 @@
-"""The operators of a bilevel problem for its users: H, B and the response Jacobian."""
+"""The public operators of a bilevel problem: H, B and the response Jacobian."""
 
 from collections.abc import Iterable
 
 import lineax as lx
 from jaxtyping import PyTree, ScalarLike
 
-from .._arguments import as_variables, check_positive, is_traced
+from .._arguments import as_variables, check_positive
+from .._compat import is_traced
 from .._custom_types import typechecked
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
+from .._problem.constraints import set_y
 from .operators import damped
 from .second import cross_derivative_operator, gradient_and_hessian
 
@@ -29,14 +31,14 @@ def inner_hessian(
     - `problem`: the bilevel problem.
     - `x`: the outer variables, a pytree of floating-point arrays.
     - `y`: the inner variables, a pytree of floating-point arrays.
-    - `tags`: what is known of H beyond its symmetry, for instance
-        `{lx.positive_semidefinite_tag}` at a minimum. `lx.CG` and `lx.Cholesky` ask for
-        that one. Tags are not checked. Keyword only argument.
+    - `tags`: further properties of H, which is always tagged as symmetric; for instance
+        `{lx.positive_semidefinite_tag}` at a minimum, which `lx.CG` and `lx.Cholesky`
+        need. Tags are not checked. Keyword only argument.
 
     **Returns:**
 
     A symmetric lineax operator from pytrees like `y` to pytrees like `y`. Each product
-    with it is one Hessian-vector product; the gradient was linearised once, here.
+    with it is one Hessian-vector product. The gradient is linearised once, in this call.
 
     **Raises:**
 
@@ -56,8 +58,8 @@ def cross_derivative(
     $B = \partial^2 f / \partial x \partial y$, from tangents of $x$ to cotangents
     of $y$.
 
-    (In the paper's anti-distillation task it is $-\Phi^\top$; the paper's text has lost
-    that sign.)
+    (In the paper's anti-distillation task it is $-\Phi^\top$; that sign is missing in the
+    paper's text.)
 
     **Arguments:** as for [`bilevel_eqx.inner_hessian`][].
 
@@ -86,17 +88,17 @@ def response_jacobian(
     $$\frac{\partial y^*}{\partial x} = -(H + \epsilon I)^{-1} B,$$
 
     which is the row "response Jacobian" of Table 1 of the paper, with the sign that is
-    missing there. The inverse is whatever `linear_solver` makes of it: a pseudoinverse,
-    a truncated series, a factorisation.
+    missing there. The inverse is that of `linear_solver`: a pseudoinverse, a truncated
+    series, or a factorisation.
 
     **Arguments:**
 
     - `problem`: the bilevel problem.
     - `x`: the outer variables, a pytree of floating-point arrays.
-    - `y`: the inner variables, a pytree of floating-point arrays. They are taken as
-        they are: no inner problem is solved.
+    - `y`: the inner variables, a pytree of floating-point arrays. The inner problem is
+        not solved: J is evaluated at this y.
     - `linear_solver`: any lineax solver. H is tagged as positive semidefinite, as it
-        is at a minimum; `lx.CG` and `lx.Cholesky` therefore accept it.
+        is at a minimum, so that `lx.CG` and `lx.Cholesky` accept it.
     - `damping`: the $\epsilon$ above. Keyword only argument.
 
     **Returns:**
@@ -113,11 +115,11 @@ def response_jacobian(
         Overparameterized Bilevel Optimization*, 2021: Table 1 and Equation 4.
     """
     check_positive(damping, "damping", "response_jacobian", or_zero=True)
-    if problem.project_y is not None:
+    if set_y(problem).confines:
         raise ValueError(
-            "`response_jacobian` is that of an inner minimum without constraints, and "
-            "this problem has a `project_y`. `Implicit(None, linear_solver)(problem, x, "
-            "y).jacobian` is the one in the set."
+            "`response_jacobian` is for inner problems without constraints, but this "
+            "problem has a `project_y`. Use `Implicit(None, linear_solver)(problem, x, "
+            "y).jacobian`, which is the Jacobian in the set."
         )
     H = inner_hessian(problem, x, y, tags={lx.positive_semidefinite_tag})
     B = cross_derivative(problem, x, y)
@@ -127,5 +129,5 @@ def response_jacobian(
 
 
 def is_nonzero(damping: ScalarLike) -> bool:
-    """Whether a damping is there at all; one known only at run time is."""
+    """Whether a damping is nonzero. A traced damping counts as nonzero."""
     return is_traced(damping) or bool(damping != 0)

@@ -5,18 +5,24 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
-from .._arguments import as_variables, is_traced
+from .._arguments import as_variables, check_count, says
+from .._compat import is_traced
 from .._custom_types import typechecked
+from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
-from .._problem.constraints import projection_x, projection_y, step_left
-from .._solution_set.tangent import SolutionSet
-from .._tree import tree_norm
+from .._problem.constraints import set_x, set_y
+from .._solution_set.picture import Picture
+from .._text import aligned
+from .._tree import tree_norm, tree_size
+
+
+MAX_PRODUCTS = 128
+"""How many products with H a certificate may take, unless another number is given."""
 
 
 class Certificate(eqx.Module):
@@ -78,11 +84,11 @@ class Certificate(eqx.Module):
         return largest
 
     def __str__(self):
-        width = max([len(name) for name, _ in self._meanings], default=0)
-        lines = [f"Certificate for {self.concept}"]
-        for name, meaning in self._meanings:
-            value = _as_text(self.residuals[name])
-            lines.append(f"  {name:<{width}}  {value:>8}   {meaning}")
+        rows = [
+            ["  " + name, _as_text(self.residuals[name]), " " + meaning]
+            for name, meaning in self._meanings
+        ]
+        lines = [f"Certificate for {self.concept}", *aligned(rows, "<><")]
         if self.accuracy is not None:
             accuracy = _as_text(self.accuracy)
             lines.append(f"  (linear solves behind these are right to {accuracy})")
@@ -116,12 +122,15 @@ class AbstractEquilibrium(eqx.Module):
         """
         del problem, x, y
 
+    bounds_products: ClassVar[bool] = False
+    """Whether its `certify` takes a bound on the products with H, `max_products`."""
+
     admits_constraints: ClassVar[bool] = False
     """Whether it is defined, and certified, where y is confined to a set."""
 
     def check_constraints(self, problem: AbstractBilevelProblem) -> None:
         """Raises a `ValueError` if `problem` confines y and this concept cannot."""
-        if problem.project_y is not None and not self.admits_constraints:
+        if set_y(problem).confines and not self.admits_constraints:
             raise ValueError(
                 f"`{type(self).__name__}` selects among the inner minima by the null "
                 "space of H, and where y is confined to a set (`project_y`) that does "
@@ -151,6 +160,7 @@ def certify(
     y: PyTree,
     *,
     y0: PyTree = None,
+    max_products: int = MAX_PRODUCTS,
 ) -> Certificate:
     r"""Checks a point against the definition of an equilibrium.
 
@@ -166,6 +176,12 @@ def certify(
     - `y`: the inner variables, a pytree of floating-point arrays.
     - `y0`: where the inner variables start, for the concepts that depend on it
         ([`bilevel_eqx.ColdStart`][]). Keyword only argument.
+    - `max_products`: where y has more than 1,024 entries, the largest number of products
+        with the inner Hessian H that are taken; a product with a derivative of H counts
+        as three. The pseudoinverse is then one of a Krylov space, and `accuracy` says how
+        good that was. [`bilevel_eqx.Pessimistic`][], [`bilevel_eqx.Nash`][] and
+        [`bilevel_eqx.ProximalEquilibrium`][] are not bounded by it. Smaller problems take
+        a decomposition of H. Keyword only argument.
 
     **Returns:**
 
@@ -187,7 +203,24 @@ def certify(
         y0 = as_variables(y0, "y0")
     check_problem(problem, x, y)
     equilibrium.check_constraints(problem)
+    check_count(max_products, "max_products", "certify")
+    if says(equilibrium, "bounds_products", False):
+        # Those of others need not know of it.
+        bound: Any = {"max_products": max_products}
+        return equilibrium.certify(problem, x, y, y0, **bound)
     return equilibrium.certify(problem, x, y, y0)
+
+
+def stated_cost(
+    equilibrium: AbstractEquilibrium, y: PyTree, max_products: int = MAX_PRODUCTS
+) -> str | None:
+    """What a certificate takes, in words; or `None` where it is next to nothing."""
+    size = tree_size(y)
+    if size <= DENSE_SIZE:
+        return None
+    if not says(equilibrium, "bounds_products", False):
+        return f"{size:,} inner variables, an unbounded number of products with H"
+    return f"{size:,} inner variables, at most {max_products} products with H"
 
 
 def relative_gradient(
@@ -198,20 +231,26 @@ def relative_gradient(
     return tree_norm(gradient) * size / jnp.maximum(1, jnp.abs(value))
 
 
-def inner_residual(problem, x, y, what: str = "y is an inner minimum") -> dict:
-    """The entry that all certificates have."""
-    value, gradient = jax.value_and_grad(problem.inner, argnums=1)(x, y)
-    project = projection_y(problem)
-    left = step_left(gradient, y, project)
-    equation = "f_y = 0" if project is None else "y = proj(y - f_y)"
+def inner_residual(
+    problem: AbstractBilevelProblem,
+    x: PyTree[Array],
+    y: PyTree[Array],
+    value: Scalar,
+    gradient: PyTree[Array],
+    what: str = "y is an inner minimum",
+) -> dict:
+    """The entry that all certificates have: that of f and f_y."""
+    y_set = set_y(problem)
+    left = y_set.remaining_step(gradient, y)
+    equation = "y = proj(y - f_y)" if y_set.confines else "f_y = 0"
     return {"inner": (relative_gradient(left, y, value), f"{what}: {equation}")}
 
 
 def outer_residual(problem, x, gradient: PyTree[Array], value: Scalar, what: str) -> dict:
     """The other: that of a gradient in x, less what the constraints on x take from it."""
-    project = projection_x(problem)
-    left = step_left(gradient, x, project)
-    where = "" if project is None else ", in its set: x = proj(x - that)"
+    x_set = set_x(problem)
+    left = x_set.remaining_step(gradient, x)
+    where = ", in its set: x = proj(x - that)" if x_set.confines else ""
     return {"outer": (relative_gradient(left, x, value), what + where)}
 
 
@@ -224,8 +263,8 @@ def require_start(y0, call: str, concept: str) -> None:
         )
 
 
-def curved_notes(S: SolutionSet) -> tuple[str, ...]:
+def curved_notes(here: Picture) -> tuple[str, ...]:
     """What to say where S(x) is known only locally."""
-    if S.is_flat:
+    if here.is_plane:
         return ()
     return ("the inner problem is not quadratic: what concerns S(x) is local",)

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from .._derivatives.first import outer_gradients
 from .._solution_set.nearest import Displacement
-from .._solution_set.tangent import SolutionSet
+from .._solution_set.picture import picture
 from .._tree import tree_axpy
 from .base import (
     AbstractEquilibrium,
@@ -19,16 +19,15 @@ from .base import (
 class ColdStart(AbstractEquilibrium):
     r"""The equilibrium of a cold start: the inner variables always start from $y_0$.
 
-    $(x, y)$ is one if y is the inner minimum nearest to $y_0$, and x is stationary for
-    the outer objective at that minimum:
+    $(x, y)$ is a cold-start equilibrium if y is the inner minimum nearest to $y_0$, and x
+    is stationary for the outer objective at that minimum:
 
     $$y = \Pi(y_0, S(x)), \qquad
     \frac{\mathrm d}{\mathrm d x} F\bigl(x, \Pi(y_0, S(x))\bigr) = 0.$$
 
-    This is the paper's Definition 3.1, mended: there F(x, y) is minimised with y
-    undefined. The derivative of the projection has a term in the null space of H
-    wherever H moves with x, which $-H^+ B$ lacks; see
-    [`bilevel_eqx.MinimumDisplacement`][].
+    This corrects the paper's Definition 3.1, which minimises F(x, y) without defining y.
+    If H depends on x, the derivative of the projection has a term in the null space of H,
+    which $-H^+ B$ lacks; see [`bilevel_eqx.MinimumDisplacement`][].
 
     ??? cite "Reference"
 
@@ -36,22 +35,25 @@ class ColdStart(AbstractEquilibrium):
         Overparameterized Bilevel Optimization*, 2021: Definition 3.1.
     """
 
+    bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = False
 
-    def certify(self, problem, x, y, y0):
+    def certify(self, problem, x, y, y0, max_products=None):
         require_start(y0, "ColdStart()", "A cold start")
-        S = SolutionSet(problem, x, y)
-        value, outer_x, outer_y = outer_gradients(problem, x, y)
-        displacement = Displacement(S, y0)
+        here, layout = picture(
+            problem, x, y, max_products=max_products, share=0.5, anchor=y0
+        )
+        displacement = Displacement(here, layout.ravel(y0))
+        value, outer_x, outer_y = outer_gradients(here.problem, x, here.y)
         indirect, _ = displacement.pull(outer_y)
         hypergradient = tree_axpy(1.0, indirect, outer_x)
         return Certificate(
             "a cold start",
             {
-                **inner_residual(problem, x, y),
+                **inner_residual(here.problem, x, here.y, here.value, here.gradient),
                 "displacement": (
-                    displacement.astray,
-                    "it is the one nearest to y0: P_null (y - y0) = 0",
+                    displacement.tangential_residual,
+                    "y is the inner minimum nearest to y0: P_null (y - y0) = 0",
                 ),
                 **outer_residual(
                     problem,
@@ -61,6 +63,6 @@ class ColdStart(AbstractEquilibrium):
                     "x is stationary for F(x, proj(y0, S(x)))",
                 ),
             },
-            accuracy=S.accuracy(outer_y),
-            notes=curved_notes(S),
+            accuracy=here.accuracy(outer_y, here.pinv(outer_y)),
+            notes=curved_notes(here),
         )

@@ -2,11 +2,8 @@
 
 from typing import ClassVar
 
-from .._derivatives.first import outer_gradients
-from .._derivatives.second import cross_derivative_operator
 from .._linalg.eigenbasis import eigenbasis_within, negative_curvature
-from .._solution_set.tangent import SolutionSet
-from .._tree import tree_scale, tree_sub
+from .._solution_set.picture import picture
 from .base import (
     AbstractEquilibrium,
     Certificate,
@@ -18,59 +15,59 @@ from .base import (
 
 
 class Optimistic(AbstractEquilibrium):
-    r"""The optimistic equilibrium: of all inner minima, the one that suits the outer
-    objective best,
+    r"""The optimistic equilibrium: of all inner minima, the one with the smallest outer
+    objective,
 
     $$\min_x \min_{y \in S(x)} F(x, y).$$
 
-    It is what the bilevel problem is worth if the inner player, indifferent between its
-    minima, does one a favour. With P the projection on the null space of H it holds
-    there, to first and second order, that
+    It is the value of the bilevel problem if the inner player chooses, among its minima,
+    the best one for the outer player. With the projection P on the null space of H, its
+    conditions to first and second order are
 
     $$\nabla_y f = 0, \qquad P F_y = 0, \qquad F_x - B^\top H^+ F_y = 0, \qquad
     P W P \succeq 0,$$
 
     with $W = F_{yy} - \partial_y(H q)$ at $q = H^+ F_y$, the curvature of F along $S(x)$.
-    The third is the exact gradient of $x \mapsto \min_{y \in S(x)} F$ there: a full warm
-    start that has also found the best y is optimistic.
+    The third expression is the exact gradient of $x \mapsto \min_{y \in S(x)} F$ there: a
+    full warm start that has also found the best y is optimistic.
 
-    Also known as strong Stackelberg equilibrium.
+    It is also called strong Stackelberg equilibrium.
 
     ??? cite "Reference"
 
         Dempe, *Foundations of Bilevel Programming*, 2002.
     """
 
+    bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = True
 
-    def certify(self, problem, x, y, y0):
-        S = SolutionSet(problem, x, y)
-        value, outer_x, outer_y = outer_gradients(problem, x, y)
-        q = S.pinv(outer_y)
-        hypergradient = tree_sub(
-            outer_x, cross_derivative_operator(problem, x, y).T.mv(q)
-        )
-        W = S.lagrangian_hessian(lambda y: problem.outer(x, y), tree_scale(-1, q))
+    def certify(self, problem, x, y, y0, max_products=None):
+        here, _ = picture(problem, x, y, max_products=max_products, share=0.5)
+        outer = here.outer()
+        lagrangian = here.lagrangian(here.problem.outer, outer.multiplier)
+        W = here.operator(lambda v: lagrangian.push(v)[1])
+        num_steps = here.share_of_products(0.5, 64)
+        along = eigenbasis_within(here.project, W, outer.y, num_steps)
         return Certificate(
             "an optimistic equilibrium",
             {
-                **inner_residual(problem, x, y),
+                **inner_residual(here.problem, x, here.y, here.value, here.gradient),
                 "selection": (
-                    relative_gradient(S.project(outer_y), y, value),
-                    "no other one nearby has a smaller F: P_null F_y = 0",
+                    relative_gradient(here.project(outer.y), here.y, outer.value),
+                    "no inner minimum nearby has a smaller F: P_null F_y = 0",
                 ),
                 "curvature": (
-                    negative_curvature(eigenbasis_within(S.project, W, outer_y)),
-                    "nor to second order: F is not concave along S(x)",
+                    negative_curvature(along),
+                    "the same to second order: F is not concave along S(x)",
                 ),
                 **outer_residual(
                     problem,
                     x,
-                    hypergradient,
-                    value,
+                    outer.hypergradient,
+                    outer.value,
                     "x is stationary for min F over S(x): F_x - B^T H^+ F_y = 0",
                 ),
             },
-            accuracy=S.accuracy(outer_y),
-            notes=curved_notes(S),
+            accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
+            notes=curved_notes(here),
         )

@@ -6,13 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._arguments import is_traced
-from .._derivatives.first import outer_gradients
-from .._derivatives.second import cross_derivative_operator, gradient_and_hessian
+from .._compat import is_traced
+from .._derivatives.second import gradient_and_hessian
 from .._linalg.eigenbasis import eigenbasis
+from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
-from .._solution_set.tangent import SolutionSet
-from .._tree import nonzero, tree_size, tree_sub
+from .._solution_set.picture import picture
+from .._tree import nonzero, tree_size
 from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 
 
@@ -21,21 +21,22 @@ class Stackelberg(AbstractEquilibrium):
 
     $$\nabla_y f = 0, \qquad H \succ 0, \qquad F_x - B^\top H^{-1} F_y = 0.$$
 
-    To ask for it is to claim that there is nothing to select. The certificate checks
-    the curvature that makes it so; where H is singular the problem is refused, since
-    then [`bilevel_eqx.Optimistic`][], [`bilevel_eqx.ColdStart`][] and the others differ.
+    It claims that the inner minimum is unique, and the certificate checks the curvature
+    that makes it unique. A problem with a singular H is refused, since the concepts
+    [`bilevel_eqx.Optimistic`][], [`bilevel_eqx.ColdStart`][] and the others then differ.
 
     ??? cite "Reference"
 
         von Stackelberg, *Marktform und Gleichgewicht*, 1934.
     """
 
+    bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     admits_constraints: ClassVar[bool] = True
 
     def check(self, problem, x, y):
-        if problem.project_y is not None:
-            # What is flat without the constraints need not be so where they are active.
+        if set_y(problem).confines:
+            # A Hessian that is singular without the constraints need not be so with them.
             return
         count = _too_few_squares(problem, x, y)
         if count is not None:
@@ -44,27 +45,24 @@ class Stackelberg(AbstractEquilibrium):
         lowest, largest = _extreme_eigenvalues(problem, x, y)
         if is_traced(lowest):
             return
-        # If some are negative y is not a minimum yet, and only the answer can tell.
+        # If some are negative, y is not a minimum yet. The certificate then decides.
         if abs(lowest) <= _threshold(largest):
             raise _singular(
                 "the eigenvalues of the inner Hessian at (x0, y0) lie between "
                 f"{float(lowest):.2g} and {float(largest):.2g}"
             )
 
-    def certify(self, problem, x, y, y0):
-        S = SolutionSet(problem, x, y)
-        value, outer_x, outer_y = outer_gradients(problem, x, y)
-        B = cross_derivative_operator(problem, x, y)
-        outer_y = S.at.along(outer_y)
-        hypergradient = tree_sub(outer_x, S.at.cross(B).T.mv(S.pinv(outer_y)))
-        values = eigenbasis(S.at.stiffened()).values
+    def certify(self, problem, x, y, y0, max_products=None):
+        here, _ = picture(problem, x, y, max_products=max_products)
+        outer = here.outer()
+        values = here.eigenvalues()
         lowest, largest = jnp.min(values), jnp.max(jnp.abs(values))
         threshold = _threshold(largest)
         share = lowest / nonzero(threshold)
         return Certificate(
             "a Stackelberg equilibrium",
             {
-                **inner_residual(problem, x, y),
+                **inner_residual(here.problem, x, here.y, here.value, here.gradient),
                 "uniqueness": (
                     1 - jnp.clip(share, 0, 1),
                     "there is no other inner minimum nearby: H is positive definite",
@@ -72,17 +70,17 @@ class Stackelberg(AbstractEquilibrium):
                 **outer_residual(
                     problem,
                     x,
-                    hypergradient,
-                    value,
+                    outer.hypergradient,
+                    outer.value,
                     "x is stationary: F_x - B^T H^-1 F_y = 0",
                 ),
             },
-            accuracy=S.accuracy(outer_y),
+            accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
         )
 
 
 def _threshold(largest):
-    """Below this an eigenvalue cannot be told from zero."""
+    """Eigenvalues below this count as zero."""
     return 100 * jnp.finfo(largest.dtype).eps * largest
 
 
@@ -105,7 +103,7 @@ def _extreme_eigenvalues(problem, x, y):
 def _singular(why: str) -> ValueError:
     return ValueError(
         "A `Stackelberg` equilibrium needs a unique inner minimum, but the inner Hessian "
-        f"of this problem is singular: {why}. Say which of many inner minima is meant "
-        "(`Optimistic()`, `Pessimistic(radius)`, `ColdStart()`, `WarmStart()`), or make "
-        "it unique with a penalty on y."
+        f"of this problem is singular: {why}. Choose an equilibrium that selects one of "
+        "the inner minima (`Optimistic()`, `Pessimistic(radius)`, `ColdStart()`, "
+        "`WarmStart()`), or make the minimum unique with a penalty on y."
     )

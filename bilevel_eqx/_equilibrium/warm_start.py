@@ -6,25 +6,22 @@ import equinox as eqx
 from jaxtyping import ScalarLike
 
 from .._arguments import as_rate, check_positive
-from .._derivatives.first import outer_gradients
 from .._derivatives.public import is_nonzero
-from .._derivatives.second import cross_derivative_operator
 from .._problem.proximal import proximal
-from .._solution_set.tangent import SolutionSet
-from .._tree import tree_sub
+from .._solution_set.picture import picture
 from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
 
 
 def _zero_or_rate(epsilon):
-    """Full and partial are different programs, so that zero must be known to be so."""
+    """Full and partial are different programs: zero must be known when tracing."""
     return as_rate(epsilon) if is_nonzero(epsilon) else 0.0
 
 
 class WarmStart(AbstractEquilibrium):
-    r"""The equilibrium of a warm start: the inner variables go on from where they are.
+    r"""The equilibrium of a warm start: the inner variables start from their last values.
 
-    $(x, y)$ is one if y is its own answer to x, and x is stationary for the outer
-    objective through that answer:
+    $(x, y)$ is a warm-start equilibrium if the response to x from y is y, and x is
+    stationary for the outer objective with that response:
 
     $$y \in \operatorname{argmin}_{y'} f(x, y') + \frac\epsilon2 \|y' - y\|^2, \qquad
     F_x - B^\top (H + \epsilon I)^{-1} F_y = 0,$$
@@ -32,10 +29,10 @@ class WarmStart(AbstractEquilibrium):
     with $H^+$ for the inverse when $\epsilon = 0$ (a *full* warm start, where y is its
     own projection on $S(x)$). A positive $\epsilon$ is a *partial* one.
 
-    This is the paper's Definition 3.2, mended: its first line, $x \in
-    \operatorname{argmin} F(x, y)$ at fixed y, says nothing where F does not contain x,
-    and is replaced by stationarity through the response. $\epsilon$ does not
-    move the inner condition of a convex problem; it enters through the hypergradient.
+    This corrects the paper's Definition 3.2. Its first line, $x \in
+    \operatorname{argmin} F(x, y)$ at fixed y, is empty if F does not contain x, and is
+    replaced by stationarity with the response. In a convex problem $\epsilon$ does not
+    change the inner condition, only the hypergradient.
 
     ??? cite "Reference"
 
@@ -43,6 +40,7 @@ class WarmStart(AbstractEquilibrium):
         Overparameterized Bilevel Optimization*, 2021: Definition 3.2, Appendix C.
     """
 
+    bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     admits_constraints: ClassVar[bool] = True
     epsilon: ScalarLike = eqx.field(converter=_zero_or_rate, default=0.0)
@@ -52,31 +50,35 @@ class WarmStart(AbstractEquilibrium):
 
     @property
     def partial(self) -> bool:
-        """Whether epsilon is positive. If it is known only at run time it counts so."""
+        """Whether epsilon is positive. A traced epsilon counts as positive."""
         return is_nonzero(self.epsilon)
 
-    def certify(self, problem, x, y, y0):
-        value, outer_x, outer_y = outer_gradients(problem, x, y)
+    def certify(self, problem, x, y, y0, max_products=None):
         # At the anchor itself the pull vanishes but its curvature, epsilon I, does not.
         answering = proximal(problem, y, self.epsilon) if self.partial else problem
-        S = SolutionSet(answering, x, y)
-        B = cross_derivative_operator(problem, x, y)
-        outer_y = S.at.along(outer_y)
-        hypergradient = tree_sub(outer_x, S.at.cross(B).T.mv(S.pinv(outer_y)))
+        here, _ = picture(answering, x, y, max_products=max_products)
+        outer = here.outer()
         name = "(H + epsilon I)^-1" if self.partial else "H^+"
         return Certificate(
             "a partial warm start" if self.partial else "a full warm start",
             {
-                **inner_residual(problem, x, y, "y is its own answer"),
+                **inner_residual(
+                    here.problem,
+                    x,
+                    here.y,
+                    here.value,
+                    here.gradient,
+                    "the response from y is y",
+                ),
                 **outer_residual(
                     problem,
                     x,
-                    hypergradient,
-                    value,
-                    f"x is stationary through it: F_x - B^T {name} F_y = 0",
+                    outer.hypergradient,
+                    outer.value,
+                    f"x is stationary with it: F_x - B^T {name} F_y = 0",
                 ),
             },
-            accuracy=S.accuracy(outer_y),
+            accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
         )
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong, and how it is said."""
+"""The codes of failures and their messages."""
 
 from typing import Any
 
@@ -11,47 +11,46 @@ from jaxtyping import Array, Bool, PyTree
 from .._tree import all_finite, tree_dtype, tree_where
 
 
-# Extends `optimistix.RESULTS`, which extends `lineax.RESULTS`, so that their failures
-# can be passed on.
+# This extends `optimistix.RESULTS`, which extends `lineax.RESULTS`, so that their
+# failures can be passed on.
 class RESULTS(optx.RESULTS):  # pyright: ignore
     successful = ""
     inner_not_converged = (
-        "The inner solve did not converge, and the response presumes that it did: its "
-        "Jacobian is that of a minimum. Give the inner solver more steps or a larger "
-        "step size (a smaller one, if it diverges); or use `Proximal`, which presumes "
-        "less, or `Unrolled`, which presumes nothing; or raise the `tolerance` of the "
-        "response (`None` accepts any point) if an approximate hypergradient is what "
-        "you want."
+        "The inner solve did not converge, but the Jacobian of this response is right "
+        "only at an inner minimum. Give the inner solver more steps or a larger step "
+        "size (a smaller one if it diverges). Or use `Proximal`, which assumes less, or "
+        "`Unrolled`, which assumes nothing. If an approximate hypergradient is enough, "
+        "raise the `tolerance` of the response (`None` accepts any point)."
     )
     not_selected = (
-        "An inner minimum was found, but not the one that was asked for: the search "
-        "along the set of inner minima stopped short of the nearest of them. Give it "
-        "more steps (`selection_steps=...`); or, where that set has kinks, as that of a "
-        "network of ReLUs has, accept a point on the way (`selection_tolerance=None`)."
+        "An inner minimum was found, but not the nearest one: the search along the set "
+        "of inner minima did not converge. Give it more steps (`selection_steps=...`). "
+        "If that set has kinks, as for a network of ReLUs, accept any point of it "
+        "(`selection_tolerance=None`)."
     )
     neumann_diverged = (
-        "The Neumann series diverges: the residual of the linear system that it should "
-        "solve has grown. It converges for step sizes below 2 / (largest eigenvalue of "
-        "the inner Hessian), and only where that Hessian has no negative eigenvalue. "
-        "Lower `Neumann(step_size=...)`, or use `Pseudoinverse` or `TruncatedCG`."
+        "The Neumann series diverges: the residual of its linear system has grown. It "
+        "converges only if the step size is below 2 / (largest eigenvalue of the inner "
+        "Hessian) and that Hessian has no negative eigenvalue. Lower "
+        "`Neumann(step_size=...)`, or use `Pseudoinverse` or `TruncatedCG`."
     )
     negative_curvature = (
         "Conjugate gradients met negative curvature at their first step: the inner "
-        "Hessian is not positive semidefinite, so that the point is not a minimum of "
-        "the inner objective. Solve the inner problem further, use `Proximal` with an "
+        "Hessian is not positive semidefinite, so the point is not a minimum of the "
+        "inner objective. Solve the inner problem further, use `Proximal` with an "
         "`epsilon` above the size of the negative eigenvalue, or use `Pseudoinverse`."
     )
     linear_not_converged = (
         "The linear solve of the hypergradient did not converge. Give the linear solver "
         "more steps or a looser tolerance, or use one that fits the problem: "
-        "`Pseudoinverse` where the inner Hessian is singular, `TruncatedCG` or "
-        "`Neumann` where an approximation will do."
+        "`Pseudoinverse` if the inner Hessian is singular, `TruncatedCG` or `Neumann` "
+        "if an approximation is enough."
     )
     zero_hypergradient = (
-        "The hypergradient is exactly zero whatever x and y are: x does not reach the "
-        "outer objective. It neither appears in `problem.outer` nor moves the inner "
-        "variables that appear there. Look for a `stop_gradient`, a cast to integers, "
-        "an argument out of order, or a `Fixed` response."
+        "The hypergradient is exactly zero for all x and y: x does not reach the outer "
+        "objective. x does not appear in `problem.outer`, and the inner variables that "
+        "appear there do not depend on x. Look for a `stop_gradient`, a cast to "
+        "integers, arguments in the wrong order, or a `Fixed` response."
     )
     nonfinite_step = (
         "NaN or infinity appeared. Lower the outer learning rate or the inner step "
@@ -63,10 +62,14 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
         "`num_steps` steps. Take more steps, a larger outer learning rate, or a looser "
         "tolerance; with `throw=False` the last iterate is returned."
     )
+    interrupted = (
+        "Ctrl-C interrupted the run before it had taken all of its steps. The solution "
+        "is that of the last step. Pass its `state` to `solve(state=...)` to continue."
+    )
 
 
 def first_failure(*results: RESULTS) -> RESULTS:
-    """The first of `results` that is a failure: the others may only suffer from it."""
+    """The first of `results` that is a failure: it may be the cause of the others."""
     first, *rest = results
     for result in rest:
         first = RESULTS.where(first == RESULTS.successful, result, first)
@@ -91,7 +94,7 @@ _NUMBERS = (
 )
 
 
-# Not NaN, which a residual may well be, and should then be said.
+# Not NaN: a residual may be NaN, and the message should then say so.
 _UNKNOWN = -np.inf
 
 
@@ -104,10 +107,10 @@ _PARTS = {
 
 
 def figures_of(x: PyTree, stats: dict[str, Any], **parts: PyTree) -> dict[str, Array]:
-    """What a sentence might have to name: the numbers in `stats`, and which of x and of
-    the `parts`, among `y`, `value` and `gradient`, are finite.
+    """The numbers that a message may contain: those in `stats`, and which of x and of the
+    `parts` (`y`, `value`, `gradient`) are finite.
 
-    Always with the same entries, in the type of x, so that a loop can carry them.
+    The entries are always the same, in the type of x, so that a loop can carry them.
     """
     dtype = tree_dtype(x)
     numbers = {k: jnp.asarray(stats.get(k, _UNKNOWN), dtype) for k in _NUMBERS}
@@ -115,7 +118,7 @@ def figures_of(x: PyTree, stats: dict[str, Any], **parts: PyTree) -> dict[str, A
 
 
 class Verdict(eqx.Module):
-    """A result, and the figures that its sentence may name."""
+    """A result, and the numbers that its message may contain."""
 
     result: RESULTS
     figures: dict[str, Array]

@@ -1,4 +1,4 @@
-"""What is said of a failure, with its numbers."""
+"""The message of a failure, with its numbers."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .results import _NUMBERS, _PARTS, _UNKNOWN, RESULTS
 
 
 def _sentence(result: RESULTS, figures: dict[str, Any]) -> str:
-    """What has happened, where, the numbers, and the way out."""
+    """What happened and at which step, the numbers, and what to do."""
     message = RESULTS[result]
     what, stop, way_out = message.partition(". ")
     sentence = " ".join(
@@ -28,7 +28,7 @@ def _numbers(message: str, figures: dict[str, Any]) -> str:
     if _is(message, "nonfinite_step"):
         names = [name for part, name in _PARTS.items() if not figures[part]]
         if len(names) == 0:
-            return "x and y are finite: the outer objective or a derivative is not."
+            return "x and y are finite, but the outer objective or a derivative is not."
         return f"Not finite: {', '.join(names)}."
     if _is(message, "outer_max_steps_reached"):
         return (
@@ -38,7 +38,7 @@ def _numbers(message: str, figures: dict[str, Any]) -> str:
         )
     inner, displacement, linear, curvature = (float(figures[k]) for k in _NUMBERS)
     remedy = (
-        f"a step size below {2 / curvature:.3g} would not diverge on it"
+        f"a step size below {2 / curvature:.3g} does not diverge on it"
         if curvature > 0
         else "no step size converges on it"
     )
@@ -46,7 +46,7 @@ def _numbers(message: str, figures: dict[str, Any]) -> str:
         "inner_not_converged": (inner, "The inner gradient has norm {:.3g}."),
         "not_selected": (
             displacement,
-            "The share {:.3g} of the way there still leads along that set.",
+            "A share of {:.3g} of the displacement is still tangential to that set.",
         ),
         "neumann_diverged": (
             curvature,
@@ -68,13 +68,13 @@ def _numbers(message: str, figures: dict[str, Any]) -> str:
 _SHOWN = 3
 
 
-def _sentences(failed: Any, result: RESULTS, figures: dict[str, Any]) -> str:
-    """Those of the elements of a batch that failed, if it is a batch."""
+def sentences(failed: Any, result: RESULTS, figures: dict[str, Any]) -> str:
+    """The message; for a batch, one for each element that failed."""
     failed, result, figures = jtu.tree_map(np.asarray, (failed, result, figures))
     elements = [tuple(index) for index in np.argwhere(failed).tolist()]
     lines = []
     for element in elements[:_SHOWN]:
-        # The ellipsis keeps them arrays.
+        # The ellipsis makes the entries arrays, not scalars.
         one = jtu.tree_map(lambda u, e=element: u[(*e, ...)], (result, figures))
         line = _sentence(*one)
         if element != ():

@@ -1,85 +1,112 @@
 """How a failure is raised, inside and outside of transformations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._arguments import is_traced
+from .._compat import any_of_batch, is_traced, on_error, raise_on_host, stack_inside
 from .._tree import tree_scale
 from .results import RESULTS
-from .sentences import _sentences
-
-
-class _Composed(Sequence):
-    """What stands for the list of messages of `branched_error_if`, which is fixed when
-    the program is traced: the sentence that the program has just had composed.
-    """
-
-    sentence = ""
-
-    def __getitem__(self, index):
-        return self.sentence
-
-    def __len__(self):
-        return 1
-
-
-_composed = _Composed()
-
-
-def _compose(failed, result, figures):
-    _composed.sentence = _sentences(failed, result, figures)
-    return np.zeros(np.shape(failed), np.int32)
+from .sentences import sentences
 
 
 def throw_if_failed(
     out: PyTree, result: RESULTS, figures: Callable[[], dict[str, Array]]
 ) -> PyTree:
-    """`out`, or an error if `result` is a failure, whose sentence names the `figures`.
+    """`out`, or an error with the `figures` in its message if `result` is a failure.
 
-    They are asked for only then; inside of a transformation, in a branch of the program
-    that is not taken otherwise.
+    The figures are computed only after a failure. Inside a transformation they are in a
+    branch of the program. `figures` is a pytree (a `jtu.Partial` of a function of a
+    module), so that the program is compiled once.
+
+    The environment variable `EQX_ON_ERROR` says what a failure does, as for
+    `eqx.error_if`: `raise` (the default); `nan`, which makes the numbers of `out` NaN;
+    `breakpoint`; or `off`.
     """
+    mode = on_error()
     failed = result != RESULTS.successful
-    if not is_traced(failed):
-        if failed:
-            known = jax.lax.stop_gradient(figures())
-            raise eqx.EquinoxRuntimeError(_sentences(failed, result, known))
+    if mode == "off":
         return out
-
-    def compose():
-        # There is no derivative of a callback, and none of a sentence.
-        arguments = jax.lax.stop_gradient((failed, result, figures()))
-        # One call for all of a batch, which says which elements of it failed.
-        return jax.pure_callback(
-            _compose,
-            jax.ShapeDtypeStruct((), jnp.int32),
-            *arguments,
-            vmap_method="broadcast_all",
-        )
-
-    index = jax.lax.cond(
-        eqxi.unvmap_any(failed), compose, lambda: jnp.zeros((), jnp.int32)
-    )
-    # The error hangs on the numbers alone: it cannot pass through a typed key.
+    if not is_traced(failed):
+        if not failed:
+            return out
+        if mode == "raise":
+            known = jax.lax.stop_gradient(figures())
+            raise eqx.EquinoxRuntimeError(sentences(failed, result, known))
+    one = _ONE_OR[mode](failed, result, figures, stack_inside())
+    # Only the numbers carry the error: it cannot pass through a typed key. The one is a
+    # factor, so that their tangents carry the error too: the program of a gradient may
+    # not contain the numbers themselves.
     numeric, rest = eqx.partition(out, eqx.is_inexact_array)
-    return eqx.combine(_throw(numeric, failed, index), rest)
+    return eqx.combine(tree_scale(one, numeric), rest)
 
 
-@eqx.filter_custom_jvp
-def _throw(numeric, failed, index):
-    return eqxi.branched_error_if(numeric, failed, index, _composed)
+#
+# One, or the error, or NaN
+#
 
 
-@_throw.def_jvp
-def _throw_jvp(primals, tangents):
-    _, failed, index = primals
-    # A gradient may have no use for the primal output. Multiplied by a one that hangs on
-    # the error, the tangent hangs on it too, and remains linear.
-    one = _throw(jnp.ones(()), failed, index)
-    return _throw(*primals), tree_scale(one, tangents[0])
+def _nan() -> Scalar:
+    return jnp.full((), jnp.nan)
+
+
+def _on_host(callback: Callable, failed, result, figures, stack: str) -> Bool[Array, ""]:
+    """Calls `callback` once for the whole batch, and returns `failed`."""
+    # A callback has no derivative.
+    arguments = jax.lax.stop_gradient((failed, result, figures()))
+    return jax.pure_callback(
+        lambda *known: callback(sentences(*known), stack, known[0]),
+        jax.ShapeDtypeStruct((), jnp.bool_),
+        *arguments,
+        vmap_method="broadcast_all",
+    )
+
+
+def _raise(sentence: str, stack: str, failed: np.ndarray) -> None:
+    raise_on_host(sentence, stack)
+
+
+def _print(sentence: str, stack: str, failed: np.ndarray) -> np.ndarray:
+    print(f"{stack}{sentence}", flush=True)
+    return np.asarray(failed)
+
+
+# Jitted, so that an error of XLA becomes an `eqx.EquinoxRuntimeError` under a plain
+# `jax.vmap` too.
+@eqx.filter_jit
+def _one_or_raise(failed, result, figures, stack) -> Scalar:
+    def error():
+        # NaN, because a TPU continues after an error in a callback, with an arbitrary
+        # value. Times that value, because the compiler would remove an unused callback.
+        value = _on_host(_raise, failed, result, figures, stack)
+        return _nan() * value.astype(float)
+
+    return jax.lax.cond(any_of_batch(failed), error, lambda: jnp.ones(()))
+
+
+@eqx.filter_jit
+def _one_or_breakpoint(failed, result, figures, stack) -> Scalar:
+    failed = jax.lax.cond(
+        any_of_batch(failed),
+        lambda: _on_host(_print, failed, result, figures, stack),
+        lambda: failed,
+    )
+    return eqx.error_if(jnp.ones(()), failed, "The failure that is described above.")
+
+
+def _one_or_nan(failed, result, figures, stack) -> Scalar:
+    del result, figures, stack
+    # Unlike `eqx.error_if`, this changes only the elements of a batch that failed.
+    return jnp.where(failed, _nan(), jnp.ones(()))
+
+
+_ONE_OR: dict[str, Any] = {
+    "raise": _one_or_raise,
+    "breakpoint": _one_or_breakpoint,
+    "nan": _one_or_nan,
+}

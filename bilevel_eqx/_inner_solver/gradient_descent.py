@@ -1,7 +1,7 @@
 """Gradient descent with a fixed step size, for a fixed number of steps."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -16,26 +16,29 @@ from .._tree import tree_axpy
 class GradientDescent(optx.AbstractMinimiser[Any, Any, Int[Array, ""]]):
     r"""$y \leftarrow y - \alpha \nabla_y f(x, y)$, a fixed number of times.
 
-    From $y_0$ on a quadratic it tends to the projection of $y_0$ on the set of minima,
-    $\Pi(y_0, S(x))$: this is the implicit bias that makes a cold start one.
+    On a quadratic it converges to the projection of its start $y_0$ on the set of minima,
+    $\Pi(y_0, S(x))$. This is the implicit bias of a cold start.
 
-    Where the problem confines y to a set, each step is projected on it (the option
+    If the problem confines y to a set, each step is projected on it (the option
     `projection` of `optimistix.minimise`).
     """
 
     step_size: ScalarLike = eqx.field(converter=as_rate)
     num_steps: int
-    # Every optimistix solver has these three. Here nothing is tested against them.
+    # Every optimistix solver has these three. This one does not use them.
     rtol: float
     atol: float
     norm: Callable[[PyTree], Scalar]
+
+    projects: ClassVar[bool] = True
+    counts_its_steps: ClassVar[bool] = True
 
     def __init__(self, step_size: ScalarLike, num_steps: int):
         r"""**Arguments:**
 
         - `step_size`: $\alpha$, positive.
-        - `num_steps`: the number of steps, at least one. It says nothing of convergence:
-            the response that uses it checks that.
+        - `num_steps`: the number of steps, at least one. The response that uses this
+            solver checks whether it has converged.
         """
         self.step_size = step_size
         self.num_steps = num_steps

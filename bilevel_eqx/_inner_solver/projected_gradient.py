@@ -1,7 +1,7 @@
 """Accelerated projected gradient descent, for inner problems with constraints."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -23,7 +23,7 @@ from .._tree import (
 
 
 class _ProjectedState(eqx.Module):
-    # Where the next gradient is taken, which is ahead of y by its momentum.
+    # Where the next gradient is taken: y plus its momentum.
     ahead: PyTree[Array]
     momentum: Scalar
     step_size: Scalar
@@ -33,14 +33,15 @@ class _ProjectedState(eqx.Module):
 
 class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
     r"""Accelerated projected gradient descent, $y \leftarrow \Pi(z - t \nabla_y f(x, z))$
-    with z ahead of y by its momentum.
+    where z is y plus its momentum.
 
-    For inner problems with constraints, to convergence. The step size is found: it begins
-    at one over an estimate of the largest curvature and is halved where f is more curved
-    than that. Momentum is dropped where it leads uphill.
+    It solves inner problems with constraints to convergence. The step size starts at one
+    over an estimate of the largest curvature, and is halved if the curvature of f is
+    larger. The momentum is reset if it leads uphill.
 
     It supports the option `projection` of `optimistix.minimise`, a function of y. The
-    responses of this package pass that of the problem; without it there is no constraint.
+    responses of this package pass the projection of the problem. Without this option
+    there is no constraint.
 
     ??? cite "References"
 
@@ -54,15 +55,18 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
     atol: float
     norm: Callable[[PyTree], Scalar]
 
+    projects: ClassVar[bool] = True
+    counts_its_steps: ClassVar[bool] = True
+
     def __init__(
         self, max_steps: int = 100_000, rtol: float | None = None, atol: float = 0.0
     ):
         """**Arguments:**
 
         - `max_steps`: the largest number of steps.
-        - `rtol`: it stops once a projected gradient step is shorter than `rtol` times the
-            norm of y. `None`, the default, is ten times machine precision.
-        - `atol`: an absolute tolerance for that step, added to it.
+        - `rtol`, `atol`: it stops if a projected gradient step is shorter than `atol`
+            plus `rtol` times the norm of y. By default `rtol` is ten times machine
+            precision.
         """
         self.max_steps = max_steps
         self.rtol = rtol
@@ -85,25 +89,26 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
         ahead, t = state.ahead, state.step_size
         (value, aux), slope = jax.value_and_grad(fn, has_aux=True)(ahead, args)
         new_y = project(tree_axpy(-t, slope, ahead))
-        way = tree_sub(new_y, ahead)
-        length = tree_norm(way)
+        displacement = tree_sub(new_y, ahead)
+        length = tree_norm(displacement)
 
-        # Is f as flat on the way as the step size presumes? Rounding must not say no.
+        # Is the curvature of f at most 1 / t? The slack is for rounding.
         eps = float(jnp.finfo(length.dtype).eps)
-        model = tree_dot(slope, way) + tree_dot(way, way) / (2 * t)
+        square = tree_dot(displacement, displacement)
+        model = tree_dot(slope, displacement) + square / (2 * t)
         slack = 10 * eps * (jnp.abs(value) + 1e-3 * jnp.abs(model))
         rise = fn(new_y, args)[0] - value
         accepted = rise <= (model + slack).astype(rise.dtype)
 
         move = tree_sub(new_y, y)
-        uphill = tree_dot(way, move) < 0
+        uphill = tree_dot(displacement, move) < 0
         grown = 0.5 * (1 + jnp.sqrt(1 + 4 * state.momentum**2))
         share = jnp.where(uphill, 0, (state.momentum - 1) / grown)
         new_ahead = tree_axpy(share, move, new_y)
         momentum = jnp.where(uphill, 1, grown)
 
         rtol = 10 * eps if self.rtol is None else self.rtol
-        # How far a plain step goes from `ahead`: it stands still only at the minimum.
+        # The length of a step from `ahead`. It is zero only at the minimum.
         small = accepted & (length <= self.atol + rtol * tree_norm(new_y))
         num_steps = state.num_steps + 1
         state = _ProjectedState(
@@ -116,7 +121,7 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
         return tree_where(accepted, new_y, y), state, aux
 
     def terminate(self, fn, y, args, options, state, tags):
-        # How good the point is, the response that asked for it checks.
+        # The response that uses this solver checks the point.
         return state.terminate, optx.RESULTS.successful
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):

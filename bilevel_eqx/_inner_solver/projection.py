@@ -1,21 +1,23 @@
 """Projection on the set of inner minima, by Newton steps with a pseudoinverse."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._arguments import check_count
 from .._depends_on import depends_on
-from .._derivatives.operators import LeastSquaresHessian
+from .._derivatives.second import value_gradient_and_product
 from .._linear_solver.pseudoinverse import Pseudoinverse
-from .._linear_solver.truncated_cg import newton_direction
-from .._tree import tree_axpy, tree_dot, tree_dtype, tree_norm, tree_scale, tree_struct
+from .._optimiser.backtracking import backtrack
+from .._tree import Layout, nonzero, tree_dtype, tree_struct, vector_norm
+from .newton_direction import newton_direction
 
 
 class _ProjectionState(eqx.Module):
@@ -28,20 +30,24 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
     r"""Newton steps with a pseudoinverse, $y \leftarrow y - t H^+ \nabla_y f(x, y)$.
 
     On a quadratic the first step, with $t = 1$, is the exact projection on the set of
-    minima, $\Pi(y, S(x)) = y - H^+ \nabla_y f$: what gradient descent would tend to.
-    For a linear least-squares problem with one row this is Kaczmarz' step. Elsewhere
-    the steps are damped by a backtracking line search on $f$, and least-squares
-    problems take Gauss–Newton steps, which always descend.
+    minima, $\Pi(y, S(x)) = y - H^+ \nabla_y f$, to which gradient descent converges. For
+    a linear least-squares problem with one row this is Kaczmarz' step. On other problems
+    a backtracking line search on $f$ damps the steps, and least-squares problems take
+    Gauss–Newton steps, which always descend.
 
-    On the way to minima that are not isolated, the Hessian of a nonlinear problem has
-    small eigenvalues of either sign that vanish only when one is reached. Inverting
-    those leads astray, and so there the Newton system is solved by conjugate gradients,
-    the more exactly the smaller the gradient is; this still converges superlinearly.
+    Near minima that are not isolated, the Hessian of a nonlinear problem has small
+    eigenvalues of either sign, which vanish only at a minimum. Their inverses would give
+    large wrong steps. So conjugate gradients solve the Newton system, with a tolerance
+    that shrinks with the gradient. This still converges superlinearly.
 
     It supports the following `options` of `optimistix.minimise`:
 
-    - `hessian`: a function of `y` with the Hessian as a lineax operator. The responses
-        of this package pass one, so that the structure of the problem is made use of.
+    - `hessian`: a function of `y` that returns the Hessian as a lineax operator, for the
+        user's `linear_solver`.
+    - `residual`: a function of `y` that returns the residual of a sum of squares. The
+        steps are then $-A^+ r$, where A is its Jacobian.
+
+    The responses of this package pass both.
 
     ??? cite "Reference"
 
@@ -57,6 +63,8 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
     atol: float
     norm: Callable[[PyTree], Scalar]
 
+    counts_its_steps: ClassVar[bool] = True
+
     def __init__(
         self,
         linear_solver: lx.AbstractLinearSolver | None = None,
@@ -68,13 +76,12 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
 
         - `linear_solver`: the lineax solver of the Newton system. By default
             [`bilevel_eqx.Pseudoinverse`][] for quadratics and least squares, whose steps
-            are orthogonal to the set of minima, and truncated conjugate gradients
-            elsewhere.
+            are orthogonal to the set of minima, and truncated conjugate gradients for
+            other problems.
         - `max_steps`: the largest number of Newton steps.
-        - `rtol`: it stops once a step is below `rtol` times the norm of y, or the
-            gradient below `rtol` times what it was. `None`, the default, is a hundred
-            times machine precision.
-        - `atol`: an absolute tolerance for the step, added to that.
+        - `rtol`, `atol`: it stops if a step is shorter than `atol` plus `rtol` times the
+            norm of y, or if the gradient is below `rtol` times its first value. By
+            default `rtol` is a hundred times machine precision.
         """
         self.linear_solver = linear_solver
         self.max_steps = max_steps
@@ -86,86 +93,97 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         check_count(self.max_steps, "max_steps", "Projection")
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        gradient, _ = jax.grad(fn, has_aux=True)(y, args)
-        norm = tree_norm(gradient)
-        return _ProjectionState(jnp.array(0), norm, norm == 0)
+        zero = jnp.zeros((), tree_dtype(y))
+        return _ProjectionState(jnp.array(0), zero, jnp.array(False))
 
     def step(self, fn, y, args, options, state, tags):
-        def objective(y):
-            return fn(y, args)[0]
+        # In one vector, which makes the program shorter.
+        layout = Layout(y)
+        v = layout.ravel(y)
 
-        value, gradient = jax.value_and_grad(objective)(y)
-        hessian_at = options.get("hessian")
-        if hessian_at is None:
-            _, product = jax.linearize(jax.grad(objective), y)
-            hessian = lx.FunctionLinearOperator(
-                product, tree_struct(y), {lx.symmetric_tag}
-            )
-        else:
-            hessian = hessian_at(y)
-        if self.linear_solver is None and _is_curved(hessian, objective, y):
-            shrunk = tree_norm(gradient) / state.first_norm
-            rtol = jnp.minimum(0.1, jnp.sqrt(shrunk))
-            newton = newton_direction(hessian, gradient, rtol)
-        else:
-            solver = Pseudoinverse() if self.linear_solver is None else self.linear_solver
-            newton = lx.linear_solve(hessian, gradient, solver, throw=False).value
-        slope = tree_dot(gradient, newton)
-        # Where the curvature is negative the Newton step climbs: take its opposite.
-        sign = jnp.where(slope < 0, 1, -1).astype(slope.dtype)
-        direction = tree_scale(sign, newton)
-        t = _backtrack(objective, y, value, direction, -jnp.abs(slope))
-        new_y = tree_axpy(t, direction, y)
-        (_, aux), new_gradient = jax.value_and_grad(fn, has_aux=True)(new_y, args)
+        def objective(v):
+            return fn(layout.unravel(v), args)[0]
 
-        eps = float(jnp.finfo(tree_dtype(y)).eps)
+        value, gradient, product = value_gradient_and_product(objective, v)
+        norm = vector_norm(gradient)
+        first_norm = jnp.where(state.num_steps == 0, norm, state.first_norm)
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in layout.leaves)
         rtol = 100 * eps if self.rtol is None else self.rtol
-        small_step = t * tree_norm(direction) <= self.atol + rtol * tree_norm(new_y)
-        solved = tree_norm(new_gradient) <= rtol * state.first_norm
+
+        def move():
+            symmetric = lx.symmetric_tag
+            hessian = lx.FunctionLinearOperator(product, tree_struct(v), symmetric)
+            shrunk = norm / nonzero(first_norm)
+            newton = self._newton(layout, v, gradient, hessian, options, curved, shrunk)
+            slope = jnp.vdot(gradient, newton)
+            # With negative curvature the Newton step may climb; then take its opposite.
+            direction = jnp.where(slope < 0, newton, -newton)
+
+            def trial(t):
+                point = v + t.astype(v.dtype) * direction
+                return point, objective(point), jnp.array(True)
+
+            t, new_v, _ = backtrack(
+                trial, v, value, -jnp.abs(slope), max_trials=_MAX_TRIALS
+            )
+            length = t.astype(v.dtype) * vector_norm(direction)
+            small = length <= self.atol + rtol * vector_norm(new_v)
+            if not curved:
+                # On a quadratic the gradient at the end of the step is known.
+                new_gradient = gradient + hessian.mv(new_v - v)
+                small = small | (vector_norm(new_gradient) <= rtol * first_norm)
+            return new_v, small | (t == 0)
+
+        curved = _hessian_depends_on_y(objective, v)
+        solved = norm <= rtol * first_norm
+        new_v, small = jax.lax.cond(solved, lambda: (v, jnp.array(True)), move)
         num_steps = state.num_steps + 1
-        terminate = small_step | solved | (num_steps >= self.max_steps)
-        return new_y, _ProjectionState(num_steps, state.first_norm, terminate), aux
+        terminate = small | (num_steps >= self.max_steps)
+        new_y = layout.unravel(new_v)
+        _, aux = fn(new_y, args)
+        return new_y, _ProjectionState(num_steps, first_norm, terminate), aux
+
+    def _newton(self, layout, v, gradient, hessian, options, curved, shrunk):
+        """The Newton step, up to its sign."""
+        residual, hessian_at = options.get("residual"), options.get("hessian")
+        if self.linear_solver is not None:
+            # In the structure of the variables, which the solver may need.
+            y = layout.unravel(v)
+            H = _unflattened(hessian, layout) if hessian_at is None else hessian_at(y)
+            g = layout.unravel(gradient)
+            newton = lx.linear_solve(H, g, self.linear_solver, throw=False).value
+            return layout.ravel(newton)
+        if residual is not None:
+            # Gauss-Newton: A^+ r, not H^+ A^T r, which squares the condition number.
+            r, push = jax.linearize(lambda v: residual(layout.unravel(v)), v)
+            A = lx.FunctionLinearOperator(push, tree_struct(v))
+            return lx.linear_solve(A, r, Pseudoinverse(), throw=False).value
+        if curved:
+            rtol = jnp.minimum(0.1, jnp.sqrt(shrunk))
+            return newton_direction(hessian, gradient, rtol)
+        return lx.linear_solve(hessian, gradient, Pseudoinverse(), throw=False).value
 
     def terminate(self, fn, y, args, options, state, tags):
-        # How good the point is, the response that asked for it checks.
+        # The response that uses this solver checks the point.
         return state.terminate, optx.RESULTS.successful
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
         return y, aux, {}
 
 
-def _is_curved(hessian, objective, y) -> bool:
-    """Whether the Hessian depends on y, and is not Gauss and Newton's."""
+def _unflattened(operator, layout: Layout) -> lx.AbstractLinearOperator:
+    def product(vector):
+        return layout.unravel(operator.mv(layout.ravel(vector)))
+
+    structure = jtu.tree_unflatten(layout.treedef, layout.leaves)
+    return lx.FunctionLinearOperator(product, structure, {lx.symmetric_tag})
+
+
+def _hessian_depends_on_y(objective, y) -> bool:
+    """Whether the Hessian depends on y."""
     ones = jax.tree.map(jnp.ones_like, y)
-    return not isinstance(hessian, LeastSquaresHessian) and depends_on(
-        lambda y: jax.jvp(jax.grad(objective), (y,), (ones,))[1], y
-    )
+    # Not `jax.jvp`, because of `jax.custom_vjp`, as in `_derivatives/second.py`.
+    return depends_on(lambda y: jax.linearize(jax.grad(objective), y)[1](ones), y)
 
 
-_MAX_HALVINGS = 30
-
-
-def _backtrack(objective, y, value, direction, slope):
-    """The first of 1, 1/2, 1/4, ... that decreases the objective; 0 if none does."""
-    # At the minimum rounding decides between two equal values, hence the slack.
-    slack = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
-
-    def insufficient(t):
-        new_value = objective(tree_axpy(t, direction, y))
-        bound = value + 1e-4 * t.astype(value.dtype) * slope.astype(value.dtype)
-        # Negated, so that NaN is insufficient too.
-        return ~(new_value <= bound + slack)
-
-    def unfinished(carry):
-        count, t, rejected = carry
-        return rejected & (count < _MAX_HALVINGS)
-
-    def halve(carry):
-        count, t, _ = carry
-        t = 0.5 * t
-        return count + 1, t, insufficient(t)
-
-    one = jnp.ones((), tree_dtype(y))
-    carry = jnp.array(0), one, insufficient(one)
-    _, t, rejected = jax.lax.while_loop(unfinished, halve, carry)
-    return jnp.where(rejected, 0, t)
+_MAX_TRIALS = 30

@@ -1,38 +1,22 @@
-"""Decompositions of matrices, one at a time where several at once would never end.
+"""Decompositions of matrices. Under `vmap` on a CPU they take one matrix at a time."""
 
-On a CPU jaxlib (0.10) hands a batch of decompositions to the threads of the pool that it
-runs on itself, and waits for them. As many of these in one program as there are threads,
-with nothing to order them, and each waits for the others: under `vmap` a program that
-decomposes two matrices stands still on two cores. So a batch is taken one by one there.
-"""
-
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+
+from .._compat import one_matrix_at_a_time
 
 
-def _safe(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    one_by_one = jax.custom_batching.sequential_vmap(decompose)
-
-    def safe(matrix: Array) -> Any:
-        return jax.lax.platform_dependent(matrix, cpu=one_by_one, default=decompose)
-
-    return safe
+eigh = one_matrix_at_a_time(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
 
 
-eigh = _safe(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
+eigvalsh = one_matrix_at_a_time(lambda matrix: jnp.linalg.eigvalsh(matrix))
 
 
-eigvalsh = _safe(lambda matrix: jnp.linalg.eigvalsh(matrix))
+svd = one_matrix_at_a_time(
+    lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False))
+)
 
 
-svd = _safe(lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)))
+qr = one_matrix_at_a_time(lambda matrix: tuple(jnp.linalg.qr(matrix)))
 
 
-qr = _safe(lambda matrix: tuple(jnp.linalg.qr(matrix)))
-
-
-inv = _safe(lambda matrix: jnp.linalg.inv(matrix))
+inv = one_matrix_at_a_time(lambda matrix: jnp.linalg.inv(matrix))

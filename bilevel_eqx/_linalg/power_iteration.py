@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import jax.core
 from jaxtyping import Array, PyTree, Scalar
 
 from .._tree import nonzero, tree_norm, tree_scale, tree_waves
@@ -12,7 +11,7 @@ from .._tree import nonzero, tree_norm, tree_scale, tree_waves
 def largest_curvature(fn: Callable[[PyTree], Scalar], at: PyTree[Array]) -> Scalar:
     """An estimate from below of the largest curvature of `fn`, by power iteration.
 
-    For choosing a step size that will not diverge. It has no derivative.
+    It is for a step size that does not diverge. It has no derivative.
     """
     at = jax.lax.stop_gradient(at)
     return largest_magnitude(jax.linearize(jax.grad(fn), at)[1], at)
@@ -34,4 +33,4 @@ def largest_magnitude(product: Callable[[PyTree], PyTree], like: PyTree[Array]) 
 DENSE_SIZE = 1024
 
 
-"""Up to this size a matrix is decomposed; a larger one is only multiplied with."""
+"""A matrix of at most this size is decomposed. A larger one is only multiplied with."""

@@ -14,7 +14,7 @@ from .eigenbasis import Eigenbasis, eigenbasis
 def possible_decrease(
     hessian: lx.AbstractLinearOperator, gradient: PyTree[Array], radius: ScalarLike
 ) -> Scalar:
-    r"""$-\min_{\|s\| \le R} g^\top s + \tfrac12 s^\top Q s$: what a move could gain.
+    r"""$-\min_{\|s\| \le R} g^\top s + \tfrac12 s^\top Q s$: what a step could gain.
 
     Zero iff the gradient is zero and no curvature is negative.
     """
@@ -26,11 +26,11 @@ def possible_decrease(
 
 
 class WorstStep(eqx.Module):
-    """Where a quadratic is largest within a ball, with the multiplier of the ball.
+    """The largest value of a quadratic in a ball, and the multiplier of the ball.
 
-    `mixture` is `step`, except where two points tie or nearly so: there it lies between
-    them. The gradient there is that of the maximum with its kinks rounded off, whose
-    value is `lift` above that of the mixture.
+    `mixture` is `step`, unless two maxima are equal or nearly so: it then lies between
+    them. The gradient at `mixture` is that of the smoothed maximum, whose value is that
+    at `mixture` plus `lift`.
     """
 
     step: PyTree[Array]
@@ -49,7 +49,7 @@ def trust_region(
     radius: ScalarLike,
     rounding: ScalarLike = 0.0,
 ) -> WorstStep:
-    r"""$\max_{\|s\| \le R} g^\top s + \tfrac12 s^\top Q s$, all of it, not only locally.
+    r"""$\max_{\|s\| \le R} g^\top s + \tfrac12 s^\top Q s$, globally.
 
     At the maximum $(\lambda I - Q) s = g$ with $\lambda \ge \max(0, \lambda_{\max}(Q))$,
     and $\|s\| = R$ or $\lambda = 0$ (Moré and Sorensen, 1983).
@@ -89,14 +89,14 @@ def trust_region(
 
     excess = excess_for(jnp.zeros((), q.dtype))
     step = coordinates(excess)
-    # Nothing pushes along the top eigenvector, and both of its directions are as bad.
+    # The slope along the top eigenvector is zero: both of its directions are maxima.
     missing = jnp.sqrt(jnp.maximum(0, radius**2 - jnp.sum(step**2)))
     along_top = jnp.arange(q.size) == jnp.argmax(q)
     sign = jnp.where(jnp.sum(jnp.where(along_top, g, 0)) < 0, -1, 1)
     tied = curved & (missing > 100 * jnp.sqrt(eps) * radius)
     step = jnp.where(tied & along_top, step + sign * missing, step)
 
-    # A logarithmic barrier keeps lambda off its floor, which rounds off the kinks of the
+    # A logarithmic barrier keeps lambda above its floor. That smooths the kinks of the
     # dual, min over lambda of (g^T (lambda I - Q)^-1 g + lambda R^2) / 2.
     barrier = jnp.asarray(rounding, q.dtype) * radius**2 * size
     barrier = jnp.where(curved, barrier, 0)

@@ -1,22 +1,22 @@
 """The inverse Hessian taken as a multiple of the identity."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
-import equinox.internal as eqxi
 import lineax as lx
 from jaxtyping import ScalarLike
 
 from .._arguments import as_rate, check_positive
+from .._compat import static
 from .._tree import tree_scale
 from .misc import check_square
 
 
 class IdentityInverse(lx.AbstractLinearSolver):
-    r"""Approximates $H^{-1} \approx c I$, at the cost of no product with $H$.
+    r"""Approximates $H^{-1} \approx c I$, without any product with $H$.
 
-    With $c$ the inner step size this is the hypergradient of one unrolled step
-    ("T1-T2", one-step differentiation). It is one Neumann term.
+    If $c$ is the inner step size, this is the hypergradient of one unrolled step
+    ("T1-T2", one-step differentiation), which is one Neumann term.
 
     ??? cite "Reference"
 
@@ -26,13 +26,15 @@ class IdentityInverse(lx.AbstractLinearSolver):
 
     scale: ScalarLike = eqx.field(converter=as_rate, default=1.0)
 
+    judges_itself: ClassVar[bool] = True
+
     def __check_init__(self):
         check_positive(self.scale, "scale", "IdentityInverse")
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         del options
         check_square(operator, "IdentityInverse")
-        return eqxi.Static(None)
+        return static(None)
 
     def compute(self, state, vector, options):
         del state, options
@@ -50,5 +52,5 @@ class IdentityInverse(lx.AbstractLinearSolver):
 
 IdentityInverse.__init__.__doc__ = """**Arguments:**
 
-- `scale`: the multiple $c$ of the identity that stands for the inverse. Positive.
+- `scale`: the factor $c$, positive.
 """

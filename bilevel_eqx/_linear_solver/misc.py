@@ -1,10 +1,19 @@
-"""What our linear solvers share."""
+"""Helpers for linear solvers. A linear solver describes itself by class attributes:
+
+- `judges_itself` (False): its `result` can be trusted. The solutions of other solvers are
+  checked: a factorisation of a singular matrix may return finite numbers.
+- `breakdown`: the name of the failure that `lineax.RESULTS.breakdown` means here.
+- `heeds_curved_tag` (False): it uses `curved_tag`.
+"""
 
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
+from .._arguments import says
+from .._derivatives.operators import curved_tag
+from .._failure.results import RESULTS
 from .._tree import nonzero, tree_norm
 
 
@@ -13,9 +22,8 @@ def check_square(operator: lx.AbstractLinearOperator, owner: str) -> None:
     same = eqx.tree_equal(operator.in_structure(), operator.out_structure())
     if same is not True:
         raise ValueError(
-            f"`{owner}` solves only square systems, from a space to itself, but the "
-            f"operator goes from {operator.in_structure()} to "
-            f"{operator.out_structure()}."
+            f"`{owner}` solves only square systems, but the operator maps "
+            f"{operator.in_structure()} to {operator.out_structure()}."
         )
 
 
@@ -23,3 +31,33 @@ def relative(residual: PyTree[Array], vector: PyTree[Array]) -> Scalar:
     """The norm of `residual` relative to that of `vector`; zero if both are zero."""
     size, scale = tree_norm(residual), tree_norm(vector)
     return jnp.where(scale == 0, size, size / nonzero(scale))
+
+
+def judges_itself(solver: lx.AbstractLinearSolver) -> bool:
+    """Whether the result of a linear solver can be trusted."""
+    return says(solver, "judges_itself", False)
+
+
+def tags_for(solver: lx.AbstractLinearSolver, is_curved: bool) -> frozenset[object]:
+    """The tags of the Hessian at a minimum.
+
+    It is positive semidefinite there. With that tag `lx.CG` and `lx.Cholesky` accept it,
+    and the default solver of lineax raises on a singular one. Without the tag that solver
+    would silently return wrong numbers.
+    """
+    tags: set[object] = {lx.symmetric_tag, lx.positive_semidefinite_tag}
+    if is_curved and says(solver, "heeds_curved_tag", False):
+        tags.add(curved_tag)
+    return frozenset(tags)
+
+
+def explain(solver: lx.AbstractLinearSolver, result: lx.RESULTS) -> RESULTS:
+    """The result of a linear solver as one of ours, whose messages say more."""
+    breakdown = says(solver, "breakdown", "linear_not_converged")
+    ours = RESULTS.promote(result)
+    ours = RESULTS.where(
+        result == lx.RESULTS.breakdown, getattr(RESULTS, breakdown), ours
+    )
+    for name in (lx.RESULTS.max_steps_reached, lx.RESULTS.stagnation):
+        ours = RESULTS.where(result == name, RESULTS.linear_not_converged, ours)
+    return ours

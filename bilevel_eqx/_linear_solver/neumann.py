@@ -1,6 +1,6 @@
 """The truncated Neumann series."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -10,13 +10,14 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, ScalarLike
 
-from .._arguments import as_rate, check_count, check_positive, is_traced
+from .._arguments import as_rate, check_count, check_positive
+from .._compat import is_traced
 from .._linalg.decompositions import eigh
 from .._tree import nonzero, tree_axpy, tree_dot, tree_dtype, tree_scale
 from .misc import check_square, relative
 
 
-# Beyond this many terms, diagonalising a matrix of this size is the cheaper way.
+# With more terms than this, it is cheaper to diagonalise a matrix of this size.
 _MANY_TERMS = 1000
 
 
@@ -29,7 +30,7 @@ class _Spectrum(eqx.Module):
 
 
 def _converges(residual):
-    # The slack is for rounding: on the null space a term never shrinks. Negated, so
+    # The slack is for rounding: on the null space the terms do not shrink. Negated, so
     # that NaN counts as divergence.
     diverges = ~(residual <= 1.001)
     return lx.RESULTS.where(diverges, lx.RESULTS.breakdown, lx.RESULTS.successful)
@@ -40,23 +41,23 @@ class Neumann(lx.AbstractLinearSolver):
 
     $$H^{-1} \approx \alpha \sum_{j=0}^{K-1} (I - \alpha H)^j.$$
 
-    It takes exactly $K$ products with $H$, or $\min(n, K)$: where $H$ is small enough
-    to be diagonalised, and $K$ is beyond a thousand or known only at run time, the sum
-    is taken in closed form as the spectral filter $m_K(s) = (1 - (1 - \alpha s)^K) / s$.
-    On a fixed quadratic, $K$ terms are
-    the derivative of exactly $K$ steps of gradient descent with step size $\alpha$.
+    It takes exactly $K$ products with $H$. If $K$ is above a thousand or known only at
+    run time, a small $H$ is diagonalised with $n$ products instead, and the sum is the
+    spectral filter $m_K(s) = (1 - (1 - \alpha s)^K) / s$. On a fixed quadratic, $K$ terms
+    are the derivative of exactly $K$ steps of gradient descent with step size $\alpha$.
     The series converges iff $0 < \alpha < 2 / \lambda_{\max}(H)$. (The paper sums to
     $K$, one term more, and drops $\alpha$.)
 
     On the null space of $H$ each term adds $\alpha$ to the sum, which therefore grows
-    as $\alpha K$. That part disappears once $B^\top$ is applied to it, whenever the
-    range of $B$ is within that of $H$, as it is at an interpolating solution.
+    as $\alpha K$. $B^\top$ removes that part if the range of $B$ is within that of $H$,
+    as it is at an interpolating solution.
 
-    The last product yields the residual $b - H q = (I - \alpha H)^K b$ for free:
+    The last product gives the residual $b - H q = (I - \alpha H)^K b$ for free:
     `stats["residual"]` is its norm relative to that of $b$. If it exceeds one, the
-    series is diverging and the result is `RESULTS.breakdown`; `stats["curvature"]` is
-    then close to the eigenvalue to blame. If it is positive, step sizes below
-    `2 / stats["curvature"]` are the ones to try; if it is negative, none converges.
+    series diverges and the result is `RESULTS.breakdown`. `stats["curvature"]` is then
+    close to the eigenvalue on which it diverges. If that is positive, a step size below
+    `2 / stats["curvature"]` does not diverge on it; if it is negative, no step size
+    converges.
 
     ??? cite "Reference"
 
@@ -66,6 +67,9 @@ class Neumann(lx.AbstractLinearSolver):
 
     num_terms: int
     step_size: ScalarLike = eqx.field(converter=as_rate)
+
+    judges_itself: ClassVar[bool] = True
+    breakdown: ClassVar[str] = "neumann_diverged"
 
     def __check_init__(self):
         check_count(self.num_terms, "num_terms", "Neumann")
@@ -92,8 +96,8 @@ class Neumann(lx.AbstractLinearSolver):
         s = spectrum.eigenvalues
         step_size = jnp.asarray(self.step_size, s.dtype)
         num_terms = jnp.asarray(self.num_terms, s.dtype)
-        # (1 - step_size s)^K, through a logarithm that is exact where step_size s is
-        # small. At step_size s = 1 that is minus infinity, and the power zero.
+        # (1 - step_size s)^K, by a logarithm that is accurate if step_size s is small. At
+        # step_size s = 1 the logarithm is minus infinity, and the power zero.
         t = step_size * s
         over = t > 1
         logarithm = jnp.where(
@@ -120,8 +124,8 @@ class Neumann(lx.AbstractLinearSolver):
             term, total, curvature = carry
             total = tree_axpy(1.0, term, total)
             product = operator.mv(term)
-            # A diverging series turns towards the eigenvector to blame: its Rayleigh
-            # quotient is what to report, and the last one before it overflows.
+            # The terms of a diverging series tend to the eigenvector on which it
+            # diverges. The last finite Rayleigh quotient estimates the eigenvalue.
             quotient = tree_dot(term, product) / tree_dot(term, term)
             curvature = jnp.where(jnp.isfinite(quotient), quotient, curvature)
             return tree_axpy(-step_size, product, term), total, curvature

@@ -1,45 +1,56 @@
 """The pseudoinverse of the inner Hessian."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Scalar
 
 from .._arguments import check_count
+from .._compat import lsmr
 from .._derivatives.operators import curved_tag, LeastSquaresHessian
 from .._linalg.decompositions import eigh, inv, qr, svd
+from .._linalg.eigenbasis import lanczos
 from .._linalg.power_iteration import DENSE_SIZE
-from .._tree import tree_dtype, tree_norm, tree_sub, tree_zeros_like
+from .._tree import (
+    Layout,
+    nonzero,
+    tree_dtype,
+    tree_norm,
+    tree_sub,
+    tree_waves,
+    vector_norm,
+)
 
 
 class Pseudoinverse(lx.AbstractLinearSolver):
     r"""The Moore–Penrose pseudoinverse, $q = H^+ b$: the least-squares solution of
     least norm.
 
-    This is the inverse to use where the inner problem is overparameterised: $H$ is then
-    singular, and the $H^{-1}$ that the paper writes does not exist.
+    Use this inverse if the inner problem is overparameterised: $H$ is then singular, and
+    the $H^{-1}$ that the paper writes does not exist.
 
-    - For a general inner objective it works on $H$: by an eigendecomposition where $H$
-      is small, and matrix-free by `lineax.LSMR` where it is not.
+    - For a general inner objective it works on $H$: by an eigendecomposition if $H$ is
+      small, and otherwise matrix-free by `lineax.LSMR`.
     - For a least-squares problem ([`bilevel_eqx.AbstractLeastSquaresProblem`][]) it
       works on the Jacobian $A$ of the residual and never on $A^\top A$, whose condition
       number is the square of that of $A$: $H^+ = A^+ (A^+)^\top$. If the residual is
-      nonlinear, the further term of $H = A^\top A + C$ is taken into account within
-      the row space of $A$: $H^+ = A^+ (I + (A^+)^\top C A^+)^{-1} (A^+)^\top$. That is
-      exact where $A$ has independent columns, and where the residual is zero.
+      nonlinear, $H = A^\top A + C$, and $C$ counts within the row space of $A$:
+      $H^+ = A^+ (I + (A^+)^\top C A^+)^{-1} (A^+)^\top$. That is exact where $A$ has
+      independent columns, and where the residual is zero.
 
-    Its derivatives are those of the pseudoinverse, null-space terms included, so that
-    derivatives of any order are right wherever the rank does not change.
+    Its derivatives are those of the pseudoinverse, including the null-space terms.
+    Derivatives of any order are right wherever the rank does not change.
     """
 
     rcond: float | None = None
     dense_size: int = DENSE_SIZE
     max_steps: int | None = None
+
+    judges_itself: ClassVar[bool] = True
+    heeds_curved_tag: ClassVar[bool] = True
 
     def __check_init__(self):
         if self.rcond is not None and not 0 <= self.rcond < 1:
@@ -84,46 +95,47 @@ class Pseudoinverse(lx.AbstractLinearSolver):
 Pseudoinverse.__init__.__doc__ = """**Arguments:**
 
 - `rcond`: singular values below `rcond` times the largest count as zero. Defaults to
-    machine precision times the larger dimension; and in the responses and certificates
-    of this package to the power 2/3 of machine precision, where $H$ depends on y: what
-    is zero at an inner minimum is then only small near it.
-- `dense_size`: a matrix whose smaller dimension is at most this is decomposed; a larger
-    one is only ever multiplied with.
+    machine precision times the larger dimension. If $H$ depends on y, the responses and
+    certificates of this package use machine precision to the power 2/3: eigenvalues that
+    are zero at an inner minimum are then only small near it.
+- `dense_size`: a matrix whose smaller dimension is at most this is decomposed. A larger
+    one is only multiplied with.
 - `max_steps`: the largest number of steps of a matrix-free solve, each of which is two
     products. Defaults to ten times the smaller dimension, and at most 2,000.
 """
 
 
 #
-# The four ways to apply it. Each is a map from b to (q, result, stats).
+# The four forms of the inverse. Each is a map from b to (q, result, stats).
 #
 
 
 def _is_curved(operator) -> bool:
-    return isinstance(operator, lx.FunctionLinearOperator) and curved_tag in operator.tags
+    has_tags = isinstance(operator, lx.FunctionLinearOperator | lx.MatrixLinearOperator)
+    return has_tags and curved_tag in operator.tags
 
 
 def _significant(values: Float[Array, " r"], shape, rcond) -> Bool[Array, " r"]:
     if rcond is None:
         rcond = jnp.finfo(values.dtype).eps * max(shape)
-    # Not >=, or a matrix of all zeros would have full rank.
+    # Not >=, because then a matrix of zeros would have full rank.
     magnitude = jnp.abs(values)
     return magnitude > rcond * jnp.max(magnitude, initial=0)
 
 
-def _reciprocal(values: Float[Array, " r"], keep: Bool[Array, " r"]):
-    return jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
+def _reciprocal(values: Float[Array, " r"]):
+    return jnp.where(values == 0, 0, 1 / nonzero(values))
 
 
 def _as_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "m n"]:
-    # A product for each row or for each column, whichever are fewer.
+    # One product for each row or for each column, whichever are fewer.
     if operator.out_size() < operator.in_size():
         return operator.transpose().as_matrix().T
     return operator.as_matrix()
 
 
 def _svd(matrix: Float[Array, "m n"]):
-    """A thin singular value decomposition, by way of QR where that is much cheaper."""
+    """A thin singular value decomposition, after QR where that is much cheaper."""
     m, n = matrix.shape
     if n > 2 * m:
         orthogonal, triangular = qr(matrix.T)
@@ -132,42 +144,33 @@ def _svd(matrix: Float[Array, "m n"]):
     return svd(matrix)
 
 
-class _Structure:
-    """A pytree of shapes and types, made hashable so that it can be a static field."""
-
-    def __init__(self, structure):
-        self.leaves, self.treedef = jtu.tree_flatten(structure)
-
-    def __hash__(self):
-        return hash((tuple(self.leaves), self.treedef))
-
-    def __eq__(self, other):
-        return (self.leaves, self.treedef) == (other.leaves, other.treedef)
-
-    def unravel(self, flat: Float[Array, " n"]):
-        """The pytree of this structure whose entries are those of `flat`."""
-        leaves, start = [], 0
-        for leaf in self.leaves:
-            entries = flat[start : start + leaf.size]
-            leaves.append(entries.reshape(leaf.shape).astype(leaf.dtype))
-            start += leaf.size
-        return jtu.tree_unflatten(self.treedef, leaves)
-
-
 class _DenseInverse(eqx.Module):
-    inverse: Float[Array, "n m"]
+    r"""$V S^{-1} U^\top$, without the singular vectors whose values count as zero."""
+
+    right: Float[Array, "r n"]
+    values: Float[Array, " r"]
+    left: Float[Array, "r m"]
     rank: Scalar
-    in_structure: "_Structure" = eqx.field(static=True)
-    out_structure: "_Structure" = eqx.field(static=True)
+    in_layout: Layout = eqx.field(static=True)
+    out_layout: Layout = eqx.field(static=True)
+
+    knows_range: ClassVar[bool] = True
 
     def __call__(self, vector):
-        b, _ = jax.flatten_util.ravel_pytree(vector)
-        q = self.in_structure.unravel(self.inverse @ b)
-        return q, lx.RESULTS.successful, {"rank": self.rank}
+        coordinates = self.left @ self.out_layout.ravel(vector)
+        # Not `right.T @ ...`, which is several times slower on a CPU.
+        q = (_reciprocal(self.values) * coordinates) @ self.right
+        stats = {"rank": self.rank}
+        return self.in_layout.unravel(q), lx.RESULTS.successful, stats
 
     def transpose(self):
         return _DenseInverse(
-            self.inverse.T, self.rank, self.out_structure, self.in_structure
+            self.left,
+            self.values,
+            self.right,
+            self.rank,
+            self.out_layout,
+            self.in_layout,
         )
 
 
@@ -175,16 +178,18 @@ def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
     matrix = _as_matrix(operator)
     if lx.is_symmetric(operator):
         values, vectors = eigh(matrix)
-        left, right = vectors, vectors.T
+        left = right = vectors.T
     else:
         left, values, right = _svd(matrix)
+        left = left.T
     keep = _significant(values, matrix.shape, rcond)
-    inverse = (right.T * _reciprocal(values, keep)[None, :]) @ left.T
     return _DenseInverse(
-        inverse,
+        jnp.where(keep[:, None], right, 0),
+        jnp.where(keep, values, 0),
+        jnp.where(keep[:, None], left, 0),
         jnp.sum(keep),
-        _Structure(operator.in_structure()),
-        _Structure(operator.out_structure()),
+        Layout(operator.in_structure()),
+        Layout(operator.out_structure()),
     )
 
 
@@ -193,19 +198,22 @@ class _DenseFactorInverse(eqx.Module):
     $E = \Sigma^{-1} V^\top C V \Sigma^{-1}$ the curvature of the residual."""
 
     right: Float[Array, "r n"]
-    reciprocal: Float[Array, " r"]
-    # (I + E)^-1, once for all: solving with I + E in each of many products would be
-    # more to compile, and to run.
+    values: Float[Array, " r"]
+    # (I + E)^-1, computed once: a solve in each product would take longer to compile and
+    # to run.
     uncurving: Float[Array, "r r"] | None
     rank: Scalar
+    in_layout: Layout = eqx.field(static=True)
+
+    knows_range: ClassVar[bool] = True
 
     def __call__(self, vector):
-        b, unravel = jax.flatten_util.ravel_pytree(vector)
-        q = self.reciprocal * (self.right @ b)
+        reciprocal = _reciprocal(self.values)
+        q = reciprocal * (self.right @ self.in_layout.ravel(vector))
         if self.uncurving is not None:
             q = self.uncurving @ q
-        q = self.right.T @ (self.reciprocal * q)
-        return unravel(q), lx.RESULTS.successful, {"rank": self.rank}
+        q = (reciprocal * q) @ self.right
+        return self.in_layout.unravel(q), lx.RESULTS.successful, {"rank": self.rank}
 
     def transpose(self):
         return self
@@ -213,29 +221,59 @@ class _DenseFactorInverse(eqx.Module):
 
 def _dense_factor_inverse(operator: LeastSquaresHessian, rcond) -> _DenseFactorInverse:
     matrix = _as_matrix(operator.residual_jacobian)
+    layout = Layout(operator.in_structure())
     _, values, right = _svd(matrix)
     keep = _significant(values, matrix.shape, rcond)
-    reciprocal = _reciprocal(values, keep)
+    right, values = jnp.where(keep[:, None], right, 0), jnp.where(keep, values, 0)
     if operator.curved:
         hessian = lx.linearise(operator.hessian)
-        zeros = tree_zeros_like(operator.in_structure())
-        _, unravel = jax.flatten_util.ravel_pytree(zeros)
 
         def product(row):
-            return jax.flatten_util.ravel_pytree(hessian.mv(unravel(row)))[0]
+            return layout.ravel(hessian.mv(layout.unravel(row)))
 
+        reciprocal = _reciprocal(values)
         reduced = right @ jax.vmap(product)(right).T - jnp.diag(values**2)
         curvature = reciprocal[:, None] * reduced * reciprocal[None, :]
         uncurving = inv(jnp.eye(values.size, dtype=values.dtype) + curvature)
     else:
         uncurving = None
-    return _DenseFactorInverse(right, reciprocal, uncurving, jnp.sum(keep))
+    return _DenseFactorInverse(right, values, uncurving, jnp.sum(keep), layout)
+
+
+def krylov_inverse(
+    operator: lx.AbstractLinearOperator,
+    start: Float[Array, " n"],
+    num_products: int,
+    is_curved: bool,
+) -> tuple[_DenseInverse, Float[Array, " k"]]:
+    """The pseudoinverse of a symmetric operator on vectors within a Krylov space.
+
+    It takes `num_products` products, whatever it is applied to later. On `start` it is as
+    good as so many steps of conjugate gradients, and it is safe on an indefinite or a
+    singular operator. A Ritz value counts as zero if zero is within its error bound. Also
+    returns all Ritz values.
+    """
+    num_products = min(num_products, start.size)
+    size = vector_norm(start)
+    first = jnp.where(size == 0, tree_waves(start), start)
+    basis, values, rotation, last = lanczos(operator, first, num_products)
+    eps = float(jnp.finfo(values.dtype).eps)
+    rcond = eps ** (2 / 3) if is_curved else eps * num_products
+    threshold = rcond * jnp.max(jnp.abs(values))
+    keep = jnp.abs(values) > jnp.maximum(threshold, jnp.abs(last * rotation[-1]))
+    rows = jnp.where(keep[:, None], rotation.T @ basis, 0)
+    layout = Layout(start)
+    rank = jnp.sum(keep)
+    kept = jnp.where(keep, values, 0)
+    return _DenseInverse(rows, kept, rows, rank, layout, layout), values
 
 
 class _MatrixFreeInverse(eqx.Module):
     operator: lx.AbstractLinearOperator
     rcond: float | None = eqx.field(static=True)
     max_steps: int | None = eqx.field(static=True)
+
+    knows_range: ClassVar[bool] = False
 
     def __call__(self, vector):
         return _lsmr(self.operator, vector, self.max_steps, self.rcond)
@@ -246,10 +284,12 @@ class _MatrixFreeInverse(eqx.Module):
 
 
 class _FactorInverse(eqx.Module):
-    """The same as `_DenseFactorInverse`, each pseudoinverse of A being an LSMR solve."""
+    """The same as `_DenseFactorInverse`, with LSMR solves for the pseudoinverses of A."""
 
     operator: LeastSquaresHessian
     max_steps: int | None = eqx.field(static=True)
+
+    knows_range: ClassVar[bool] = False
 
     def __call__(self, vector):
         A = self.operator.residual_jacobian
@@ -266,8 +306,8 @@ class _FactorInverse(eqx.Module):
         num_steps = stats1["num_steps"] + stats2["num_steps"]
         residual = jnp.maximum(stats1["residual"], stats2["residual"])
         if self.operator.curved:
-            # w + E w = u by iterative refinement. Where the residual is zero so is E,
-            # and the first pass, at the cost of one product with H, sees that.
+            # w + E w = u by iterative refinement. If the residual is zero then E is zero,
+            # and the first pass shows it with one product with H.
             eps = jnp.finfo(tree_dtype(vector)).eps
             scale = tree_norm(A.mv(q))
 
@@ -297,8 +337,8 @@ class _FactorInverse(eqx.Module):
             q, _, _ = pinv(w)
             settled = jnp.isinf(change) | (change <= jnp.sqrt(eps) * scale)
 
-            def as_it_is():
-                # Too curved for the factor to be of help: H itself, with its condition.
+            def by_hessian():
+                # The refinement did not converge: use H, whose condition is worse.
                 H = self.operator.hessian
                 q, result, stats = _lsmr(H, vector, self.max_steps)
                 count = jnp.asarray(stats["num_steps"], num_steps.dtype)
@@ -307,7 +347,7 @@ class _FactorInverse(eqx.Module):
             q, result, num_steps, residual = jax.lax.cond(
                 settled,
                 lambda: (q, result, num_steps, residual),
-                as_it_is,
+                by_hessian,
             )
         return q, result, {"num_steps": num_steps, "residual": residual}
 
@@ -319,23 +359,19 @@ _REFINEMENTS = 50
 
 
 def _lsmr(operator, vector, max_steps, rcond=None):
-    """A^+ b by `lineax.LSMR`, judged by the residual that it ends with."""
+    """A^+ b by `lineax.LSMR`, judged by its last residual."""
     dtype = tree_dtype(vector)
     eps = float(jnp.finfo(dtype).eps)
     if max_steps is None:
         max_steps = min(10 * min(operator.in_size(), operator.out_size()), 2000)
-    # A condition number that reaches `conlim` is how the null space announces itself.
+    # In the null space the condition number estimate reaches `conlim`.
     conlim = 0.1 / eps if rcond is None else 1 / max(rcond, 10 * eps)
-    solver = lx.LSMR(rtol=10 * eps, atol=0.0, max_steps=max_steps, conlim=conlim)
-    # `lineax.LSMR` mixes Python floats into its carry, which are float64 where 64-bit
-    # types are enabled, and then it refuses data in float32.
-    with jax.enable_x64(dtype == jnp.float64):
-        q, _, stats = solver.compute(operator, vector, {})
+    q, stats = lsmr(operator, vector, rtol=10 * eps, conlim=conlim, max_steps=max_steps)
     norm_A, norm_r = stats["norm_A"], stats["norm_r"]
     consistent = norm_r / (norm_A * stats["norm_x"] + tree_norm(vector))
     least_squares = stats["norm_Ar"] / (norm_A * norm_r)
     residual = jnp.fmin(consistent, least_squares)
-    # Zero over zero, above: for the zero operator, or the zero vector, q is exact.
+    # Zero over zero above: for the zero operator or the zero vector, q is exact.
     exact = (norm_A == 0) | (norm_r == 0)
     residual = jnp.where(exact, 0, residual).astype(dtype)
     result = lx.RESULTS.where(

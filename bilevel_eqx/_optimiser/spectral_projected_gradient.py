@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._tree import (
     nonzero,
@@ -17,6 +16,7 @@ from .._tree import (
     tree_scale,
     tree_sub,
 )
+from .backtracking import backtrack
 
 
 class SpectralState(NamedTuple):
@@ -74,49 +74,36 @@ def spectral_projected_gradient(
         gradient, dtype = updates, tree_dtype(params)
         value = value.astype(dtype)
         change = tree_sub(params, state.last)
-        bend = tree_dot(change, tree_sub(gradient, state.last_gradient))
+        curvature = tree_dot(change, tree_sub(gradient, state.last_gradient))
         square = tree_dot(change, change)
         # The first step is of the size of one; one where the curvature is negative, long.
         plain = tree_sub(project(tree_sub(params, gradient)), params)
         first = 1 / nonzero(tree_max(plain))
-        spectral = jnp.where(bend > 0, square / nonzero(bend), _LONGEST)
+        spectral = jnp.where(curvature > 0, square / nonzero(curvature), _LONGEST)
         length = jnp.where(state.begun & (square > 0), spectral, first)
         length = jnp.clip(length, 1 / _LONGEST, _LONGEST)
-        way = tree_sub(project(tree_axpy(-length, gradient, params)), params)
-        slope = tree_dot(gradient, way)
+        direction = tree_sub(project(tree_axpy(-length, gradient, params)), params)
+        slope = tree_dot(gradient, direction)
 
         values = jnp.roll(state.values, 1).at[0].set(value)
-        slack = 10 * jnp.finfo(dtype).eps * jnp.abs(value)
-        highest = jnp.max(values) + slack
 
-        def at(share: Scalar) -> Scalar:
-            return value_fn(tree_axpy(share, way, params)).astype(dtype)
+        def trial(share):
+            point = tree_axpy(share, direction, params)
+            return share, value_fn(point), jnp.array(True)
 
-        def unfinished(carry):
-            count, share, reached = carry
-            # Negated, so that NaN is too high as well.
-            high = ~(reached <= highest + _ARMIJO * share * slope)
-            return high & (count < max_halvings)
-
-        def shorten(carry):
-            count, share, reached = carry
-            # Where a parabola through what is known is least, within reason.
-            curve = 2 * (reached - value - share * slope)
-            least = -slope * share**2 / nonzero(curve)
-            usable = (least >= 0.1 * share) & (least <= 0.5 * share)
-            share = jnp.where(usable, least, 0.5 * share)
-            return count + 1, share, at(share)
-
-        one = jnp.ones((), dtype)
-        carry = jnp.array(0), one, at(one)
-        _, share, _ = jax.lax.while_loop(unfinished, shorten, carry)
+        _, share, _ = backtrack(
+            trial,
+            jnp.zeros((), dtype),
+            value,
+            slope,
+            highest=jnp.max(values),
+            max_trials=max_halvings + 1,
+            interpolate=True,
+        )
         state = SpectralState(params, gradient, values, jnp.array(True))
-        return tree_scale(share, way), state
+        return tree_scale(share, direction), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-_ARMIJO = 1e-4
 
 
 _LONGEST = 1e10

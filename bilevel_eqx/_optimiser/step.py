@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import optax
 from jaxtyping import Array, PyTree, Scalar
 
@@ -19,17 +18,17 @@ def optimiser_step(
     value: Scalar,
     gradient: PyTree[Array],
     value_fn: Callable[[PyTree[Array]], Scalar],
-    project: Callable[[PyTree[Array]], PyTree[Array]] | None = None,
+    project: Callable[[PyTree[Array]], PyTree[Array]],
 ) -> tuple[PyTree[Array], Any]:
     """One step of an optax optimiser, which is given all that any of them asks for; and
-    the projection on the set that the variables are confined to, if they are."""
+    the projection on the set that the variables live in."""
     # Optax relies on promotion, which the user's own code may have forbidden.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, state = optax.with_extra_args_support(optimiser).update(
             gradient, state, variables, value=value, grad=gradient, value_fn=value_fn
         )
         variables = optax.apply_updates(variables, updates)
-    return variables if project is None else project(variables), state
+    return project(variables), state
 
 
 def first_order(value: Scalar, gradient: PyTree, x: PyTree, at: PyTree) -> Scalar:

@@ -19,6 +19,10 @@ class AbstractPipeline(eqx.Module, Generic[State]):
     The state is a pytree with everything that the algorithm carries; it has at least
     the attributes `x` and `y`, the current outer and inner variables.
 
+    It may have an attribute `started`, a boolean array. Where that is `False` a step only
+    evaluates the initial point, and `solve` does not count it. What is evaluated in one
+    place, the step, is compiled once.
+
     One that can aim only at some equilibria says so by the class variable `aims_at`, a
     tuple of their types; `solve` then refuses it for others.
     """

@@ -12,8 +12,9 @@ from .._equilibrium.warm_start import WarmStart
 from .._inner_solver.projected_gradient import ProjectedGradient
 from .._inner_solver.projection import Projection
 from .._linear_solver.pseudoinverse import Pseudoinverse
+from .._optimiser.lbfgs import LBFGS
 from .._optimiser.spectral_projected_gradient import spectral_projected_gradient
-from .._problem.constraints import projection_x
+from .._problem.constraints import set_x, set_y
 from .._response.aggregated import Aggregated
 from .._response.implicit import Implicit
 from .._response.minimum_displacement import MinimumDisplacement
@@ -33,12 +34,12 @@ from .value_function import ValueFunctionDescent
 
 
 def _optimiser(problem):
-    project = projection_x(problem)
-    return optax.lbfgs() if project is None else spectral_projected_gradient(project)
+    x_set = set_x(problem)
+    return spectral_projected_gradient(x_set.project) if x_set.confines else LBFGS()
 
 
 def _solver(problem):
-    return Projection() if problem.project_y is None else ProjectedGradient()
+    return ProjectedGradient() if set_y(problem).confines else Projection()
 
 
 def _implicit(equilibrium, problem):

@@ -1,24 +1,29 @@
 """Descent along a hypergradient: cold and warm start, Algorithms 1 and 3."""
 
-from typing import Any
+import functools as ft
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import as_pytree, check_type
+from .._arguments import check_type
 from .._derivatives.first import inner_gradient
-from .._failure.results import figures_of, first_failure, RESULTS, Verdict, verdict_where
-from .._hypergradient import hypergradient_and_state, reaches_outer
-from .._optimiser.step import first_order, optimiser_step
-from .._problem.constraints import projection_x, projection_y, step_left
+from .._failure.results import figures_of, RESULTS, Verdict, verdict_where
+from .._hypergradient import Hypergradient, hypergradient_and_state, reaches_outer
+from .._optimiser.descent import AbstractDescent, advance, as_descent, as_optimiser, Point
+from .._optimiser.step import first_order
+from .._problem.constraints import set_x, set_y
 from .._response.base import AbstractResponse
-from .._response.implicit import Implicit
-from .._response.unrolled import Unrolled
-from .._tree import tree_cast, tree_norm
+from .._tree import tree_cast, tree_norm, tree_where, tree_zeros_like
 from .base import AbstractPipeline
+
+
+# A program of its own, so that it is traced once and not in each branch of a line search
+# of optax.
+_respond = eqx.filter_jit(hypergradient_and_state)
 
 
 class GradientState(eqx.Module):
@@ -34,13 +39,18 @@ class GradientState(eqx.Module):
     verdict: Verdict
     outer_state: Any
     inner_state: Any
+    # For subclasses that draw random numbers.
     key: PRNGKeyArray
-    num_steps: Int[Array, ""]
+    # Whether x has been answered: the first step only does that.
+    started: Bool[Array, ""]
 
 
-# A program of its own, so that it is traced once and not wherever it is asked for: in
-# each branch of a line search, for one.
-_respond = eqx.filter_jit(hypergradient_and_state)
+class _Answer(NamedTuple):
+    """What an evaluation finds beyond the value and the gradient."""
+
+    y: PyTree[Array]
+    inner_state: Any
+    verdict: Verdict
 
 
 class GradientPipeline(AbstractPipeline[GradientState]):
@@ -65,142 +75,185 @@ class GradientPipeline(AbstractPipeline[GradientState]):
 
     Where x is confined to a set (`project_x`) each step is projected on it. Gradient
     descent, with momentum or without, is made for that, and so is
-    [`bilevel_eqx.spectral_projected_gradient`][]. Optimisers that scale or turn the
-    gradient, such as Adam or L-BFGS, come to rest elsewhere unless the set is a box, and
-    L-BFGS even then; the certificate shows it.
+    [`bilevel_eqx.pipelines.spectral_projected_gradient`][]. Optimisers that scale or turn
+    the gradient, such as Adam or L-BFGS, come to rest elsewhere unless the set is a box,
+    and L-BFGS even then; the certificate shows it.
 
     Where the inner update unrolls, its optimiser's state is carried along with y, and a
     response that unrolls the same optimiser looks ahead from that state.
     """
 
     response: AbstractResponse
-    optimiser: optax.GradientTransformation = eqx.field(converter=as_pytree)
+    optimiser: optax.GradientTransformation | AbstractDescent = eqx.field(
+        converter=as_optimiser
+    )
     inner_update: AbstractResponse | None = None
 
     def __check_init__(self):
         owner = "GradientPipeline"
+        kinds = optax.GradientTransformation | AbstractDescent
         check_type(self.response, AbstractResponse, "response", owner)
-        check_type(self.optimiser, optax.GradientTransformation, "optimiser", owner)
+        check_type(self.optimiser, kinds, "optimiser", owner)
         check_type(self.inner_update, AbstractResponse | None, "inner_update", owner)
 
     def init(self, problem, equilibrium, x, y, key):
-        mover = self.response if self.inner_update is None else self.inner_update
-        state = GradientState(
+        mover = self._mover
+        result = RESULTS.successful
+        if not reaches_outer(problem, x, y, self.response):
+            result = RESULTS.zero_hypergradient
+        value = jax.eval_shape(problem.outer, x, y)
+        return GradientState(
             x=x,
             y=y,
             y0=y,
             anchor=y,
-            value=jnp.zeros(()),
-            gradient=x,
-            verdict=Verdict(RESULTS.successful, figures_of(x, {})),
-            outer_state=self.optimiser.init(x),
-            inner_state=mover.init(problem, x, y) if equilibrium.warm else None,
+            value=jnp.zeros((), value.dtype),
+            gradient=tree_zeros_like(x),
+            verdict=Verdict(result, figures_of(x, {})),
+            outer_state=as_descent(self.optimiser).init(x),
+            inner_state=mover.init(problem, x, y) if self._carries(equilibrium) else None,
             key=key,
-            num_steps=jnp.array(0),
+            started=jnp.array(False),
         )
-        state = self._respond(problem, equilibrium, state)
-        if not reaches_outer(problem, x, y, self.response):
-            result = first_failure(state.verdict.result, RESULTS.zero_hypergradient)
-            state = eqx.tree_at(lambda s: s.verdict.result, state, result)
-        return state
 
     def step(self, problem, equilibrium, state):
+        descent = as_descent(self.optimiser)
+        # Where the search must begin: if it is from where the answer will, the point
+        # accepted is the answer.
+        stays = not equilibrium.warm or self.response.answers_itself
+        one_way = not descent.searches or (stays and self.inner_update is None)
+
         def value_fn(x):
-            # For optimisers with a line search. The others never ask. The derivative is
-            # the hypergradient, whatever approximation that is.
+            # For optax optimisers with a line search. The others never ask. The
+            # derivative is the hypergradient, whatever approximation that is.
             # A rate in float64 does not make float32 variables float64.
             fixed = tree_cast(jax.lax.stop_gradient(x), state.x)
             at, _ = _respond(problem, fixed, state.anchor, self.response)
             return first_order(at.value, at.gradient, x, fixed)
 
-        x, outer_state = optimiser_step(
-            self.optimiser,
+        def search(x):
+            at, _ = hypergradient_and_state(problem, x, state.anchor, self.response)
+            return _point(x, at, state.verdict, (state.y, state.inner_state))
+
+        def answer(x):
+            return self._answer(problem, equilibrium, state, x)
+
+        base = Point(
             state.x,
+            state.value,
+            state.gradient,
+            state.verdict.failed,
+            _Answer(state.y, state.inner_state, state.verdict),
+        )
+        moving = ft.partial(
+            advance,
+            descent,
             state.outer_state,
-            value=state.value,
-            gradient=state.gradient,
+            base,
+            project=set_x(problem).project,
             value_fn=value_fn,
-            project=projection_x(problem),
+            started=state.started,
         )
-        state = eqx.tree_at(
-            lambda s: (s.x, s.outer_state, s.num_steps),
-            state,
-            (x, outer_state, state.num_steps + 1),
+        if one_way:
+            outer_state, point = moving(evaluate=answer)
+        else:
+            outer_state, point = moving(evaluate=search)
+            point = answer(point.x)
+        found: _Answer = point.answer
+        anchor = state.y if equilibrium.warm else state.y0
+        if self.inner_update is not None and equilibrium.warm:
+            anchor = found.y
+        state = GradientState(
+            x=point.x,
+            y=found.y,
+            y0=state.y0,
+            anchor=anchor,
+            value=point.value,
+            gradient=point.gradient,
+            verdict=found.verdict,
+            outer_state=outer_state,
+            inner_state=found.inner_state,
+            key=state.key,
+            started=jnp.array(True),
         )
-        if self.inner_update is not None:
-            anchor = state.y if equilibrium.warm else state.y0
-            answer = self.inner_update(problem, x, anchor, state.inner_state)
-            inner_state = answer.state if equilibrium.warm else None
-            verdict = Verdict(answer.result, figures_of(x, answer.stats))
-            verdict = verdict_where(state.verdict.failed, state.verdict, verdict)
-            state = eqx.tree_at(
-                lambda s: (s.y, s.inner_state, s.verdict),
-                state,
-                (answer.y, inner_state, verdict),
-                is_leaf=lambda leaf: leaf is None,
-            )
-        state = self._respond(problem, equilibrium, state)
+        left = set_x(problem).remaining_step(state.gradient, state.x)
         metrics = {
             "value": state.value,
-            "outer_residual": tree_norm(
-                step_left(state.gradient, state.x, projection_x(problem))
-            ),
+            "outer_residual": tree_norm(left),
             "inner_residual": self._inner_residual(problem, equilibrium, state),
             "result": state.verdict,
         }
         return state, metrics
 
-    def _respond(self, problem, equilibrium, state: GradientState) -> GradientState:
-        """The hypergradient at x and, without an inner update, the move of y."""
-        anchor = state.y if equilibrium.warm else state.y0
-        carried = state.inner_state
-        if self.inner_update is not None and not _same_optimiser(
-            self.inner_update, self.response
-        ):
-            carried = None
-        out, inner_state = _respond(problem, state.x, anchor, self.response, carried)
-        parts = {"value": out.value, "gradient": out.gradient}
-        verdict = Verdict(out.result, figures_of(state.x, out.stats, **parts))
-        y = out.y
+    @property
+    def _mover(self) -> AbstractResponse:
+        """What moves y."""
+        return self.response if self.inner_update is None else self.inner_update
+
+    def _carries(self, equilibrium) -> bool:
+        """Whether the state of what moves y is carried to the next step."""
+        return equilibrium.warm or self._mover.state_is_guess
+
+    def _answer(self, problem, equilibrium, state: GradientState, x) -> Point:
+        """y moves, and the response answers x."""
+        verdict, y, carried = state.verdict, state.y, state.inner_state
         if self.inner_update is not None:
-            y, inner_state = state.y, state.inner_state
-        elif not equilibrium.warm:
-            inner_state = None
-        return GradientState(
-            x=state.x,
-            y=y,
-            y0=state.y0,
-            anchor=anchor,
-            value=out.value,
-            gradient=out.gradient,
-            verdict=verdict_where(state.verdict.failed, state.verdict, verdict),
-            outer_state=state.outer_state,
-            inner_state=inner_state,
-            key=state.key,
-            num_steps=state.num_steps,
+            y, carried, verdict = self._updated(problem, equilibrium, state, x)
+        anchor = y if equilibrium.warm else state.y0
+        looks_ahead = self.inner_update is None or _same_optimiser(
+            self.inner_update, self.response
         )
+        out, inner_state = hypergradient_and_state(
+            problem, x, anchor, self.response, carried if looks_ahead else None
+        )
+        if self.inner_update is not None:
+            return _point(x, out, verdict, (y, carried))
+        kept = inner_state if self._carries(equilibrium) else None
+        return _point(x, out, verdict, (out.y, kept))
+
+    def _updated(self, problem, equilibrium, state: GradientState, x):
+        """The inner update, which the first answer goes without."""
+        assert self.inner_update is not None
+        anchor = state.y if equilibrium.warm else state.y0
+        answer = self.inner_update(problem, x, anchor, state.inner_state)
+        inner_state = answer.state if self._carries(equilibrium) else None
+        verdict = Verdict(answer.result, figures_of(x, answer.stats))
+        verdict = verdict_where(state.verdict.failed, state.verdict, verdict)
+        updated = answer.y, inner_state, verdict
+        before = state.y, state.inner_state, state.verdict
+        return tree_where(state.started, updated, before)
 
     def _inner_residual(self, problem, equilibrium, state):
         """Zero iff y stands still, given that x does."""
         lags = equilibrium.warm or self.inner_update is not None
-        if not lags and not isinstance(self.response, Implicit):
+        if not lags and not self.response.solves:
             # y is a function of x, computed anew each time: it cannot lag behind, and
             # what an unrolled response leaves undone is not for it to do.
             return jnp.zeros_like(state.value)
         slope = inner_gradient(problem, state.x, state.y)
-        return tree_norm(step_left(slope, state.y, projection_y(problem)))
+        return tree_norm(set_y(problem).remaining_step(slope, state.y))
 
 
 GradientPipeline.__init__.__doc__ = """**Arguments:**
 
 - `response`: through which the hypergradient is taken.
-- `optimiser`: any optax optimiser; it moves x. Those with a line search are given the
-    outer objective through the response.
+- `optimiser`: any optax optimiser, or [`bilevel_eqx.pipelines.LBFGS`][]; it moves x.
+    Optimisers of optax with a line search are given the outer objective through the
+    response.
 - `inner_update`: a response that moves y, where that is not `response` itself.
 """
 
 
 def _same_optimiser(inner_update: AbstractResponse, response: AbstractResponse) -> bool:
-    if not (isinstance(inner_update, Unrolled) and isinstance(response, Unrolled)):
-        return False
-    return eqx.tree_equal(inner_update.optimiser, response.optimiser) is True
+    """Whether the response can look ahead from the optimiser state of the update."""
+    own = response.inner_optimiser
+    return own is not None and eqx.tree_equal(inner_update.inner_optimiser, own) is True
+
+
+def _point(x, out: Hypergradient, before: Verdict, kept: tuple[Any, Any]) -> Point:
+    """An evaluated point. The first failure of a run is the one that counts."""
+    parts = {"value": out.value, "gradient": out.gradient}
+    verdict = Verdict(out.result, figures_of(x, out.stats, **parts))
+    failed = verdict.failed
+    verdict = verdict_where(before.failed, before, verdict)
+    return Point(x, out.value, out.gradient, failed, _Answer(*kept, verdict))

@@ -1,7 +1,7 @@
 """Descent along the best, or the worst, value of the inner minima."""
 
 import abc
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import lineax as lx
 import optax
 import optimistix as optx
-from jaxtyping import Array, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._arguments import as_pytree, check_count, check_type
-from .._derivatives.first import outer_gradients
-from .._derivatives.second import cross_derivative_operator
+from .._arguments import check_count, check_type
 from .._equilibrium.base import AbstractEquilibrium
 from .._equilibrium.optimistic import Optimistic
 from .._equilibrium.pessimistic import Pessimistic
@@ -21,20 +19,23 @@ from .._failure.results import (
     figures_of,
     finite_or_not,
     first_failure,
+    RESULTS,
     Verdict,
     verdict_where,
 )
 from .._inner_solver.projection import Projection
 from .._linear_solver.pseudoinverse import Pseudoinverse
-from .._optimiser.step import first_order, optimiser_step
+from .._optimiser.descent import AbstractDescent, advance, as_descent, as_optimiser, Point
+from .._optimiser.lbfgs import LBFGS
+from .._optimiser.step import first_order
 from .._problem.base import AbstractBilevelProblem
-from .._problem.constraints import projection_x, step_left
+from .._problem.constraints import set_x
+from .._problem.flat import flat
 from .._response.implicit import Implicit
 from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.search import select
-from .._solution_set.tangent import SolutionSet
 from .._solution_set.worst_in_ball import find_worst
-from .._tree import tree_cast, tree_dtype, tree_norm, tree_sub
+from .._tree import tree_cast, tree_dtype, tree_norm, tree_zeros_like
 from .base import AbstractPipeline
 
 
@@ -49,24 +50,34 @@ class SelectedValue(eqx.Module):
     residual: Scalar
 
 
+class _Answer(NamedTuple):
+    """What an evaluation finds beyond the value and the gradient."""
+
+    y: PyTree[Array]
+    verdict: Verdict
+    residual: Scalar
+
+
 class NullSpaceState(eqx.Module):
     """All that a run carries from one outer step to the next."""
 
     x: PyTree[Array]
     y: PyTree[Array]
     y0: PyTree[Array]
-    # Where the selection began: a line search must begin there too.
-    anchor: PyTree[Array]
-    selected: SelectedValue
+    value: Scalar
+    gradient: PyTree[Array]
+    residual: Scalar
+    verdict: Verdict
     outer_state: Any
-    num_steps: Int[Array, ""]
+    # Whether x has been answered: the first step only does that.
+    started: Bool[Array, ""]
 
 
 class _AbstractValueDescent(AbstractPipeline[NullSpaceState]):
     r"""$x \leftarrow x - \alpha \nabla \phi(x)$, for the value $\phi$ of a selection."""
 
-    optimiser: optax.GradientTransformation = eqx.field(
-        default=optax.lbfgs(), converter=as_pytree
+    optimiser: optax.GradientTransformation | AbstractDescent = eqx.field(
+        default=LBFGS(), converter=as_optimiser
     )
     solver: optx.AbstractMinimiser = Projection()
     linear_solver: lx.AbstractLinearSolver = Pseudoinverse()
@@ -74,7 +85,8 @@ class _AbstractValueDescent(AbstractPipeline[NullSpaceState]):
 
     def __check_init__(self):
         owner = type(self).__name__
-        check_type(self.optimiser, optax.GradientTransformation, "optimiser", owner)
+        kinds = optax.GradientTransformation | AbstractDescent
+        check_type(self.optimiser, kinds, "optimiser", owner)
         check_type(self.solver, optx.AbstractMinimiser, "solver", owner)
         check_type(self.linear_solver, lx.AbstractLinearSolver, "linear_solver", owner)
         check_count(self.selection_steps, "selection_steps", owner)
@@ -92,47 +104,69 @@ class _AbstractValueDescent(AbstractPipeline[NullSpaceState]):
 
     def init(self, problem, equilibrium, x, y, key):
         del key
-        selected = _select(self, problem, equilibrium, x, y, y)
-        outer_state = self.optimiser.init(x)
-        zero = jnp.array(0)
-        return NullSpaceState(x, selected.y, y, y, selected, outer_state, zero)
+        value = jax.eval_shape(problem.outer, x, y)
+        return NullSpaceState(
+            x=x,
+            y=y,
+            y0=y,
+            value=jnp.zeros((), value.dtype),
+            gradient=tree_zeros_like(x),
+            residual=jnp.zeros((), tree_dtype(y)),
+            verdict=Verdict(RESULTS.successful, figures_of(x, {})),
+            outer_state=as_descent(self.optimiser).init(x),
+            started=jnp.array(False),
+        )
 
     def step(self, problem, equilibrium, state):
+        def evaluate(x):
+            # From the y of the last accepted point, for all points of a search.
+            at = self.select(problem, equilibrium, x, state.y, state.y0)
+            verdict = verdict_where(state.verdict.failed, state.verdict, at.verdict)
+            found = _Answer(at.y, verdict, at.residual)
+            return Point(x, at.value, at.gradient, at.verdict.failed, found)
+
         def value_fn(x):
-            # For line searches. By the envelope theorem the derivative is known, and
-            # need not be had by differentiating the search.
+            # For line searches of optax. By the envelope theorem the derivative is
+            # known, and need not be had by differentiating the search.
             fixed = tree_cast(jax.lax.stop_gradient(x), state.x)
-            at = _select(self, problem, equilibrium, fixed, state.anchor, state.y0)
+            at = _select(self, problem, equilibrium, fixed, state.y, state.y0)
             return first_order(at.value, at.gradient, x, fixed)
 
-        x, outer_state = optimiser_step(
-            self.optimiser,
-            state.x,
+        found = _Answer(state.y, state.verdict, state.residual)
+        base = Point(state.x, state.value, state.gradient, state.verdict.failed, found)
+        outer_state, point = advance(
+            as_descent(self.optimiser),
             state.outer_state,
-            value=state.selected.value,
-            gradient=state.selected.gradient,
-            value_fn=value_fn,
-            project=projection_x(problem),
+            base,
+            evaluate,
+            set_x(problem).project,
+            value_fn,
+            state.started,
         )
-        selected = _select(self, problem, equilibrium, x, state.y, state.y0)
-        before = state.selected.verdict
+        found = point.answer
+        left = set_x(problem).remaining_step(point.gradient, point.x)
         metrics = {
-            "value": selected.value,
-            "outer_residual": tree_norm(
-                step_left(selected.gradient, x, projection_x(problem))
-            ),
-            "inner_residual": selected.residual,
-            "result": verdict_where(before.failed, before, selected.verdict),
+            "value": point.value,
+            "outer_residual": tree_norm(left),
+            "inner_residual": found.residual,
+            "result": found.verdict,
         }
-        num_steps = state.num_steps + 1
         state = NullSpaceState(
-            x, selected.y, state.y0, state.y, selected, outer_state, num_steps
+            x=point.x,
+            y=found.y,
+            y0=state.y0,
+            value=point.value,
+            gradient=point.gradient,
+            residual=found.residual,
+            verdict=found.verdict,
+            outer_state=outer_state,
+            started=jnp.array(True),
         )
         return state, metrics
 
 
-# A program of its own, so that it is traced once and not wherever it is asked for: in
-# each branch of a line search, for one.
+# A program of its own, so that it is traced once and not in each branch of a line search
+# of optax.
 @eqx.filter_jit
 def _select(pipeline: _AbstractValueDescent, *args) -> SelectedValue:
     return pipeline.select(*args)
@@ -152,10 +186,11 @@ class NullSpaceDescent(_AbstractValueDescent):
 
     def select(self, problem, equilibrium, x, y, y0):
         del equilibrium, y0
-        anchor = y
+        problem, layout = flat(problem, y)
+        anchor = layout.ravel(y)
         implicit = Implicit(self.solver, self.linear_solver)
         y, result, _ = implicit.minimum(problem, x, anchor)
-        y, _ = select(
+        here, _ = select(
             problem,
             x,
             y,
@@ -163,16 +198,16 @@ class NullSpaceDescent(_AbstractValueDescent):
             self.linear_solver,
             self.selection_steps,
         )
-        S = SolutionSet(problem, x, y, self.linear_solver)
-        result = implicit.judge(result, anchor, y, S.gradient, S.hessian)
-        value, outer_x, outer_y = outer_gradients(problem, x, y)
-        q, q_result = S.solve(outer_y)
-        gradient = tree_sub(outer_x, cross_derivative_operator(problem, x, y).T.mv(q))
-        result = first_failure(result, q_result, finite_or_not((value, gradient, y)))
-        inner = tree_norm(S.gradient)
-        stats = {"inner_residual": inner}
-        figures = figures_of(x, stats, value=value, gradient=gradient)
-        residual = jnp.hypot(inner, tree_norm(S.project(outer_y)))
+        result = implicit.judge(result, anchor, here.y, here.gradient, here.at.hessian)
+        outer = here.outer()
+        value, gradient = outer.value, outer.hypergradient
+        result = first_failure(
+            result, outer.result, finite_or_not((value, gradient, here.y))
+        )
+        inner = tree_norm(here.gradient)
+        figures = figures_of(x, {"inner_residual": inner}, value=value, gradient=gradient)
+        residual = jnp.hypot(inner, tree_norm(here.project(outer.y)))
+        y = layout.unravel(here.y)
         return SelectedValue(y, value, gradient, Verdict(result, figures), residual)
 
 
@@ -203,27 +238,29 @@ class NullSpaceAscent(_AbstractValueDescent):
         nearest = MinimumDisplacement(
             self.solver, self.linear_solver, selection_tolerance=None
         )
-        center, result, stats = nearest.nearest(problem, x, y0)
-        rounding = float(jnp.finfo(tree_dtype(y)).eps) ** 0.8
+        center, layout, result, stats = nearest.nearest(problem, x, y0)
+        y = layout.ravel(y)
         worst = find_worst(
-            problem,
+            center.picture.problem,
             x,
             y,
             center,
             equilibrium.radius,
             self.selection_steps,
-            rounding,
+            rounding=float(jnp.finfo(y.dtype).eps) ** 0.8,
         )
         finite = finite_or_not((worst.value, worst.gradient, worst.y))
         value, gradient = worst.value, worst.gradient
         figures = figures_of(x, stats, value=value, gradient=gradient)
         verdict = Verdict(first_failure(result, finite), figures)
-        return SelectedValue(worst.y, value, gradient, verdict, worst.residual)
+        y = layout.unravel(worst.y)
+        return SelectedValue(y, value, gradient, verdict, worst.residual)
 
 
 NullSpaceDescent.__init__.__doc__ = """**Arguments:**
 
-- `optimiser`: any optax optimiser; it moves x. L-BFGS by default.
+- `optimiser`: any optax optimiser, or [`bilevel_eqx.pipelines.LBFGS`][], the default;
+    it moves x.
 - `solver`: an optimistix minimiser that brings y to $S(x)$.
 - `linear_solver`: the lineax solver that stands for $H^+$.
 - `selection_steps`: the largest number of Newton steps along $S(x)$ in an outer step.
@@ -232,5 +269,5 @@ NullSpaceDescent.__init__.__doc__ = """**Arguments:**
 
 
 NullSpaceAscent.__init__.__doc__ = """**Arguments:** as for
-[`bilevel_eqx.NullSpaceDescent`][].
+[`bilevel_eqx.pipelines.NullSpaceDescent`][].
 """

@@ -10,12 +10,12 @@ from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
 
 from .._arguments import as_pytree, as_rate, check_positive, check_type
 from .._derivatives.first import inner_gradient, outer_gradients
-from .._derivatives.second import is_turning
+from .._derivatives.second import hessian_depends_on_x
 from .._equilibrium.pessimistic import Pessimistic
 from .._failure.results import finite_or_not
 from .._linalg.power_iteration import largest_curvature
 from .._optimiser.step import optimiser_step
-from .._problem.constraints import projection_x, step_left
+from .._problem.constraints import set_x
 from .._tree import nonzero, tree_axpy, tree_dtype, tree_norm, tree_scale, tree_sub
 from .base import AbstractPipeline
 
@@ -92,7 +92,7 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
     def init(self, problem, equilibrium, x, y, key):
         assert isinstance(equilibrium, Pessimistic)
         del key
-        if equilibrium.projection is None and is_turning(problem, x, y):
+        if equilibrium.within is None and hessian_depends_on_x(problem, x, y):
             raise ValueError(
                 "`PenaltyAscent` neglects how the center of the ball moves with x, which "
                 "is right only where the inner Hessian does not depend on x. Here it "
@@ -137,11 +137,11 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
             value=value,
             gradient=gradient,
             value_fn=lambda x: problem.outer(x, y),
-            project=projection_x(problem),
+            project=set_x(problem).project,
         )
         metrics = {
             "value": value,
-            "outer_residual": tree_norm(step_left(gradient, x, projection_x(problem))),
+            "outer_residual": tree_norm(set_x(problem).remaining_step(gradient, x)),
             "inner_residual": tree_norm(inner_gradient(problem, x, y)),
             "result": finite_or_not((x, y, value)),
         }

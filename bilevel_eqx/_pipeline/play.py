@@ -7,13 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PyTree, Scalar
+from jaxtyping import Array, PyTree, Scalar
 
 from .._derivatives.first import inner_gradient
 from .._equilibrium.nash import Nash
 from .._equilibrium.proximal_equilibrium import ProximalEquilibrium
 from .._failure.results import finite_or_not
-from .._problem.constraints import projection_x, projection_y, step_left
+from .._problem.constraints import set_x, set_y
 from .._tree import nonzero, tree_axpy, tree_dtype, tree_norm, tree_scale, tree_sub
 from .base import AbstractPipeline
 
@@ -31,7 +31,6 @@ class PlayState(eqx.Module):
     distance: Scalar
     rate: Scalar
     ratio: Scalar
-    num_steps: Int[Array, ""]
 
 
 # Between 1 and the golden ratio; the rate may grow by the second at each step.
@@ -72,7 +71,7 @@ class _AbstractPlay(AbstractPipeline[PlayState]):
         dtype = tree_dtype((x, y))
         one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
         rate = rate.astype(dtype)
-        return PlayState(x, y, (x, y), field, zero, zero, rate, one, jnp.array(0))
+        return PlayState(x, y, (x, y), field, zero, zero, rate, one)
 
     def step(self, problem, equilibrium, state):
         here = state.x, state.y
@@ -86,20 +85,18 @@ class _AbstractPlay(AbstractPipeline[PlayState]):
         grown = _GROWTH * state.rate
         rate = jnp.where(moved & ~unchanged, jnp.minimum(grown, allowed), state.rate)
         x_field, y_field = state.field
-        project_x, project_y = projection_x(problem), projection_y(problem)
-        x = tree_axpy(-rate, x_field, average[0])
-        x = x if project_x is None else project_x(x)
+        x_set, y_set = set_x(problem), set_y(problem)
+        x = x_set.project(tree_axpy(-rate, x_field, average[0]))
         if self.alternating:
             _, y_field = self.field(problem, equilibrium, x, state.y)
-        y = tree_axpy(-rate, y_field, average[1])
-        y = y if project_y is None else project_y(y)
+        y = y_set.project(tree_axpy(-rate, y_field, average[1]))
         field = self.field(problem, equilibrium, x, y)
         value = problem.outer(x, y)
         metrics = {
             "value": value,
-            "outer_residual": tree_norm(step_left(field[0], x, project_x)),
+            "outer_residual": tree_norm(x_set.remaining_step(field[0], x)),
             "inner_residual": tree_norm(
-                step_left(inner_gradient(problem, x, y), y, project_y)
+                y_set.remaining_step(inner_gradient(problem, x, y), y)
             ),
             "result": finite_or_not((x, y, value, field)),
         }
@@ -112,7 +109,6 @@ class _AbstractPlay(AbstractPipeline[PlayState]):
             distance=tree_norm(tree_sub((x, y), here)),
             rate=rate,
             ratio=_GOLDEN * rate / state.rate,
-            num_steps=state.num_steps + 1,
         )
         return state, metrics
 
@@ -150,7 +146,7 @@ class ProximalPlay(_AbstractPlay):
     r"""Aims at [`bilevel_eqx.ProximalEquilibrium`][], as the Nash equilibrium of
     $V(x, y) = \max_{y'} F(x, y') - \frac\lambda2 \|y' - y\|^2$ that it is by definition:
     with $y'$ the reply, x descends $V_x = F_x(x, y')$ and y moves towards $y'$. Damped
-    like [`bilevel_eqx.GradientPlay`][].
+    like [`bilevel_eqx.pipelines.GradientPlay`][].
 
     ??? cite "Reference"
 

@@ -7,6 +7,7 @@ import equinox as eqx
 
 from .._equilibrium.base import AbstractEquilibrium
 from .._problem.base import AbstractBilevelProblem
+from .._text import aligned
 from .base import AbstractPipeline
 
 
@@ -42,24 +43,18 @@ class Entries(tuple):
     def __str__(self):
         if not self:
             return "No pipelines are registered."
-        header = ("equilibrium", "pipeline", "cost of an outer step", "demands", "from")
+        header = ["equilibrium", "pipeline", "cost of an outer step", "demands", "from"]
         rows = [
-            (
+            [
                 entry.equilibrium.__name__,
                 entry.name + (" (default)" if entry.default else ""),
                 entry.cost or "-",
                 entry.demands or "-",
                 entry.reference or "-",
-            )
+            ]
             for entry in self
         ]
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(5)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-            for row in [header, *rows]
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(lines)
+        return "\n".join(aligned([header, *rows], "<", ruled=True))
 
 
 _registry: dict[type[AbstractEquilibrium], dict[str, Entry]] = {}
@@ -125,19 +120,22 @@ def registered(
 
     **Arguments:**
 
-    - `equilibrium_type`: the type of an equilibrium, to see only its pipelines.
+    - `equilibrium_type`: the type of an equilibrium, to see only the pipelines that
+        serve it: its own, and those of the concepts that it is a subclass of.
 
     **Returns:**
 
     A tuple of entries, each with `equilibrium`, `name`, `factory`, `reference`, `cost`,
     `demands` and `default`.
     """
-    return Entries(
-        entry
-        for kind, entries in _registry.items()
-        if equilibrium_type is None or kind is equilibrium_type
-        for entry in entries.values()
-    )
+    if equilibrium_type is None:
+        return Entries(e for entries in _registry.values() for e in entries.values())
+    found: dict[str, Entry] = {}
+    # What is registered for a concept serves its subclasses, which come first.
+    for kind in equilibrium_type.__mro__:
+        for name, entry in _registry.get(kind, {}).items():
+            found.setdefault(name, entry)
+    return Entries(found.values())
 
 
 def default_pipeline(

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
 from .._arguments import as_pytree, as_rate, check_count, check_positive, check_type
 from .._derivatives.first import inner_gradient, outer_gradients
@@ -14,7 +14,7 @@ from .._equilibrium.optimistic import Optimistic
 from .._failure.results import finite_or_not
 from .._linalg.power_iteration import largest_curvature
 from .._optimiser.step import optimiser_step
-from .._problem.constraints import projection_x, step_left
+from .._problem.constraints import set_x
 from .._tree import nonzero, tree_axpy, tree_dot, tree_norm, tree_sub
 from .base import AbstractPipeline
 
@@ -29,7 +29,6 @@ class ValueFunctionState(eqx.Module):
     # One over the largest curvature of F at the start.
     rate: Scalar
     outer_state: Any
-    num_steps: Int[Array, ""]
 
 
 class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
@@ -90,11 +89,10 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
         curvature = largest_curvature(lambda v: problem.outer(*v), (x, y))
         rate = 1 / nonzero(curvature)
         outer_state = self._optimiser(rate).init((x, y))
-        count = jnp.array(0)
-        return ValueFunctionState(x, y, direction, value, rate, outer_state, count)
+        return ValueFunctionState(x, y, direction, value, rate, outer_state)
 
     def step(self, problem, equilibrium, state):
-        project = projection_x(problem)
+        x_set = set_x(problem)
         (x, y), outer_state = optimiser_step(
             self._optimiser(state.rate),
             (state.x, state.y),
@@ -102,20 +100,19 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
             value=state.value,
             gradient=state.direction,
             value_fn=lambda variables: problem.outer(*variables),
-            project=project and (lambda xy: (project(xy[0]), xy[1])),
+            project=lambda xy: (x_set.project(xy[0]), xy[1]),
         )
         value, direction = self._direction(problem, x, y)
         metrics = {
             "value": value,
             "outer_residual": tree_norm(
-                (step_left(direction[0], x, project), direction[1])
+                (x_set.remaining_step(direction[0], x), direction[1])
             ),
             "inner_residual": tree_norm(inner_gradient(problem, x, y)),
             "result": finite_or_not((x, y, value)),
         }
-        count = state.num_steps + 1
         rate = state.rate
-        state = ValueFunctionState(x, y, direction, value, rate, outer_state, count)
+        state = ValueFunctionState(x, y, direction, value, rate, outer_state)
         return state, metrics
 
     def _optimiser(self, rate):

@@ -16,15 +16,16 @@ class AbstractBilevelProblem(eqx.Module, Generic[X, Y]):
     $$\min_x F(x, y) \quad\text{subject to}\quad
     y \in S(x) = \operatorname{argmin}_y f(x, y).$$
 
-    Subclass it, and keep the data and the hyperparameters as fields: a problem is a
-    pytree, so that these can be vmapped over, sharded, and differentiated with respect
-    to. Where $S(x)$ has more than one element, which of them is meant is not said here
-    but by an equilibrium; see [`bilevel_eqx.solve`][].
+    Subclass it, and make the data and the hyperparameters fields. A problem is a pytree,
+    so that one can vmap over them, shard them, and differentiate with respect to them. If
+    $S(x)$ has more than one element, an equilibrium says which one is meant; see
+    [`bilevel_eqx.solve`][].
 
-    **Constraints.** x, y or both may be confined to closed convex sets, each known by the
-    Euclidean projection on it: define the methods `project_x(self, x)` and
-    `project_y(self, y)`. `optax.projections` has them for boxes, balls, the simplex and
-    others. A set may depend on the problem's fields, and not on the other variables.
+    **Constraints.** x, y or both may be confined to closed convex sets. The Euclidean
+    projections on these sets are the methods `project_x(self, x)` and
+    `project_y(self, y)`. `optax.projections` has projections on boxes, balls, the simplex
+    and others. A set may depend on the fields of the problem, but not on the other
+    variables.
 
     !!! Example
 
@@ -106,10 +107,11 @@ class BilevelProblem(AbstractBilevelProblem[X, Y]):
         - `outer`: the outer objective, a function of `(x, y)` with a scalar value.
         - `inner`: the inner objective, a function of `(x, y)` with a scalar value.
         - `project_x`, `project_y`: the Euclidean projections on the convex sets that x
-            and y are confined to, if they are. Keyword only arguments.
+            and y are confined to. `None`, the default, is no constraint. Keyword only
+            arguments.
 
         Arrays that the functions close over are constants of the program. To change
-        them without compiling anew, pass Equinox modules, or subclass
+        them without a new compilation, pass Equinox modules, or subclass
         [`bilevel_eqx.AbstractBilevelProblem`][] and make them fields.
         """
         self.outer_fn = outer

@@ -1,4 +1,4 @@
-"""Checks of a problem, from shapes alone: they cost nothing in a compiled program."""
+"""Checks of a problem. They use only shapes and cost nothing in a compiled program."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from .._depends_on import depends_on
 from .._tree import tree_struct
 from .base import AbstractBilevelProblem
-from .constraints import _Projection
+from .constraints import Convex
 
 
 def _check_scalar(fn: Callable, name: str, x: PyTree, y: PyTree) -> None:
@@ -36,18 +36,18 @@ def _check_scalar(fn: Callable, name: str, x: PyTree, y: PyTree) -> None:
 def _check_projection(fn: Callable | None, name: str, at: PyTree) -> None:
     if fn is None:
         return
-    struct, wanted = jax.eval_shape(_Projection(fn).raw, at), tree_struct(at)
+    struct, wanted = jax.eval_shape(Convex(fn).raw, at), tree_struct(at)
     shapes, wanted_shapes = (jtu.tree_map(lambda u: u.shape, s) for s in (struct, wanted))
     if shapes != wanted_shapes:
         raise ValueError(
             f"`problem.project_{name}({name})` must return the nearest point of a set, "
-            f"of the structure and shapes of {name}: {wanted}. It returns {struct}."
+            f"with the structure and shapes of {name}: {wanted}. It returns {struct}."
         )
 
 
 def check_problem(problem: AbstractBilevelProblem, x: PyTree, y: PyTree) -> None:
-    """Refuses objectives that are not scalars, an inner one that ignores y, and
-    projections to other spaces."""
+    """Refuses objectives that are not scalars, an inner objective that does not depend on
+    y, and projections to other spaces."""
     _check_projection(problem.project_x, "x", x)
     _check_projection(problem.project_y, "y", y)
     _check_scalar(problem.outer, "outer", x, y)
@@ -55,7 +55,7 @@ def check_problem(problem: AbstractBilevelProblem, x: PyTree, y: PyTree) -> None
     if not depends_on(lambda y: problem.inner(x, y), y):
         raise ValueError(
             "The inner objective does not depend on y: the derivative of "
-            "`problem.inner(x, y)` with respect to y is zero whatever x and y are. "
-            "Check the order of its arguments, which is (x, y), and look for a "
-            "`stop_gradient` or a cast to integers on the way from y."
+            "`problem.inner(x, y)` with respect to y is zero for all x and y. Check the "
+            "order of its arguments, which is (x, y), and look for a `stop_gradient` or "
+            "a cast to integers."
         )

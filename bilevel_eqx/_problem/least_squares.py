@@ -16,13 +16,13 @@ class AbstractLeastSquaresProblem(AbstractBilevelProblem[X, Y]):
 
     $$f(x, y) = \tfrac12 \|r(x, y)\|^2.$$
 
-    Saying so pays: pseudoinverses then work on the Jacobian of the residual $r$ and
-    never on the inner Hessian, whose condition number is the square of the Jacobian's.
+    Pseudoinverses then work on the Jacobian of the residual $r$ and never on the inner
+    Hessian, whose condition number is the square of the Jacobian's.
     """
 
     @abc.abstractmethod
     def inner_residual(self, x: X, y: Y) -> PyTree[Array]:
-        """The residual $r(x, y)$ whose squares are summed.
+        """The residual $r(x, y)$.
 
         **Returns:**
 
@@ -35,7 +35,8 @@ class AbstractLeastSquaresProblem(AbstractBilevelProblem[X, Y]):
 
 
 class LeastSquaresProblem(AbstractLeastSquaresProblem[X, Y]):
-    """A bilevel problem with a sum of squares inside, made from two functions."""
+    """A bilevel problem whose inner objective is a sum of squares, made from two
+    functions."""
 
     outer_fn: Callable[[X, Y], Scalar]
     inner_residual_fn: Callable[[X, Y], PyTree[Array]]
@@ -53,8 +54,8 @@ class LeastSquaresProblem(AbstractLeastSquaresProblem[X, Y]):
         """**Arguments:**
 
         - `outer`: the outer objective, a function of `(x, y)` with a scalar value.
-        - `inner_residual`: a function of `(x, y)`, with a pytree of floating-point
-            arrays as its value; half the sum of their squares is the inner objective.
+        - `inner_residual`: a function of `(x, y)` that returns a pytree of floating-point
+            arrays. The inner objective is half the sum of their squares.
         - `project_x`, `project_y`: as for [`bilevel_eqx.BilevelProblem`][].
         """
         self.outer_fn = outer

@@ -62,10 +62,10 @@ def proximal(
 ) -> AbstractBilevelProblem:
     r"""`problem` with the inner objective $f(x, y) + \frac\epsilon2 \|y - a\|^2$.
 
-    (Equation 3 of the paper. A sum of squares stays one, if it is small.)
+    (Equation 3 of the paper. A small sum of squares stays a sum of squares.)
     """
-    # The pull adds as many squares as there are variables. Where those are too many for
-    # a dense factor nothing is gained by them: the damped Hessian is well conditioned.
+    # The pull adds one square for each variable. If there are too many variables for a
+    # dense factor, these squares bring no gain: the damped Hessian is well conditioned.
     is_small = tree_size(anchor) <= DENSE_SIZE
     if isinstance(problem, AbstractLeastSquaresProblem) and is_small:
         return _ProximalLeastSquaresProblem(problem, anchor, epsilon)

@@ -10,7 +10,7 @@ from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient, outer_gradients
 from .._failure.results import RESULTS
 from .._linalg.power_iteration import largest_curvature
-from .._problem.constraints import projection_y
+from .._problem.constraints import set_y
 from .._tree import nonzero, tree_axpy, tree_dtype
 from .base import AbstractResponse
 from .unrolled import differentiated, repeat
@@ -21,15 +21,15 @@ def _rate(value):
 
 
 class Aggregated(AbstractResponse):
-    r"""Takes $K$ steps from the anchor that descend f, and F as well, but that less and
-    less, and differentiates through them:
+    r"""Takes $K$ steps from the anchor that descend f and, with a decreasing weight, F,
+    and differentiates through them:
 
     $$y_{k+1} = y_k - \bigl((1 - \alpha)\, t\, \nabla_y f + \alpha\, \gamma_k\, s\,
     \nabla_y F\bigr), \qquad \gamma_k = \frac{1}{k + 1}.$$
 
-    Along the inner minima only F acts, so that the best of them is approached: the
-    response of [`bilevel_eqx.Optimistic`][], without a linear solve. It is right to the
-    order of $\gamma_K$.
+    Along the inner minima only F acts, so that y converges to the best of them. This is
+    the response of [`bilevel_eqx.Optimistic`][] without a linear solve. Its error is of
+    order $\gamma_K$.
 
     ??? cite "Reference"
 
@@ -67,7 +67,7 @@ class Aggregated(AbstractResponse):
         return through_inner or through_outer
 
     def _unroll(self, problem, x, anchor):
-        project = projection_y(problem)
+        project = set_y(problem).project
         x_fixed = jax.lax.stop_gradient(x)
         inner_step, outer_step = self.inner_step_size, self.outer_step_size
         if inner_step is None:
@@ -84,14 +84,14 @@ class Aggregated(AbstractResponse):
             by_inner = (1 - mixing) * jnp.asarray(inner_step, dtype)
             y = tree_axpy(-by_inner, inner_gradient(problem, x, y), y)
             y = tree_axpy(-by_outer, outer_y, y)
-            return (y if project is None else project(y), count + 1), None
+            return (project(y), count + 1), None
 
         zero = jnp.zeros((), tree_dtype(anchor))
         return repeat(step, (anchor, zero), self.num_steps, "checkpointed")[0]
 
 
 def _safe_step(objective, anchor):
-    """One over the largest curvature, of which the iteration may fall a little short."""
+    """Less than one over the largest curvature, because that is estimated from below."""
     largest = largest_curvature(objective, anchor)
     return 0.9 / nonzero(largest)
 
@@ -100,7 +100,7 @@ Aggregated.__init__.__doc__ = r"""**Arguments:**
 
 - `num_steps`: $K$, the number of steps.
 - `inner_step_size`: $t$, below two over the largest curvature of f in y. `None`, the
-    default, estimates that curvature at the anchor, by 20 Hessian-vector products.
+    default, estimates that curvature at the anchor with 20 Hessian-vector products.
 - `outer_step_size`: $s$, the same for F.
 - `mixing`: $\alpha$, between 0 and 1.
 """

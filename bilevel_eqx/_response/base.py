@@ -1,8 +1,8 @@
-"""What a response is: how the inner variables answer the outer ones."""
+"""Responses: how the inner variables depend on the outer ones."""
 
 import abc
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic, NamedTuple
 
 import equinox as eqx
 import lineax as lx
@@ -13,31 +13,51 @@ from .._failure.results import RESULTS
 from .._problem.base import AbstractBilevelProblem
 
 
+class Pulled(NamedTuple):
+    r"""What a `pullback` returns.
+
+    - `cotangent`: $J^\top u$, a pytree like `x`.
+    - `result`: whether its linear solve succeeded.
+    - `stats`: statistics of the linear solve, as `linear_...`.
+    - `adjoint`: the solution $q \approx H^{-1} u$ of that solve, a pytree like `y`; or
+        `None` if there is no linear solve.
+    """
+
+    cotangent: PyTree
+    result: RESULTS
+    stats: dict[str, Any]
+    adjoint: PyTree | None = None
+
+
 class Response(eqx.Module, Generic[X, Y]):
     r"""What a response returns.
 
     **Attributes:**
 
-    - `y`: the inner variables that answer x.
+    - `y`: the response, that is, the inner variables for this x.
     - `jacobian`: the response Jacobian $J = \partial y / \partial x$, a lineax operator
-        from pytrees like `x` to pytrees like `y`. A linear solve in it that fails
-        raises.
+        from pytrees like `x` to pytrees like `y`. It raises if its linear solve fails.
     - `result`: whether the inner solve succeeded, one of `bilevel_eqx.RESULTS`.
-    - `stats`: figures of the inner solve. `stats["inner_residual"]` is the norm of
-        what the response presumes to be zero: $\nabla_y f$ if implicit, that of the
-        proximal objective if proximal, nothing at all if unrolled.
-    - `pullback`: the map from cotangents $u$ to $(J^\top u, \text{result},
-        \text{stats})$, which reports the linear solve instead of raising.
+    - `stats`: statistics of the inner solve. `stats["inner_residual"]` is the norm of the
+        gradient that the response assumes to be zero: $\nabla_y f$ for an implicit one,
+        that of the proximal objective for a proximal one. An unrolled one has none.
+    - `pullback`: the map from cotangents $u$ to a tuple of $J^\top u$, `result`, `stats`
+        and `adjoint`. It does not raise.
     - `state`: what the response carries from one call to the next (the optimiser state
         of an unrolled one), or `None`.
+    - `presumes`: a map from the bilevel problem to the problem whose inner minimum `y` is
+        assumed to be; or `None` if the response does not assume a minimum.
     """
 
     y: Y
     jacobian: lx.AbstractLinearOperator
     result: RESULTS
     stats: dict[str, Any]
-    pullback: Callable[[Y], tuple[X, RESULTS, dict[str, Any]]]
+    pullback: Callable[[Y], Pulled]
     state: Any = None
+    # A map and not the problem, because a returned or batched response should not contain
+    # a copy of the problem's data.
+    presumes: Callable[[AbstractBilevelProblem], AbstractBilevelProblem] | None = None
 
 
 class TransposedJacobian(eqx.Module):
@@ -46,7 +66,7 @@ class TransposedJacobian(eqx.Module):
     transpose: Callable
 
     def __call__(self, cotangent):
-        return self.transpose(cotangent), RESULTS.successful, {}
+        return Pulled(self.transpose(cotangent), RESULTS.successful, {})
 
 
 class AbstractResponse(eqx.Module):
@@ -54,13 +74,27 @@ class AbstractResponse(eqx.Module):
     the inner variables start from) to inner variables $y$ and the Jacobian
     $\partial y / \partial x$ at a fixed anchor.
 
-    Call it as `response(problem, x, anchor)`. The methods of the field differ in
-    nothing but this.
+    Call it as `response(problem, x, anchor)`. The methods of the field differ only in
+    their response.
     """
+
+    solves: ClassVar[bool] = False
+    """Whether y is an inner minimum, so that the inner gradient should vanish there."""
+    answers_itself: ClassVar[bool] = False
+    """Whether the response from y, at the same x, is y again."""
+
+    state_is_guess: ClassVar[bool] = False
+    """Whether its `state` is only the start of a search. A cold start may then carry it
+    too."""
+
+    @property
+    def inner_optimiser(self) -> Any:
+        """The optimiser whose state is carried from one call to the next, if any."""
+        return None
 
     @abc.abstractmethod
     def init(self, problem: AbstractBilevelProblem, x: PyTree, anchor: PyTree) -> Any:
-        """What is carried from one call to the next, before the first; or `None`."""
+        """The `state` before the first call, or `None`."""
 
     @abc.abstractmethod
     def __call__(
@@ -70,14 +104,14 @@ class AbstractResponse(eqx.Module):
         anchor: PyTree,
         state: Any = None,
     ) -> Response:
-        """Answers x from the anchor.
+        """The response to x from the anchor.
 
         **Arguments:**
 
         - `problem`: the bilevel problem.
         - `x`: the outer variables, a pytree of floating-point arrays.
         - `anchor`: the inner variables to start from, a pytree of the same kind.
-        - `state`: the `state` of the last [`bilevel_eqx.Response`][], to go on from it.
+        - `state`: the `state` of the last [`bilevel_eqx.Response`][], to continue it.
 
         **Returns:**
 
@@ -88,7 +122,7 @@ class AbstractResponse(eqx.Module):
     def best_response(
         self, problem: AbstractBilevelProblem, x: PyTree, anchor: PyTree
     ) -> tuple[PyTree, RESULTS]:
-        """Only `y`, differentiable in all that it depends on, and the result."""
+        """`y`, differentiable in everything that it depends on, and the result."""
 
     @abc.abstractmethod
     def reaches(self, problem: AbstractBilevelProblem, x: PyTree, anchor: PyTree) -> bool:

@@ -1,4 +1,6 @@
-"""The response that does not respond."""
+"""The constant response."""
+
+from typing import ClassVar
 
 import jax.numpy as jnp
 import lineax as lx
@@ -9,10 +11,12 @@ from .base import AbstractResponse, Response, TransposedJacobian
 
 
 class Fixed(AbstractResponse):
-    r"""$y = $ the anchor, with Jacobian 0: the inner variables are taken as given.
+    r"""$y$ is the anchor, with Jacobian 0: the inner variables do not depend on x.
 
     The hypergradient is then $F_x$ alone, that of simultaneous play.
     """
+
+    answers_itself: ClassVar[bool] = True
 
     def init(self, problem, x, anchor):
         return None

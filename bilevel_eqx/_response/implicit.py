@@ -1,37 +1,40 @@
 """Implicit differentiation."""
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 
-from .._arguments import check_count, check_positive, check_type
+from .._arguments import check_count, check_positive, check_type, says
+from .._compat import nondifferentiable
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
-from .._derivatives.operators import curved_tag
-from .._derivatives.second import cross_derivative_operator, HessianAt, is_curved
+from .._derivatives.second import (
+    cross_derivative_operator,
+    expansion,
+    hessian_depends_on_y,
+)
 from .._failure.results import first_failure, RESULTS
-from .._inner_solver.gradient_descent import GradientDescent
-from .._inner_solver.projected_gradient import ProjectedGradient
-from .._linear_solver.identity_inverse import IdentityInverse
-from .._linear_solver.misc import relative
-from .._linear_solver.neumann import Neumann
-from .._linear_solver.pseudoinverse import Pseudoinverse
-from .._linear_solver.truncated_cg import TruncatedCG
+from .._inner_solver.minimum import minimise_inner
+from .._linear_solver.misc import explain, judges_itself, relative, tags_for
 from .._problem.closure import closure_converted
-from .._problem.constraints import projection_y
-from .._solution_set.stationarity import stationarity
-from .._tree import nonzero, tree_axpy, tree_dot, tree_norm, tree_scale, tree_sub
-from .base import AbstractResponse, Response
-
-
-# At a minimum the Hessian is positive semidefinite. Saying so lets `lx.CG` and
-# `lx.Cholesky` take it, and makes lineax's default solver fail loudly on a singular one,
-# where without the tag it would return something wrong in silence.
-_tags = frozenset({lx.positive_semidefinite_tag})
+from .._problem.constraints import set_y, Stationarity
+from .._problem.flat import AsItIs, flat_if_uniform
+from .._tree import (
+    Layout,
+    nonzero,
+    tree_dot,
+    tree_norm,
+    tree_scale,
+    tree_struct,
+    tree_sub,
+)
+from .base import AbstractResponse, Pulled, Response
 
 
 class Implicit(AbstractResponse):
@@ -41,24 +44,25 @@ class Implicit(AbstractResponse):
     $$y^* \in \operatorname{argmin}_y f(x, y), \qquad
     \frac{\partial y^*}{\partial x} = -H^{-1} B.$$
 
-    What stands for $H^{-1}$ is the linear solver's choice: a pseudoinverse, a truncated
-    series, a factorisation.
+    The linear solver determines $H^{-1}$: a pseudoinverse, a truncated series, or a
+    factorisation.
 
-    The point depends on the anchor, where the inner problem has many solutions; the
-    Jacobian does not, and the derivative with respect to the anchor is zero by
-    definition. Where the features move with x, $-H^+ B$ is the derivative of the warm
-    response, $\Pi(y, S(x))$ from the current $y$, and not quite that of the cold one.
+    If the inner problem has many solutions, y depends on the anchor. The Jacobian at y
+    does not, and the derivative with respect to the anchor is zero by definition. If H
+    depends on x, $-H^+ B$ is the derivative of the warm response, $\Pi(y, S(x))$ from the
+    current $y$. That of the cold response has one more term; see
+    [`bilevel_eqx.MinimumDisplacement`][].
 
-    Where y is confined to a set (`project_y`), the solution is that in the set, and with
-    $D$ the derivative of the projection, at a step $t$ down the gradient from y,
+    If y is confined to a set (`project_y`), so is the solution. Let $D$ be the derivative
+    of the projection at $y - t \nabla_y f$. Then
 
     $$\frac{\partial y^*}{\partial x} = -D K^+ D B, \qquad
     K = D H D + \tfrac1t (D - D^2):$$
 
-    at an active bound y does not move. $K$ is singular there: use
+    so that y does not move at an active bound. $K$ is singular there: use
     [`bilevel_eqx.Pseudoinverse`][], [`bilevel_eqx.TruncatedCG`][] or
-    [`bilevel_eqx.Neumann`][]. Where a bound is active and its multiplier zero, y has a
-    kink, and no derivative.
+    [`bilevel_eqx.Neumann`][]. If a bound is active and its multiplier is zero, y has a
+    kink and no derivative.
 
     ??? cite "References"
 
@@ -73,6 +77,9 @@ class Implicit(AbstractResponse):
     tolerance: float | None = 1e-3
     max_steps: int | None = 10_000
 
+    solves: ClassVar[bool] = True
+    answers_itself: ClassVar[bool] = True
+
     def __check_init__(self):
         minimiser, linear_solver = optx.AbstractMinimiser | None, lx.AbstractLinearSolver
         check_type(self.solver, minimiser, "solver", "Implicit")
@@ -86,22 +93,26 @@ class Implicit(AbstractResponse):
         return None
 
     def __call__(self, problem, x, anchor, state=None):
-        y, result, stats = self.minimum(problem, x, anchor)
-        at = stationarity(problem, x, y, self._tags(problem, x, y))
-        B = at.cross(cross_derivative_operator(problem, x, y))
-        H, D = at.hessian, at.tangent
-        jacobian = -(lx.invert(H, self.linear_solver) @ B)
-        if D is not None:
-            jacobian = D @ jacobian
-        result = self.judge(result, anchor, y, at.residual, at.free_hessian)
+        # In one vector, which makes the program shorter.
+        problem, layout = flat_if_uniform(problem, anchor)
+        anchor = layout.ravel(anchor)
+        v, result, stats = self.minimum(problem, x, anchor)
+        at, cross_transposed = self._expansion(problem, x, v)
+        B = at.applied_to(cross_derivative_operator(problem, x, v))
+        J = at.applied_to(-(lx.invert(at.hessian, self.linear_solver) @ B))
+        result = self.judge(result, anchor, v, at.residual, at.free_hessian)
         stats["inner_residual"] = tree_norm(at.residual)
-        pullback = ImplicitPullback(H, B, D, self.linear_solver)
-        return Response(y, jacobian, result, stats, pullback)
+        jacobian = lx.FunctionLinearOperator(
+            lambda tangent: layout.unravel(J.mv(tangent)), tree_struct(x)
+        )
+        pullback = _Pullback(at, cross_transposed, self.linear_solver, layout)
+        y = layout.unravel(v)
+        return Response(y, jacobian, result, stats, pullback, presumes=_Itself())
 
     def best_response(self, problem, x, anchor):
         anchor = jax.lax.stop_gradient(anchor)
         problem = closure_converted(problem, x, anchor)
-        response = eqxi.nondifferentiable(
+        response = nondifferentiable(
             self, name="The solvers of an `Implicit` or `Proximal` response"
         )
         y, result = _argmin(response, problem, x, anchor)
@@ -111,51 +122,41 @@ class Implicit(AbstractResponse):
         return depends_on(lambda x: inner_gradient(problem, x, anchor), x)
 
     def minimum(self, problem, x, anchor):
-        """The point that the inner solver ends at, whether it is finite, and `stats`."""
+        """The last point of the inner solver, whether it is finite, and `stats`."""
         if self.solver is None:
             return anchor, RESULTS.successful, {}
-        if problem.project_y is not None and not isinstance(self.solver, _projecting):
-            names = " or ".join(f"`{kind.__name__}`" for kind in _projecting)
+        if set_y(problem).confines and not says(self.solver, "projects", False):
             raise ValueError(
                 "The inner variables of this problem are confined to a set "
-                f"(`project_y`), of which `{type(self.solver).__name__}` knows nothing: "
-                f"use {names}, or `Unrolled` with an optax optimiser."
+                f"(`project_y`), but `{type(self.solver).__name__}` does not project. "
+                "Use `ProjectedGradient` or `GradientDescent`, or `Unrolled` with an "
+                "optax optimiser. If a minimiser of your own uses "
+                '`options["projection"]`, give it the class attribute `projects = True`.'
             )
-        # These have a number of steps of their own.
-        max_steps = None if isinstance(self.solver, _projecting) else self.max_steps
-        solution = optx.minimise(
-            _inner_objective,
-            self.solver,
-            anchor,
-            args=(problem, x),
-            options={
-                "hessian": HessianAt(problem, x),
-                "projection": projection_y(problem),
-            },
-            max_steps=max_steps,
-            throw=False,
-        )
+        solution = minimise_inner(problem, x, anchor, self.solver, self.max_steps)
         finite = solution.result != optx.RESULTS.nonfinite
         result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite_step)
         stats = {"inner_steps": jnp.asarray(solution.stats["num_steps"])}
         return solution.value, result, stats
 
-    def _tags(self, problem, x, y):
-        """What the linear solver should know of H."""
-        if isinstance(self.linear_solver, Pseudoinverse) and is_curved(problem, x, y):
-            return _tags | {curved_tag}
-        return _tags
+    def _expansion(self, problem, x, y) -> tuple[Stationarity, Callable]:
+        """The first-order condition of the inner problem at (x, y), and B^T."""
+        tags = tags_for(self.linear_solver, hessian_depends_on_y(problem, x, y))
+        gradient, H, cross_transposed = expansion(problem, x, y, tags)
+        return set_y(problem).stationarity(gradient, H, y, tags), cross_transposed
 
     def judge(self, result, anchor, y, gradient, hessian):
-        """Whether y is a minimum, in terms that do not depend on the scale of f."""
+        """Whether y is a minimum. The test does not depend on the scale of f."""
         if self.solver is None or self.tolerance is None:
             return result
-        # The minimum along the gradient is at this distance, were f a quadratic.
+        # The distance of the minimum along the gradient, if f is a quadratic.
         gg = tree_dot(gradient, gradient)
         curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
-        distance = gg / nonzero(curvature) * tree_norm(gradient)
+        distance = gg / nonzero(curvature) * jnp.sqrt(gg)
         distance = jnp.where(curvature == 0, jnp.inf, distance)
-        scale = tree_norm(y) + tree_norm(tree_sub(y, anchor))
+        # Not `tree_norm`, which takes care of a derivative that is not asked for here.
+        displacement = tree_sub(y, anchor)
+        scale = jnp.sqrt(tree_dot(y, y)) + jnp.sqrt(tree_dot(displacement, displacement))
         eps = jnp.finfo(gg.dtype).eps
         floor = eps * jnp.maximum(scale, eps)
         converged = (gg == 0) | (distance <= self.tolerance * scale + floor)
@@ -168,99 +169,73 @@ class Implicit(AbstractResponse):
 Implicit.__init__.__doc__ = """**Arguments:**
 
 - `solver`: any optimistix minimiser, run on the inner objective from the anchor; for
-    instance [`bilevel_eqx.GradientDescent`][] or [`bilevel_eqx.Projection`][]. `None`
-    takes the anchor to be a solution already, which is then for the caller to vouch for.
+    instance [`bilevel_eqx.GradientDescent`][] or [`bilevel_eqx.Projection`][]. With
+    `None`, the anchor must already be a solution.
 - `linear_solver`: any lineax solver, for $H q = F_y$; for instance
     [`bilevel_eqx.Neumann`][], [`bilevel_eqx.TruncatedCG`][] or
     [`bilevel_eqx.Pseudoinverse`][]. $H$ is tagged as symmetric and positive
     semidefinite.
-- `tolerance`: the inner solve counts as converged when the minimum along the gradient is
-    nearer than this, relative to the size of y. `None` accepts any point.
+- `tolerance`: the inner solve counts as converged if the distance of the minimum along
+    the gradient, relative to the size of y, is below this. `None` accepts any point.
 - `max_steps`: the largest number of steps of the inner solver. `None` sets no bound.
 """
 
 
-# The inner solvers that keep to a set.
-_projecting = (ProjectedGradient, GradientDescent)
+class _Itself(eqx.Module):
+    """The assumption that y is a minimum of the problem's own inner objective."""
+
+    def __call__(self, problem):
+        return problem
 
 
-def _inner_objective(y, args):
-    problem, x = args
-    return problem.inner(x, y)
-
-
-class ImplicitPullback(eqx.Module):
+class _Pullback(eqx.Module):
     r"""$u \mapsto J^\top u = -B^\top H^{-1} u$; with constraints,
     $-(D B)^\top K^+ D u$. H and K are symmetric."""
 
-    hessian: lx.AbstractLinearOperator
-    cross: lx.AbstractLinearOperator
-    tangent: lx.AbstractLinearOperator | None
+    at: Stationarity
+    cross_transposed: Callable
     linear_solver: lx.AbstractLinearSolver
+    layout: Layout | AsItIs = eqx.field(static=True)
 
     def __call__(self, u):
-        q, result, stats = self.adjoint(u)
-        return self.apply(q), result, stats
+        q, result, stats = self._adjoint(self.layout.ravel(u))
+        cotangent = tree_scale(-1, self.cross_transposed(self.at.along(q)))
+        return Pulled(cotangent, result, stats, self.layout.unravel(q))
 
-    def apply(self, q):
-        return tree_scale(-1, self.cross.T.mv(q))
-
-    def adjoint(self, u):
-        """$q = H^{-1} u$, as far as the linear solver gets; whether it does; figures."""
-        H = self.hessian
-        if self.tangent is not None:
-            u = self.tangent.mv(u)
+    def _adjoint(self, u):
+        """The linear solver's $q = H^{-1} u$, whether it is right, and statistics."""
+        H, u = self.at.hessian, self.at.along(u)
         solve = lx.linear_solve(H, u, self.linear_solver, throw=False)
         q, stats = solve.value, solve.stats
-        result = self._explain(solve.result)
-        if not isinstance(self.linear_solver, _reports):
-            # A factorisation of a singular matrix may well return something finite.
-            # Multiplied by H once more, because u need not be in its range.
+        result = explain(self.linear_solver, solve.result)
+        if not judges_itself(self.linear_solver):
+            # Times H once more, because u need not be in its range.
             stats = {**stats, "residual": relative(H.mv(tree_sub(H.mv(q), u)), H.mv(u))}
             sound = stats["residual"] <= _FOREIGN_TOLERANCE
             verdict = RESULTS.where(
                 sound, RESULTS.successful, RESULTS.linear_not_converged
             )
             result = first_failure(result, verdict)
-        # Some solvers report a bound that they do not have as `None`.
+        # Some solvers report a missing bound as `None`.
         arrays = eqx.filter(stats, eqx.is_array)
         stats = {f"linear_{k}": v for k, v in arrays.items() if v is not None}
         return q, result, stats
 
-    def _explain(self, result: lx.RESULTS) -> RESULTS:
-        """Our words for the failure of a linear solve, where we know more."""
-        if isinstance(self.linear_solver, Neumann):
-            breakdown = RESULTS.neumann_diverged
-        elif isinstance(self.linear_solver, TruncatedCG):
-            breakdown = RESULTS.negative_curvature
-        else:
-            breakdown = RESULTS.linear_not_converged
-        ours = RESULTS.promote(result)
-        ours = RESULTS.where(result == lx.RESULTS.breakdown, breakdown, ours)
-        for name in (lx.RESULTS.max_steps_reached, lx.RESULTS.stagnation):
-            ours = RESULTS.where(result == name, RESULTS.linear_not_converged, ours)
-        return ours
 
-
-# Our own solvers judge themselves, and some are meant to leave a residual.
-_reports = (IdentityInverse, Neumann, Pseudoinverse, TruncatedCG)
-
-
-# Generous: it is to tell a solution from nonsense, and not a good from a better one.
+# Large: it only has to separate a solution from a wrong one.
 _FOREIGN_TOLERANCE = 1e-2
 
 
 #
-# The derivative rule. It is that of `optimistix.implicit_jvp`, with the Hessian of the
-# problem in place of the Jacobian of a function, so that a linear solver can make use
-# of the structure of the problem.
+# The derivative rule. It is that of `optimistix.implicit_jvp`, but with the Hessian of
+# the problem, so that a linear solver can use the structure of the problem.
 #
 
 
 @eqx.filter_custom_jvp
 def _argmin(response: Implicit, problem, x, anchor):
     y, result, _ = response.minimum(problem, x, anchor)
-    at = stationarity(problem, x, y)
+    at, _ = response._expansion(problem, x, y)
     return y, response.judge(result, anchor, y, at.residual, at.free_hessian)
 
 
@@ -268,26 +243,20 @@ def _argmin(response: Implicit, problem, x, anchor):
 def _argmin_jvp(primals, tangents):
     response, problem, x, anchor = primals
     _, t_problem, t_x, _ = tangents
-    # Called again rather than computed here: y is then differentiable in its turn, and
-    # second derivatives are right.
+    # Called again, not computed here: y is then differentiable too, and second
+    # derivatives are right.
     y, result = _argmin(response, problem, x, anchor)
-
-    at = stationarity(problem, x, y, response._tags(problem, x, y))
-    t = at.step_size
-
-    def step(problem, x):
-        gradient, project = inner_gradient(problem, x, y), projection_y(problem)
-        return gradient if project is None else project(tree_axpy(-t, gradient, y))
-
-    _, moved = eqx.filter_jvp(step, (problem, x), (t_problem, t_x))
+    at, _ = response._expansion(problem, x, y)
 
     def solve(vector):
         return lx.linear_solve(at.hessian, vector, response.linear_solver).value
 
-    if at.tangent is None:
-        t_y = tree_scale(-1, solve(moved))
-    else:
-        # The set may move too, with the problem's leaves, and y with it.
-        left = tree_axpy(-1, at.free_hessian.mv(moved), tree_scale(1 / t, moved))
-        t_y = tree_axpy(1, at.along(solve(at.along(left))), moved)
+    t_y = set_y(problem).minimum_tangent(
+        at,
+        y,
+        lambda problem, x: inner_gradient(problem, x, y),
+        (problem, x),
+        (t_problem, t_x),
+        solve,
+    )
     return (y, result), (t_y, jtu.tree_map(lambda _: None, result))

@@ -1,7 +1,8 @@
 """The response of a cold start: the inner minimum nearest to the anchor."""
 
+from typing import ClassVar
+
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -9,16 +10,18 @@ import lineax as lx
 import optimistix as optx
 
 from .._arguments import check_count, check_positive
+from .._compat import nondifferentiable
 from .._derivatives.first import inner_gradient
-from .._derivatives.second import cross_derivative_operator
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.projection import Projection
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.closure import closure_converted
+from .._problem.constraints import set_y
+from .._problem.flat import flat
 from .._solution_set.nearest import Displacement, nearest_to
-from .._solution_set.tangent import SolutionSet
+from .._solution_set.picture import flat_picture
 from .._tree import tree_norm, tree_struct
-from .base import AbstractResponse, Response
+from .base import AbstractResponse, Pulled, Response
 from .implicit import Implicit
 
 
@@ -28,24 +31,24 @@ class MinimumDisplacement(AbstractResponse):
     $$y^* = \Pi(a, S(x)) = \operatorname{argmin}_{y \in S(x)} \|y - a\|, \qquad
     \frac{\partial y^*}{\partial x} = -H^+ B + (\text{a term in the null space of } H).$$
 
-    That second term is there wherever the inner Hessian moves with x: wherever $x$ are
-    data and not targets. [`bilevel_eqx.Implicit`][] lacks it, since $-H^+ B$ is the
-    derivative of a *warm* start. For a single row $\phi(x)^\top y = t$ it is
+    The second term is nonzero only if the inner Hessian depends on x, that is, if $x$ are
+    data and not targets. [`bilevel_eqx.Implicit`][] lacks it: $-H^+ B$ is the derivative
+    of a *warm* start. For a single row $\phi(x)^\top y = t$ it is
     $P \phi' (t - \phi^\top a) / \|\phi\|^2$.
 
-    Both terms come from the conditions of the projection,
-    $y - a + H \mu = 0$ and $\nabla_y f(x, y) = 0$: with $W = I + \partial_y(H \mu)$
-    and $P$ the projection on the null space of $H$,
+    Both terms follow from the conditions of the projection,
+    $y - a + H \mu = 0$ and $\nabla_y f(x, y) = 0$. With $W = I + \partial_y(H \mu)$
+    and the projection $P$ on the null space of $H$,
 
     $$\mathrm d y = n - (P W P)^+ P \bigl(W n + \partial_x(H \mu)\, \mathrm d x
     - \mathrm d a\bigr), \qquad n = -H^+ B\, \mathrm d x.$$
 
-    Where $S(x)$ is a plane (linear least squares; any quadratic) then $W = I$, and
-    neither the point nor its derivative needs a solve beyond that of $H^+$. Where it is
-    curved the nearest point is found by Newton's method along it. It is differentiable
-    in the anchor too.
+    If $S(x)$ is a plane (linear least squares; any quadratic), then $W = I$, and the
+    point and its derivative need no solve beyond that of $H^+$. If $S(x)$ is curved,
+    Newton's method along it finds the nearest point. It is differentiable with respect
+    to the anchor too.
 
-    Where the inner minimum is unique this is [`bilevel_eqx.Implicit`][].
+    If the inner minimum is unique, this is [`bilevel_eqx.Implicit`][].
 
     ??? cite "Reference"
 
@@ -60,6 +63,9 @@ class MinimumDisplacement(AbstractResponse):
     selection_steps: int
     selection_tolerance: float | None
 
+    answers_itself: ClassVar[bool] = True
+    state_is_guess: ClassVar[bool] = True
+
     def __init__(
         self,
         solver: optx.AbstractMinimiser | None = Projection(),
@@ -72,17 +78,18 @@ class MinimumDisplacement(AbstractResponse):
         """**Arguments:**
 
         - `solver`: any optimistix minimiser, run on the inner objective from the anchor
-            to find a point of $S(x)$. `None` takes the anchor to be one already.
-        - `linear_solver`: the lineax solver that stands for $H^+$. It must be right on a
-            singular $H$: [`bilevel_eqx.Pseudoinverse`][].
+            to find a point of $S(x)$. With `None`, the anchor must be such a point.
+        - `linear_solver`: the lineax solver for $H^+$. It must be right on a singular
+            $H$, as [`bilevel_eqx.Pseudoinverse`][] is.
         - `tolerance`, `max_steps`: how well the inner problem must be solved, as for
             [`bilevel_eqx.Implicit`][].
-        - `selection_steps`: the largest number of Newton steps along $S(x)$, where that
-            is curved.
-        - `selection_tolerance`: how much of the way from the anchor to y may lead along
-            $S(x)$, relative to its length. Where $S(x)$ has kinks (a network of ReLUs)
-            the nearest point may lie on one, and is not reached to any tolerance. `None`
-            accepts any point. It is in the `stats` as `displacement_residual`.
+        - `selection_steps`: the largest number of Newton steps along $S(x)$, if that is
+            curved.
+        - `selection_tolerance`: the largest accepted tangential residual: the part of
+            the displacement from the anchor to y that is tangential to $S(x)$, relative
+            to its length. It is `displacement_residual` in the `stats`. If $S(x)$ has
+            kinks (a network of ReLUs), the nearest point may lie on one, and the residual
+            then stays large. `None` accepts any point.
         """
         self.solver = solver
         self.linear_solver = linear_solver
@@ -102,30 +109,36 @@ class MinimumDisplacement(AbstractResponse):
         return Implicit(self.solver, self.linear_solver, self.tolerance, self.max_steps)
 
     def init(self, problem, x, anchor):
-        return None
+        return anchor
 
     def __call__(self, problem, x, anchor, state=None):
-        displacement, result, stats = self.nearest(problem, x, anchor)
-        solutions = displacement.solutions
-        y, mu = solutions.y, displacement.multiplier
+        displacement, layout, result, stats = self.nearest(problem, x, anchor, state)
+        here = displacement.picture
 
         def push(x_tangent):
-            def along_x(fn):
-                return jax.jvp(lambda x: fn(x, y), (x,), (x_tangent,))[1]
+            def constraint(x):
+                return inner_gradient(here.problem, x, here.y)
 
-            gradient_tangent = cross_derivative_operator(problem, x, y).mv(x_tangent)
-            return displacement.push(gradient_tangent, along_x(solutions.pulled(mu)))
+            def pulled(x):
+                return _pull_of_constraint(here.problem, x, here.y, mu)
+
+            mu = displacement.multiplier
+            gradient_tangent = jax.jvp(constraint, (x,), (x_tangent,))[1]
+            pull_tangent = jax.jvp(pulled, (x,), (x_tangent,))[1]
+            return layout.unravel(displacement.push(gradient_tangent, pull_tangent))
 
         def pullback(u):
-            cotangent, result = displacement.pull(u)
-            return cotangent, result, {}
+            cotangent, result = displacement.pull(layout.ravel(u))
+            return Pulled(cotangent, result, {})
 
         jacobian = lx.FunctionLinearOperator(push, tree_struct(x))
-        return Response(y, jacobian, result, stats, pullback)
+        y = layout.unravel(here.y)
+        # The nearest point at the next x is close to this one.
+        return Response(y, jacobian, result, stats, pullback, state=y)
 
     def best_response(self, problem, x, anchor):
         problem = closure_converted(problem, x, anchor)
-        response = eqxi.nondifferentiable(
+        response = nondifferentiable(
             self, name="The solvers of a `MinimumDisplacement` response"
         )
         return _nearest_point(response, problem, x, anchor)
@@ -133,32 +146,39 @@ class MinimumDisplacement(AbstractResponse):
     def reaches(self, problem, x, anchor):
         return self._implicit().reaches(problem, x, anchor)
 
-    def nearest(self, problem, x, anchor):
-        """The nearest point, what is known around it, and whether it is one."""
-        if problem.project_y is not None:
+    def nearest(self, problem, x, anchor, guess=None):
+        """The nearest point with its local picture, the layout of y, the result, and
+        statistics of the search, which starts at the guess or at the anchor."""
+        if set_y(problem).confines:
             raise ValueError(
-                "`MinimumDisplacement` looks for the nearest inner minimum along the "
-                "null space of H, and where y is confined to a set (`project_y`) that "
-                "does not lead there. Use `Implicit` with `ProjectedGradient`, or "
-                "`Unrolled`."
+                "`MinimumDisplacement` searches for the nearest inner minimum along the "
+                "null space of H, which does not work if y is confined to a set "
+                "(`project_y`). Use `Implicit` with `ProjectedGradient`, or `Unrolled`."
             )
+        problem, layout = flat(problem, anchor)
+        anchor = layout.ravel(anchor)
         implicit = self._implicit()
-        y, result, stats = implicit.minimum(problem, x, anchor)
+        start = anchor if guess is None else layout.ravel(guess)
+        y, result, stats = implicit.minimum(problem, x, start)
         displacement, num_steps = nearest_to(
             problem, x, y, anchor, self.linear_solver, self.selection_steps
         )
+        here = displacement.picture
         stats["selection_steps"] = num_steps
-        solutions = displacement.solutions
-        y = solutions.y
-        gradient = solutions.gradient
-        result = implicit.judge(result, anchor, y, gradient, solutions.hessian)
-        stats["displacement_residual"] = astray = displacement.astray
+        result = implicit.judge(result, anchor, here.y, here.gradient, here.at.hessian)
+        tangential = displacement.tangential_residual
+        stats["displacement_residual"] = tangential
         if self.selection_tolerance is not None:
-            near = astray <= self.selection_tolerance
+            near = tangential <= self.selection_tolerance
             verdict = RESULTS.where(near, RESULTS.successful, RESULTS.not_selected)
             result = first_failure(result, verdict)
-        stats["inner_residual"] = tree_norm(gradient)
-        return displacement, result, stats
+        stats["inner_residual"] = tree_norm(here.gradient)
+        return displacement, layout, result, stats
+
+
+def _pull_of_constraint(problem, x, y, multiplier):
+    r"""$H(x, y)\, \mu$."""
+    return jax.jvp(lambda y: inner_gradient(problem, x, y), (y,), (multiplier,))[1]
 
 
 #
@@ -168,40 +188,37 @@ class MinimumDisplacement(AbstractResponse):
 
 @eqx.filter_custom_jvp
 def _nearest_point(response: MinimumDisplacement, problem, x, anchor):
-    displacement, result, _ = response.nearest(problem, x, anchor)
-    return displacement.solutions.y, result
+    displacement, layout, result, _ = response.nearest(problem, x, anchor)
+    return layout.unravel(displacement.picture.y), result
 
 
 @_nearest_point.def_jvp
 def _nearest_point_jvp(primals, tangents):
     response, problem, x, anchor = primals
     _, t_problem, t_x, t_anchor = tangents
-    # Called again rather than computed here: y is then differentiable in its turn, and
-    # second derivatives are right.
+    # Called again, not computed here: y is then differentiable too, and second
+    # derivatives are right.
     y, result = _nearest_point(response, problem, x, anchor)
-    solutions = SolutionSet(problem, x, y, response.linear_solver)
-    displacement = Displacement(solutions, anchor)
+    flat_problem, layout = flat(problem, y)
+    v = layout.ravel(y)
+    here = flat_picture(flat_problem, x, v, response.linear_solver, differentiable=True)
+    displacement = Displacement(here, layout.ravel(anchor))
     mu = displacement.multiplier
 
     def constraint(problem, x):
-        return inner_gradient(problem, x, y)
+        return inner_gradient(flat(problem, y)[0], x, v)
 
     def stationarity(problem, x, anchor):
-        moved = eqx.tree_at(lambda s: s.problem, solutions, problem)
-        return jtu.tree_map(jnp.subtract, moved.pulled(mu)(x, y), anchor)
+        pulled = _pull_of_constraint(flat(problem, y)[0], x, v, mu)
+        return pulled - layout.ravel(anchor)
 
     _, t_gradient = eqx.filter_jvp(constraint, (problem, x), (t_problem, t_x))
     primals, tangents = (problem, x, anchor), (t_problem, t_x, t_anchor)
     _, t_pull = eqx.filter_jvp(stationarity, primals, tangents)
-    t_y = displacement.push(_materialised(t_gradient, y), _materialised(t_pull, y))
-    return (y, result), (t_y, jtu.tree_map(lambda _: None, result))
+    t_v = displacement.push(_materialised(t_gradient, v), _materialised(t_pull, v))
+    return (y, result), (layout.unravel(t_v), jtu.tree_map(lambda _: None, result))
 
 
-def _materialised(tangent, y):
-    """Equinox writes a tangent that is zero as `None`."""
-    return jtu.tree_map(
-        lambda u, t: jnp.zeros_like(u) if t is None else t,
-        y,
-        tangent,
-        is_leaf=lambda t: t is None,
-    )
+def _materialised(tangent, v):
+    """A tangent with zeros where Equinox has `None`."""
+    return jnp.zeros_like(v) if tangent is None else tangent

@@ -1,12 +1,16 @@
 """The proximal response: partial warm start."""
 
+import dataclasses
+
 import equinox as eqx
+import jax.numpy as jnp
 import lineax as lx
 import optimistix as optx
-from jaxtyping import ScalarLike
+from jaxtyping import Array, PyTree, ScalarLike
 
 from .._arguments import as_rate, check_positive
 from .._problem.proximal import proximal
+from .._tree import tree_dtype
 from .base import AbstractResponse
 from .implicit import Implicit
 
@@ -18,11 +22,12 @@ class Proximal(AbstractResponse):
     $$y^* \in \operatorname{argmin}_y f(x, y) + \frac\epsilon2 \|y - a\|^2, \qquad
     \frac{\partial y^*}{\partial x} = -(H + \epsilon I)^{-1} B.$$
 
-    A large $\epsilon$ is like one step of gradient descent of size $1 / \epsilon$; as
-    $\epsilon \to 0$ it becomes the projection of the anchor on the set of minima, and
-    the inverse becomes a pseudoinverse. It is differentiable in the anchor too.
+    For a large $\epsilon$, y is about one step of gradient descent of size
+    $1 / \epsilon$ from the anchor. As $\epsilon \to 0$, y tends to the projection of the
+    anchor on the set of minima, and the inverse to a pseudoinverse. y is differentiable
+    with respect to the anchor too.
 
-    It is [`bilevel_eqx.Implicit`][], of another inner objective.
+    It is [`bilevel_eqx.Implicit`][] for the proximal objective.
 
     ??? cite "References"
 
@@ -48,7 +53,11 @@ class Proximal(AbstractResponse):
         return None
 
     def __call__(self, problem, x, anchor, state=None):
-        return self._implicit()(proximal(problem, anchor, self.epsilon), x, anchor)
+        # In the type of y, since it leaves the program with the answer.
+        epsilon = jnp.asarray(self.epsilon, tree_dtype(anchor))
+        presumes = _Proximity(anchor, epsilon)
+        answer = self._implicit()(presumes(problem), x, anchor)
+        return dataclasses.replace(answer, presumes=presumes)
 
     def best_response(self, problem, x, anchor):
         problem = proximal(problem, anchor, self.epsilon)
@@ -58,12 +67,22 @@ class Proximal(AbstractResponse):
         return self._implicit().reaches(problem, x, anchor)
 
 
+class _Proximity(eqx.Module):
+    """The assumption that y is a minimum of the proximal objective."""
+
+    anchor: PyTree[Array]
+    epsilon: ScalarLike
+
+    def __call__(self, problem):
+        return proximal(problem, self.anchor, self.epsilon)
+
+
 Proximal.__init__.__doc__ = r"""**Arguments:**
 
-- `epsilon`: $\epsilon$, positive: how strong the pull is. In units of the curvature of
+- `epsilon`: $\epsilon$, positive: the strength of the pull, in units of the curvature of
     the inner objective.
-- `solver`: any optimistix minimiser, run on the proximal objective from the anchor.
-    `None` takes the anchor to be a solution already.
+- `solver`: any optimistix minimiser, run on the proximal objective from the anchor. With
+    `None`, the anchor must already be a solution.
 - `linear_solver`: any lineax solver, for $(H + \epsilon I) q = F_y$.
 - `tolerance`, `max_steps`: as for [`bilevel_eqx.Implicit`][].
 """

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -13,12 +12,13 @@ import jax.tree_util as jtu
 import lineax as lx
 import optax
 
-from .._arguments import as_pytree, check_count, check_type, is_traced
+from .._arguments import as_pytree, check_count, check_type
+from .._compat import checkpointed_while_loop, is_traced
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
 from .._failure.results import RESULTS
 from .._optimiser.step import optimiser_step
-from .._problem.constraints import projection_y
+from .._problem.constraints import set_y
 from .._tree import tree_dtype, tree_struct
 from .base import AbstractResponse, Response, TransposedJacobian
 
@@ -30,14 +30,14 @@ class Unrolled(AbstractResponse):
     $$y = \Phi_K(a, x), \qquad \frac{\partial y}{\partial x} =
     \frac{\partial \Phi_K(a, x)}{\partial x}.$$
 
-    The optimiser's own state (momentum, second moments, a schedule's count) is part of
-    what is differentiated through. A pipeline carries it from one outer step to the next
-    under a warm start, and begins anew under a cold one.
+    The derivative includes the state of the optimiser (momentum, second moments, the
+    count of a schedule). A warm start carries that state from one outer step to the next;
+    a cold start initialises it again.
 
-    Where y is confined to a set (`project_y`), each step is projected on it.
+    If y is confined to a set (`project_y`), each step is projected on it.
 
-    Nothing is presumed of $y$. With gradient descent on a fixed quadratic, $K$ steps
-    have the Jacobian of exactly $K$ Neumann terms.
+    $y$ need not be a minimum. With gradient descent on a fixed quadratic, $K$ steps have
+    the Jacobian of exactly $K$ Neumann terms.
 
     ??? cite "References"
 
@@ -60,6 +60,10 @@ class Unrolled(AbstractResponse):
                 f"`Unrolled(mode=...)` must be one of {modes}; it is {self.mode!r}."
             )
 
+    @property
+    def inner_optimiser(self):
+        return self.optimiser
+
     def init(self, problem, x, anchor):
         return self.optimiser.init(anchor)
 
@@ -78,7 +82,7 @@ class Unrolled(AbstractResponse):
     def _unroll(self, problem, x, anchor, state, mode):
         if state is None:
             state = self.optimiser.init(anchor)
-        # A rate in float64 does not make float32 data or state float64.
+        # A rate in float64 must not make float32 data or state float64.
         structure = tree_struct(eqx.filter(state, eqx.is_array))
 
         def objective(y):
@@ -94,7 +98,7 @@ class Unrolled(AbstractResponse):
                 value=value,
                 gradient=gradient,
                 value_fn=objective,
-                project=projection_y(problem),
+                project=set_y(problem).project,
             )
             return (y, _cast(state, structure)), None
 
@@ -105,18 +109,18 @@ Unrolled.__init__.__doc__ = """**Arguments:**
 
 - `optimiser`: any optax optimiser.
 - `num_steps`: the number $K$ of steps, at least one. It may be known only at run time
-    (to vmap over it, for instance), and the mode must then be `"checkpointed"` or
+    (to vmap over it, for instance); the mode must then be `"checkpointed"` or
     `"forward"`.
 - `mode`: how $J^\\top F_y$ is computed.
-    `"checkpointed"`, the default, keeps only some of the steps and takes the others
-    again: memory grows as $\\sqrt K$, at the price of about a third more time.
-    `"reverse"` keeps all intermediate values of all steps. `"forward"` pushes
-    a basis of x forward: memory does not grow with $K$, time grows with the size of x.
+    `"checkpointed"`, the default, stores only some of the steps and recomputes the
+    others: memory grows as $\\sqrt K$, and it takes about a third more time.
+    `"reverse"` stores all intermediate values of all steps. `"forward"` pushes a basis
+    of x forward: memory does not grow with $K$, but time grows with the size of x.
 """
 
 
 def differentiated(unroll, x, mode="checkpointed", known_length=True) -> Response:
-    """The response of `unroll(x)`, which returns y and a state, by differentiating it."""
+    """A response made from `unroll(x)`, which returns y and a state."""
     if mode == "forward":
         y, new_state, jacobian = _forward_jacobian(unroll, x)
         transpose = jacobian.T.mv
@@ -125,10 +129,10 @@ def differentiated(unroll, x, mode="checkpointed", known_length=True) -> Respons
         if known_length:
             jacobian = lx.JacobianLinearOperator(lambda x, _: unroll(x)[0], x)
         else:
-            # A loop of unknown length is checkpointed by a rule for reverse mode
-            # alone. Nothing of this is computed unless it is asked for.
+            # The checkpointed loop of unknown length has no forward mode. The Jacobian is
+            # computed only if it is used.
             _, _, jacobian = _forward_jacobian(lambda x: unroll(x, "forward"), x)
-        # The steps were taken once, here; `jacobian.T` would take them again.
+        # This has taken the steps already; `jacobian.T` would take them again.
         transpose = _First(vjp)
     stats = {"inner_residual": jnp.zeros((), tree_dtype(y))}
     pullback = TransposedJacobian(transpose)
@@ -136,7 +140,7 @@ def differentiated(unroll, x, mode="checkpointed", known_length=True) -> Respons
 
 
 class _First(eqx.Module):
-    """A function with a tuple of one as its value, without the tuple."""
+    """The only element of the tuple that a function returns."""
 
     fn: Callable
 
@@ -145,24 +149,24 @@ class _First(eqx.Module):
         return out
 
 
-# Beyond this many steps, the iterates themselves are checkpointed too.
+# With more steps than this, the iterates are checkpointed too.
 _MANY_STEPS = 64
 
 
 def repeat(step, carry, num_steps, mode):
-    """`step`, `num_steps` times, in a form that suits the mode of differentiation."""
+    """`step`, `num_steps` times, in a form for this mode of differentiation."""
     if is_traced(num_steps) or not isinstance(num_steps, int):
         return _repeat_dynamic(step, carry, num_steps, mode)
     if num_steps == 1:
-        # Without a loop around it the compiler can share its first gradient.
+        # Without a loop, the compiler can share the first gradient.
         return step(carry, None)[0]
     if mode != "checkpointed":
         return jax.lax.scan(step, carry, None, length=num_steps)[0]
-    # Keep only the iterates, and take the inside of each step again.
+    # Store only the iterates, and recompute the inside of each step.
     step = jax.checkpoint(step, prevent_cse=False)  # pyright: ignore
     if num_steps <= _MANY_STEPS:
         return jax.lax.scan(step, carry, None, length=num_steps)[0]
-    # Keep only the iterates at the ends of sqrt(K) chunks of sqrt(K) steps.
+    # Store only the iterates at the ends of sqrt(K) chunks of sqrt(K) steps.
     size = math.isqrt(num_steps)
     num_chunks, rest = divmod(num_steps, size)
 
@@ -177,8 +181,8 @@ def repeat(step, carry, num_steps, mode):
 def _repeat_dynamic(step, carry, num_steps, mode):
     if mode == "reverse":
         raise ValueError(
-            "`Unrolled(num_steps=...)` is known only at run time, and reverse mode "
-            "cannot keep an unknown number of steps. Use `mode='checkpointed'`."
+            "`Unrolled(num_steps=...)` is known only at run time, but reverse mode "
+            "cannot store an unknown number of steps. Use `mode='checkpointed'`."
         )
     dynamic, static = eqx.partition(carry, eqx.is_array)
 
@@ -194,8 +198,8 @@ def _repeat_dynamic(step, carry, num_steps, mode):
     if mode == "forward":
         _, dynamic = jax.lax.while_loop(unfinished, body, carry)
     else:
-        _, dynamic = eqxi.while_loop(
-            unfinished, body, carry, kind="checkpointed", checkpoints=_MANY_STEPS
+        _, dynamic = checkpointed_while_loop(
+            unfinished, body, carry, checkpoints=_MANY_STEPS
         )
     return eqx.combine(dynamic, static)
 
@@ -207,7 +211,7 @@ def _cast(state, structure):
 
 
 def _forward_jacobian(unroll, x) -> tuple[Any, Any, lx.AbstractLinearOperator]:
-    """One K-step run that carries the tangents of all of x along."""
+    """One K-step run that also carries the tangents of x."""
     flat_x, unravel_x = jax.flatten_util.ravel_pytree(x)
     basis = jnp.eye(flat_x.size, dtype=flat_x.dtype)
 

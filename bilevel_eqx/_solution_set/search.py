@@ -1,152 +1,143 @@
-"""The point of S(x) at which an objective is least."""
+r"""The point of S(x) at which an objective is least."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._derivatives.first import inner_gradient
-from .._derivatives.second import HessianAt, is_curved
-from .._inner_solver.projection import Projection
-from .._linear_solver.truncated_cg import newton_direction
+from .._inner_solver.newton_direction import newton_direction
+from .._linalg.power_iteration import DENSE_SIZE
+from .._optimiser.backtracking import backtrack
 from .._problem.base import AbstractBilevelProblem
-from .._tree import (
-    tree_axpy,
-    tree_dot,
-    tree_dtype,
-    tree_norm,
-    tree_scale,
-    tree_sub,
-    tree_where,
-)
-from .tangent import SolutionSet
+from .._tree import nonzero, vector_norm
+from .picture import flat_picture, Picture, restore
 
 
-class _Search(eqx.Module):
-    y: PyTree[Array]
+class _Search(NamedTuple):
+    y: Float[Array, " n"]
     num_steps: Int[Array, ""]
+    # The norm of the slope along S(x), before the first step.
+    first_norm: Scalar
+    # The next step is not to be taken: y is as good as it gets.
+    settled: Bool[Array, ""]
     done: Bool[Array, ""]
+    # The arrays of the picture at y; `None` where they are as cheap to compute anew.
+    computed: Any
 
 
-_RESTORATIONS = 30
-
-
-_HALVINGS = 20
+_MAX_TRIALS = 20
 
 
 def select(
     problem: AbstractBilevelProblem,
     x: PyTree[Array],
-    y: PyTree[Array],
-    objective: Callable[[PyTree[Array]], Scalar],
+    y: Float[Array, " n"],
+    objective: Callable[[Float[Array, " n"]], Scalar],
     linear_solver: lx.AbstractLinearSolver,
     max_steps: int,
-) -> tuple[PyTree[Array], Int[Array, ""]]:
-    r"""Minimises an objective $\phi(y)$ within $S(x)$, from a point of it.
+) -> tuple[Picture, Int[Array, ""]]:
+    r"""Minimises an objective $\phi(y)$ within S(x), from a point of it.
 
-    Newton's method along $S(x)$: the step $d$ solves $P W P d = -P \phi_y$, by conjugate
-    gradients, and what leaves $S(x)$ on the way is brought back by steps
-    $-H^+ \nabla_y f$. One step is exact where $S(x)$ is a plane and $\phi$ quadratic.
+    Newton's method along S(x): the step d solves $P W P d = -P \phi_y$ by conjugate
+    gradients, and steps $-H^+ \nabla_y f$ bring back to S(x) what leaves it on the way.
+    One step is exact where S(x) is a plane and $\phi$ quadratic.
+
+    Returns the picture at the point found, and the number of steps.
     """
-    eps = float(jnp.finfo(tree_dtype(y)).eps)
-    value_and_slope = jax.value_and_grad(objective)
+    eps = float(jnp.finfo(y.dtype).eps)
+
+    def at(y):
+        return flat_picture(problem, x, y, linear_solver)
+
+    def advance(here: Picture, first_norm: Scalar):
+        value, slope = jax.value_and_grad(objective)(here.y)
+        mu = here.multiplier(slope)
+        lagrangian = here.lagrangian(lambda x, y: objective(y), mu)
+        downhill = -here.project(slope)
+        W = here.within(lambda v: lagrangian.push(v)[1])
+        norm = vector_norm(downhill)
+        first_norm = jnp.where(first_norm == 0, norm, first_norm)
+        # The more exactly, the closer: this still converges superlinearly. On a plane one
+        # exact step may be all.
+        shrunk = jnp.sqrt(norm / nonzero(first_norm))
+        rtol = 0.0 if here.is_plane else jnp.minimum(0.1, shrunk)
+        direction = here.project(newton_direction(W, downhill, rtol))
+        expected = jnp.vdot(downhill, direction)
+        length, size = vector_norm(direction), vector_norm(here.y)
+        normal = here.pinv(here.gradient)
+        off = vector_norm(normal)
+
+        def trial(t):
+            point, last, norm = restore(here, here.y + t.astype(y.dtype) * direction)
+            # What is left off S(x) would pass for curvature across it.
+            small = jnp.maximum(1e-5 * t.astype(y.dtype) * length, 100 * eps * size)
+            back = (last <= small) | (norm <= vector_norm(here.gradient))
+            return point, objective(point), back
+
+        # From a point off S(x) the way back may lead uphill.
+        uphill = 2 * jnp.abs(jnp.vdot(slope, normal)).astype(value.dtype)
+        t, new_y, reached = backtrack(
+            trial,
+            here.y,
+            value,
+            -expected,
+            highest=value + uphill,
+            max_trials=_MAX_TRIALS,
+        )
+        on_set = off <= 1e3 * eps * size
+        small = (length <= 10 * eps * size) & on_set
+        # At such a step rounding decides, and it is taken nonetheless: near the end it
+        # squares the error.
+        settled = (expected <= eps * jnp.abs(value)) & on_set
+        # At a kink, which no tangent knows of, steps shrink and gain next to nothing.
+        gained = value - reached
+        settled = settled | ((t <= 0.125) & (gained <= 1e-4 * jnp.abs(value)))
+        stop = small | (t == 0)
+        return jnp.where(small, here.y, new_y), first_norm, settled, stop
 
     def unfinished(search: _Search):
         return ~search.done
 
+    # Each step begins with the picture, and the last one is the picture alone: what the
+    # search ends with need not be computed anew.
     def body(search: _Search) -> _Search:
-        y = polished(problem, x, search.y)
-        S = SolutionSet(problem, x, y, linear_solver)
-        value, slope = value_and_slope(y)
-        W = S.lagrangian_hessian(objective, tree_scale(-1, S.pinv(slope)))
-        downhill = tree_scale(-1, S.project(slope))
-        direction = newton_direction(S.within(W), downhill)
-        direction = S.project(direction)
-        expected = tree_dot(downhill, direction)
-        t, new_y = _line_search(S, objective, value, direction, -expected)
-        num_steps = search.num_steps + 1
-        # At such a step rounding decides, and it was taken nonetheless: near the end
-        # it squares the error.
-        small = tree_norm(direction) <= 10 * eps * tree_norm(y)
-        settled = expected <= eps * jnp.abs(value)
-        # At a kink, which no tangent knows of, steps shrink and gain next to nothing.
-        gained = value - objective(new_y)
-        settled = settled | ((t < 1) & (gained <= 1e-3 * jnp.abs(value)))
-        done = small | settled | (t == 0) | (num_steps >= max_steps)
-        new_y = tree_where(small, y, new_y)
-        return _Search(new_y, num_steps, done)
+        here = at(search.y)
+        last = search.settled | (search.num_steps >= max_steps)
+        yes = jnp.array(True)
+        new_y, first_norm, settled, stop = jax.lax.cond(
+            last,
+            lambda: (search.y, search.first_norm, yes, yes),
+            lambda: advance(here, search.first_norm),
+        )
+        num_steps = search.num_steps + (~last).astype(search.num_steps.dtype)
+        carried = _arrays(here) if here.is_dense else None
+        return _Search(new_y, num_steps, first_norm, settled, last | stop, carried)
 
-    search = _Search(y, jnp.array(0), jnp.array(False))
-    search = jax.lax.while_loop(unfinished, body, search)
-    return search.y, search.num_steps
-
-
-def polished(problem, x, y: PyTree[Array]) -> PyTree[Array]:
-    """A point of S(x) from one close to it. What a step along a curved S(x) leaves
-    undone would pass for curvature, and hide that it is along S(x)."""
-    if not is_curved(problem, x, y):
-        return y
-
-    def inner(y, args):
-        return problem.inner(x, y)
-
-    options = {"hessian": HessianAt(problem, x)}
-    return optx.minimise(inner, Projection(), y, options=options, throw=False).value
+    no, zero, none = jnp.array(False), jnp.array(0), jnp.zeros((), y.dtype)
+    structure = eqx.filter_eval_shape(lambda y: at(y).computed, y)
+    dense = y.size <= DENSE_SIZE
+    blank = _zeros(structure) if dense else None
+    search = jax.lax.while_loop(unfinished, body, _Search(y, zero, none, no, no, blank))
+    computed = None
+    if dense:
+        rest = eqx.filter(structure, _is_shape, inverse=True)
+        computed = eqx.combine(search.computed, rest)
+    here = flat_picture(problem, x, search.y, linear_solver, computed=computed)
+    return here, search.num_steps
 
 
-def _line_search(S: SolutionSet, objective, value, direction, slope):
-    """The first of 1, 1/2, ... whose step, brought back to S(x), descends; or none."""
-    eps = jnp.finfo(value.dtype).eps
-    slack = 10 * eps * jnp.abs(value)
-    length = tree_norm(direction)
-    at_start = tree_norm(S.gradient)
-
-    def unfinished(carry):
-        count, _, _, bad = carry
-        return bad & (count < _HALVINGS)
-
-    def halve(carry):
-        count, t, _, _ = carry
-        t = 0.5 * t
-        y, astray = restore(S, tree_axpy(t, direction, S.y))
-        bound = value + 1e-4 * (t * slope).astype(value.dtype)
-        # Negated below, so that NaN is bad too.
-        descends = objective(y) <= bound + slack
-        gradient = tree_norm(inner_gradient(S.problem, S.x, y))
-        back = (astray <= 1e-2 * t * length) | (gradient <= at_start)
-        return count + 1, t, y, ~(descends & back)
-
-    # Halved before it is tried: what is in the loop is compiled only once.
-    carry = jnp.array(0), jnp.full_like(length, 2), S.y, jnp.array(True)
-    _, t, y, bad = jax.lax.while_loop(unfinished, halve, carry)
-    return jnp.where(bad, 0, t), tree_where(bad, S.y, y)
+def _is_shape(leaf):
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def restore(S: SolutionSet, y: PyTree[Array]) -> tuple[PyTree[Array], Scalar]:
-    r"""Brings y back to $S(x)$ by steps $-H^+ \nabla_y f$, with the $H$ of `S`.
+def _zeros(structure):
+    shapes = eqx.filter(structure, _is_shape)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    Also returns the length of the last step, which says how far off it may still be.
-    """
-    eps = jnp.finfo(tree_dtype(y)).eps
 
-    def unfinished(carry):
-        count, y, length, before = carry
-        contracts = length < 0.9 * before
-        return contracts & (length > eps * tree_norm(y)) & (count < _RESTORATIONS)
-
-    def body(carry):
-        count, y, before, _ = carry
-        step = S.pinv(inner_gradient(S.problem, S.x, y))
-        length = tree_norm(step)
-        # A step that is longer than the last leads away.
-        y = tree_where(length < before, tree_sub(y, step), y)
-        return count + 1, y, length, before
-
-    largest = jnp.asarray(jnp.finfo(tree_dtype(y)).max, tree_dtype(y))
-    carry = jnp.array(0), y, 0.5 * largest, largest
-    _, y, length, _ = jax.lax.while_loop(unfinished, body, carry)
-    return y, length
+def _arrays(here: Picture):
+    return eqx.filter(here.computed, eqx.is_array)

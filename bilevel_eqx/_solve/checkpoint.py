@@ -1,5 +1,6 @@
 """Saving what a run needs to go on, so that being killed costs little."""
 
+import glob
 import hashlib
 import json
 import os
@@ -14,13 +15,18 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from .._arguments import is_traced
+from .._compat import is_traced
+from .loop import Progress
 
 
 # Of the layout of the file. To be raised when that changes.
 _FORMAT = 1
+
+
+# How the name of a file ends that is still being written.
+_UNFINISHED = ".unfinished"
 
 
 _MAGIC = b"bilevel_eqx checkpoint\n"
@@ -83,7 +89,8 @@ def load(path: str | os.PathLike, like: T) -> T:
 
 def write(path: str | os.PathLike, state: PyTree, metadata: dict[str, Any]) -> None:
     """`save`, with something of one's own in the header."""
-    path = pathlib.Path(path)
+    # A link is followed, and remains one.
+    path = pathlib.Path(os.path.realpath(path))
     if any(is_traced(leaf) for leaf in jtu.tree_leaves(state)):
         raise ValueError(
             "`save(path, state)` was called under `jax.jit` or `jax.vmap`, where the "
@@ -91,7 +98,9 @@ def write(path: str | os.PathLike, state: PyTree, metadata: dict[str, Any]) -> N
             "returns."
         )
     header = {"format": _FORMAT, "leaves": _description(state), **metadata}
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    descriptor, unfinished = tempfile.mkstemp(
+        dir=path.parent, prefix=path.name + ".", suffix=_UNFINISHED
+    )
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(_MAGIC + json.dumps(header).encode() + b"\n")
@@ -144,6 +153,74 @@ def fingerprint(*trees: PyTree) -> str:
             digest.update(jtu.keystr(path).encode())
             digest.update(np.ascontiguousarray(_numbers(leaf)).tobytes())
     return digest.hexdigest()
+
+
+class _Saved(eqx.Module):
+    """What a checkpoint holds."""
+
+    end: Progress
+    history: PyTree[Array]
+
+
+class Checkpoint:
+    """The file of a run, which is saved in it as it goes.
+
+    **Arguments:**
+
+    - `path`: the file.
+    - `every`: how many steps lie between two savings.
+    - `mark`: what tells the run from others.
+    """
+
+    def __init__(self, path: str | os.PathLike, every: int, mark: str):
+        self.path = pathlib.Path(path)
+        self.every = every
+        self.mark = mark
+        real = pathlib.Path(os.path.realpath(path))
+        if not real.parent.is_dir():
+            raise FileNotFoundError(
+                f"`solve(checkpoint={str(path)!r})`: there is no folder `{real.parent}`. "
+                "Create it first."
+            )
+        # Those of a run that was killed while it wrote.
+        for unfinished in real.parent.glob(f"{glob.escape(real.name)}.*{_UNFINISHED}"):
+            unfinished.unlink(missing_ok=True)
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def next(self, done: int) -> int:
+        """After which step the run is saved next, once `done` have been taken."""
+        return done - done % self.every + self.every
+
+    def write(self, progress: Progress, history: PyTree[Array]) -> None:
+        entries = jtu.tree_leaves(history)
+        header = {
+            "run": self.mark,
+            "done": int(progress.num_steps),
+            "saved": len(entries[0]) if len(entries) > 0 else 0,
+        }
+        write(self.path, _Saved(progress, history), header)
+
+    def read(self, progress: Progress, entry: PyTree) -> tuple[Progress, PyTree[Array]]:
+        """The progress and the history so far, given the shapes of the progress and of
+        an entry."""
+
+        def like(header):
+            if header.get("run") != self.mark:
+                raise ValueError(
+                    f"`{self.path}` is the checkpoint of another run: its data, initial "
+                    "values, rates or equilibrium are not those given. Remove it to "
+                    "start anew, or give another name."
+                )
+            history = jtu.tree_map(
+                lambda e: jax.ShapeDtypeStruct((header["saved"], *e.shape), e.dtype),
+                entry,
+            )
+            return _Saved(progress, history)
+
+        saved, _ = read(self.path, like)
+        return saved.end, saved.history
 
 
 def _is_key(leaf: Any) -> bool:

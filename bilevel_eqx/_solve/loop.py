@@ -1,16 +1,18 @@
 """The loop of a run: steps in blocks, with an entry of the history after each block."""
 
-import functools as ft
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int, PyTree, ScalarLike
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, ScalarLike
 
+from .._compat import any_of_batch
+from .._custom_types import typechecked
+from .._equilibrium.base import AbstractEquilibrium
 from .._failure.results import (
     figures_of,
     finite_or_not,
@@ -19,11 +21,41 @@ from .._failure.results import (
     Verdict,
     verdict_where,
 )
+from .._pipeline.base import AbstractPipeline
+from .._problem.base import AbstractBilevelProblem
 from .._tree import all_finite, tree_where
+from .split import Halves, split
+
+
+# After how many steps, at least, what a failure would go back to is kept.
+_ROUND = 64
+
+
+@typechecked
+class Run(eqx.Module):
+    """What a run is of. None of it changes while the run goes on."""
+
+    problem: AbstractBilevelProblem
+    equilibrium: AbstractEquilibrium
+    pipeline: AbstractPipeline
+    tolerance: ScalarLike | None
+    record: Callable
+    # An array, and so no part of the program.
+    save_every: Int[Any, ""]
+
+
+@typechecked
+class Start(eqx.Module):
+    """Where a run starts: at a `state`, or at the one that the pipeline makes."""
+
+    x: PyTree[Array]
+    y: PyTree[Array]
+    key: PRNGKeyArray
+    state: Any
 
 
 class Progress(eqx.Module):
-    """Where a run is."""
+    """Where a run is. After a failure, that is the last good step."""
 
     state: Any
     metrics: dict[str, Array]
@@ -36,46 +68,211 @@ class Progress(eqx.Module):
         return self.converged | self.verdict.failed
 
 
-class _Loop(eqx.Module):
-    block: Int[Array, ""]
-    progress: Progress
-    # Of a block that has failed and been undone: why, and how many steps were good.
-    failure: Verdict
-    num_good: Int[Array, ""]
-    history: PyTree[Array]
-    num_saved: Int[Array, ""]
-
-    @property
-    def retaking(self) -> Bool[Array, ""]:
-        return self.failure.failed
+def begin(run: Run, start: Start) -> tuple[Progress, PyTree[Array]]:
+    """The progress before the first step, and an entry of the history, which is blank."""
+    state = _initial_state(run, start)
+    return _first_progress(run, state, _halves(run, state))
 
 
-def run(
-    step: Callable[[Any], tuple[Any, dict[str, Any]]],
-    record: Callable[[PyTree, PyTree, dict[str, Array]], PyTree],
-    state: Any,
+def advance(
+    run: Run,
+    progress: Progress,
+    history: PyTree[Array],
+    until: Int[Array, ""],
     *,
-    num_steps: int,
-    save_every: int,
-    tolerance: ScalarLike | None,
-    report: Callable[[int, int, dict[str, Array]], None] | None,
-    done: ScalarLike = 0,
-    total: int | None = None,
-) -> tuple[Progress, PyTree[Array], Int[Array, ""]]:
-    """Takes steps until there are enough of them, or the run has converged or failed.
+    keep_metrics: int | None = None,
+) -> tuple[Progress, PyTree[Array], PyTree[Array]]:
+    """Takes steps until there are `until` of them, or the run has converged or failed.
 
-    For the reports, these may be the steps that follow `done` others, out of a `total`.
+    A run may be cut anywhere: the steps and the entries of the history are the same.
 
-    Returns where the run ended, its history, and how many entries of that were reached.
+    **Arguments:**
+
+    - `history`: room for an entry for every `save_every` steps of the whole run, those
+        before `progress` among them.
+    - `keep_metrics`: if given, the metrics at each entry are returned too, with room for
+        so many of them.
+
+    **Returns:**
+
+    The progress, the history, and the metrics at the entries that were added now.
     """
+    halves = _halves(run, progress.state)
+    kept = None
+    if keep_metrics is not None:
+        kept = empty_history(halves.later, keep_metrics)
+    return _advance(run, halves, progress, history, kept, until, report=None)
+
+
+def run_in_one(
+    run: Run,
+    start: Start,
+    num_steps: int,
+    num_entries: int,
+    report: Callable[[Array, Array, dict[str, Array]], None] | None,
+) -> tuple[Progress, PyTree[Array]]:
+    """A whole run as one program, which calls `report` at each entry and at the end with
+    whether there was a step since, the number of steps and the metrics.
+    """
+    state = _initial_state(run, start)
+    halves = _halves(run, state)
+    progress, blank = _first_progress(run, state, halves)
+    history = empty_history(blank, num_entries)
+    return _advance(run, halves, progress, history, None, num_steps, report=report)[:2]
+
+
+def empty_history(entry: PyTree, length: int) -> PyTree[Array]:
+    """Room for entries like `entry`, of which only the shapes and types count."""
+    return jtu.tree_map(lambda e: jnp.broadcast_to(_blank(e), (length, *e.shape)), entry)
+
+
+def _initial_state(run: Run, start: Start) -> Any:
+    state = start.state
+    if state is None:
+        state = run.pipeline.init(
+            run.problem, run.equilibrium, start.x, start.y, start.key
+        )
+    # The caller's arrays remain the caller's, and no type is weak: a loop's carry may
+    # not be, and the program of a segment should be the same for all segments.
+    return jtu.tree_map(lambda u: _own(u) if eqx.is_array(u) else u, state)
+
+
+def _first_progress(run: Run, state: Any, halves: Halves):
+    progress = Progress(
+        state,
+        jtu.tree_map(_blank, halves.later),
+        Verdict(RESULTS.successful, figures_of(state.x, {})),
+        jnp.array(False),
+        jnp.array(0, dtype=int),
+    )
+    entry = eqx.filter_eval_shape(_entry, run, state, progress.metrics)
+    return progress, jtu.tree_map(_blank, entry)
+
+
+class _Loop(eqx.Module):
+    # How many steps have been taken by those elements of a batch that go on: the same
+    # number for all of a batch.
+    at: Int[Array, ""]
+    progress: Progress
+    history: PyTree[Array]
+    kept: PyTree[Array]
+
+
+def _advance(run, halves: Halves, progress: Progress, history, kept, until, report):
+    """Three loops, one in the other.
+
+    - Rounds of about `_ROUND` steps. After a failure the last good state is wanted. To
+        keep it at every step would cost a pass over all variables each time. So a round
+        that fails is undone, and in the next one as many of its steps as were good are
+        taken again.
+    - Blocks of `save_every` steps, each with an entry of the history. The counter of
+        this loop and its condition are the same for all elements of a batch, so that
+        under `vmap` the history is written once a block.
+    - Steps. Here `vmap` selects, element by element, between the state before and the
+        state after a step.
+    """
+    dynamic, static = eqx.partition(progress.state, eqx.is_array)
+    progress = dataclasses.replace(progress, state=dynamic)
+    blocks_in_round = jnp.maximum(1, _ROUND // run.save_every)
+
+    def run_block(loop: _Loop, limit, end, again) -> _Loop:
+        before = loop.progress
+        block = loop.at // run.save_every
+        full = (block + 1) * run.save_every
+        end = jnp.minimum(end, full)
+        after, rest = _take_steps(halves, before, jnp.minimum(limit, end))
+        # The metrics of a step that nobody looks at are not computed.
+        some = after.num_steps > before.num_steps
+        metrics = tree_where(some, halves.second(after.state, rest), before.metrics)
+        after = dataclasses.replace(after, metrics=metrics)
+
+        # A block that is cut short makes no entry.
+        complete = some & (after.num_steps == full)
+
+        def write(room, entry):
+            if len(room) == 0:
+                return room
+            return room.at[block].set(jnp.where(complete, entry, room[block]))
+
+        whole = eqx.combine(after.state, static)
+        history, kept = loop.history, loop.kept
+        history = jtu.tree_map(write, history, _entry(run, whole, metrics))
+        if kept is not None:
+            kept = jtu.tree_map(write, kept, metrics)
+        if report is not None:
+            # What is taken again was reported, but for the last step.
+            new = ~again | (after.num_steps % run.save_every != 0)
+            new = new & some & ~after.verdict.failed
+            jax.debug.callback(report, new, after.num_steps, metrics)
+        return _Loop(end, after, history, kept)
+
+    def run_round(carry):
+        loop, limit, failure = carry
+        before = loop.progress
+        end = (loop.at // run.save_every + blocks_in_round) * run.save_every
+        end = jnp.minimum(end, until)
+        loop = jax.lax.while_loop(
+            lambda loop: _unfinished(loop.progress, jnp.minimum(limit, end)),
+            lambda loop: run_block(loop, limit, end, failure.failed),
+            loop,
+        )
+        after = loop.progress
+        fails = after.verdict.failed
+        limit = jnp.where(fails, after.num_steps, limit)
+        failure = verdict_where(fails, after.verdict, failure)
+        # Not `tree_where`, which would be a line of the program for each array.
+        last_good = jax.lax.cond(fails, lambda: before, lambda: after)
+        return dataclasses.replace(loop, progress=last_good), limit, failure
+
+    carry = _Loop(progress.num_steps, progress, history, kept), until, progress.verdict
+    loop, _, failure = jax.lax.while_loop(
+        lambda carry: _unfinished(carry[0].progress, carry[1]), run_round, carry
+    )
+    end = loop.progress
+    end = dataclasses.replace(
+        end,
+        state=eqx.combine(end.state, static),
+        verdict=verdict_where(failure.failed, failure, end.verdict),
+    )
+    return end, loop.history, loop.kept
+
+
+def _unfinished(progress: Progress, end) -> Bool[Array, ""]:
+    """Whether any element of a batch has steps to take."""
+    return any_of_batch((progress.num_steps < end) & ~progress.stopped)
+
+
+def _take_steps(halves: Halves, before: Progress, end) -> tuple[Progress, list[Array]]:
+    """Steps until there are `end`, or the run has stopped, without their metrics; and
+    what these are to be computed from."""
+
+    def unfinished(carry):
+        progress, _ = carry
+        return (progress.num_steps < end) & ~progress.stopped
+
+    def take_step(carry):
+        before, _ = carry
+        state, (verdict, converged), rest = halves.first(before.state)
+        good = ~verdict.failed
+        # A first step may only evaluate the initial point, and then it does not count.
+        counts = good & getattr(before.state, "started", True)
+        num_steps = before.num_steps + counts.astype(before.num_steps.dtype)
+        return Progress(state, {}, verdict, converged & counts, num_steps), rest
+
+    rest = [jnp.zeros(r.shape, r.dtype) for r in halves.rest]
+    carry = dataclasses.replace(before, metrics={}), rest
+    after, rest = jax.lax.while_loop(unfinished, take_step, carry)
+    return dataclasses.replace(after, metrics=before.metrics), rest
+
+
+def _halves(run: Run, state: Any) -> Halves:
+    """The program of a step: what the next step needs, and the metrics."""
     dynamic, static = eqx.partition(state, eqx.is_array)
 
-    def combined(progress: Progress) -> Progress:
-        state = eqx.combine(progress.state, static)
-        return eqx.tree_at(lambda p: p.state, progress, state)
-
-    def advance(progress: Progress, keep_metrics: bool) -> Progress:
-        new_state, metrics = step(eqx.combine(progress.state, static))
+    def step(dynamic):
+        new_state, metrics = run.pipeline.step(
+            run.problem, run.equilibrium, eqx.combine(dynamic, static)
+        )
         x, y = new_state.x, new_state.y
         verdict = metrics.get("result", RESULTS.successful)
         if not isinstance(verdict, Verdict):
@@ -85,105 +282,26 @@ def run(
             verdict.figures | {"x": all_finite(x), "y": all_finite(y)},
         )
         metrics = {k: jnp.asarray(v) for k, v in metrics.items() if k != "result"}
-        good = ~verdict.failed
         converged = jnp.array(False)
-        if tolerance is not None:
+        if run.tolerance is not None:
             # Both: when y lags behind, the hypergradient crosses zero in passing.
             outer, inner = metrics["outer_residual"], metrics["inner_residual"]
-            converged = good & (outer <= tolerance) & (inner <= tolerance)
-        return Progress(
-            eqx.filter(new_state, eqx.is_array),
-            metrics if keep_metrics else progress.metrics,
-            verdict,
-            converged,
-            progress.num_steps + good.astype(progress.num_steps.dtype),
-        )
+            converged = (outer <= run.tolerance) & (inner <= run.tolerance)
+        return eqx.filter(new_state, eqx.is_array), (verdict, converged), metrics
 
-    def advance_if(active, progress: Progress, keep_metrics: bool) -> Progress:
-        advance_ = ft.partial(advance, keep_metrics=keep_metrics)
-        active = active & ~progress.stopped
-        return jax.lax.cond(active, advance_, lambda p: p, progress)
-
-    def entry(progress: Progress) -> PyTree[Array]:
-        state = eqx.combine(progress.state, static)
-        return jtu.tree_map(jnp.asarray, record(state.x, state.y, progress.metrics))
-
-    # The run is a sequence of blocks of `save_every` steps, the last of which may be
-    # shorter. The counter of the loop and its condition are the same for all elements
-    # of a batch, so that under `vmap` the history is written once a block.
-    #
-    # After a failure the last good state is wanted. Keeping it at every step would cost
-    # a pass over all variables each time; so a block that fails is undone instead, and
-    # in the next round as many of its steps as were good are taken again.
-    def unfinished(loop: _Loop):
-        more = (loop.block * save_every < num_steps) | loop.retaking
-        return eqxi.unvmap_any(more & ~loop.progress.stopped)
-
-    def run_block(loop: _Loop) -> _Loop:
-        before, retaking = loop.progress, loop.retaking
-        remaining = jnp.maximum(0, num_steps - loop.block * save_every)
-        length = jnp.minimum(save_every, remaining)
-        length = jnp.where(retaking, loop.num_good, length)
-        # The metrics of a step that nobody looks at are not computed.
-        after = jax.lax.fori_loop(
-            0,
-            save_every - 1,
-            lambda i, p: advance_if(i < length - 1, p, tolerance is not None),
-            before,
-        )
-        after = advance_if(length > 0, after, True)
-
-        fails = ~before.stopped & after.verdict.failed
-        undone = tree_where(fails, before, after)
-        # A block that is cut short, by the end or by convergence, makes no entry.
-        taken = after.num_steps - before.num_steps
-        complete = ~fails & ~retaking & (taken == save_every)
-        history = loop.history
-        if num_saves > 0:
-            slot = jnp.minimum(loop.block, num_saves - 1)
-            history = jtu.tree_map(
-                lambda h, e: h.at[slot].set(jnp.where(complete, e, h[slot])),
-                history,
-                entry(undone),
-            )
-        if report is not None:
-            callback = ft.partial(_report, report, total or num_steps)
-            jax.debug.callback(callback, done + undone.num_steps, undone.metrics)
-        return _Loop(
-            loop.block + 1,
-            eqx.tree_at(
-                lambda p: p.verdict,
-                undone,
-                verdict_where(retaking, loop.failure, undone.verdict),
-            ),
-            verdict_where(fails & ~retaking, after.verdict, loop.failure),
-            jnp.where(fails, after.num_steps - before.num_steps, loop.num_good),
-            history,
-            loop.num_saved + complete.astype(loop.num_saved.dtype),
-        )
-
-    zero = jnp.array(0)
-    fine = Verdict(RESULTS.successful, figures_of(state.x, {}))
-    before = Progress(dynamic, {}, fine, jnp.array(False), zero)
-    metrics = jtu.tree_map(
-        lambda s: jnp.full(s.shape, _blank(s.dtype), s.dtype),
-        eqx.filter_eval_shape(advance, before, keep_metrics=True).metrics,
-    )
-    before = Progress(dynamic, metrics, fine, jnp.array(False), zero)
-    num_saves = num_steps // save_every
-    history = jtu.tree_map(
-        lambda s: jnp.full((num_saves, *s.shape), _blank(s.dtype), s.dtype),
-        eqx.filter_eval_shape(entry, before),
-    )
-    loop = _Loop(zero, before, fine, zero, history, zero)
-    loop = jax.lax.while_loop(unfinished, run_block, loop)
-    return combined(loop.progress), loop.history, loop.num_saved
+    return split(step, dynamic)
 
 
-def _blank(dtype):
+def _entry(run: Run, state: Any, metrics: dict[str, Array]) -> PyTree[Array]:
+    return jtu.tree_map(jnp.asarray, run.record(state.x, state.y, metrics))
+
+
+def _blank(like) -> Array:
     """What stands where nothing was ever written."""
-    return jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
+    missing = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
+    return jnp.full(like.shape, missing, like.dtype)
 
 
-def _report(report, num_steps, step, metrics):
-    report(int(step), num_steps, metrics)
+def _own(leaf) -> Array:
+    """A copy, which may be donated, of a type that is not weak."""
+    return jnp.array(leaf, dtype=leaf.dtype, copy=True)

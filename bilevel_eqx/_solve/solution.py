@@ -3,15 +3,18 @@
 from typing import Any, Generic
 
 import equinox as eqx
+import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree, Scalar
 
+from .._compat import is_traced
 from .._custom_types import X, Y
 from .._equilibrium.base import Certificate
 from .._failure.results import RESULTS
 
 
 class Solution(eqx.Module, Generic[X, Y]):
-    """The answer of [`bilevel_eqx.solve`][].
+    """The answer of [`bilevel_eqx.solve`][]. `print` it for a summary.
 
     **Attributes:**
 
@@ -20,8 +23,9 @@ class Solution(eqx.Module, Generic[X, Y]):
     - `value`: the outer objective at `(x, y)`.
     - `result`: one of [`bilevel_eqx.RESULTS`][].
     - `certificate`: how far `(x, y)` is from the equilibrium asked for, a
-        [`bilevel_eqx.Certificate`][]. This is not whether the algorithm has converged:
-        an algorithm that truncates converges to another point.
+        [`bilevel_eqx.Certificate`][]; `None` after `solve(..., certify=False)`. This is
+        not whether the algorithm has converged: an algorithm that truncates converges to
+        another point.
     - `history`: what `record` returned, stacked along a leading axis with one entry for
         every `save_every` steps. Under `vmap`, where the number of entries cannot depend
         on the run, those that were never reached are NaN, or zero for integers.
@@ -34,7 +38,41 @@ class Solution(eqx.Module, Generic[X, Y]):
     y: Y
     value: Scalar
     result: RESULTS
+    # Or `None`. Not written here, so that those who ask for it need not test for that.
     certificate: Certificate
     history: PyTree
     stats: dict[str, Any]
     state: Any
+
+    def __str__(self):
+        stats = {k: v for k, v in self.stats.items() if k not in ("num_steps", "value")}
+        rows = [
+            ("F", _as_text(self.value)),
+            ("steps", _as_text(self.stats["num_steps"])),
+            ("result", _as_text(self.result)),
+            *((name, _as_text(value)) for name, value in stats.items()),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+        asked = self.certificate is not None
+        certificate = str(self.certificate) if asked else "certificate: not asked for"
+        return "\n".join(["Solution", *lines, certificate])
+
+
+def _as_text(value: Any) -> str:
+    if any(is_traced(leaf) for leaf in jtu.tree_leaves(value)):
+        return "traced"
+    if isinstance(value, RESULTS):
+        return _result_as_text(value)
+    if not eqx.is_array(value):  # a placeholder, in a tree of something else
+        return str(value)
+    if value.ndim > 0:
+        return np.array2string(np.asarray(value), precision=4, threshold=10)
+    return f"{value:.6g}" if eqx.is_inexact_array(value) else str(value)
+
+
+def _result_as_text(result: RESULTS) -> str:
+    failed = np.asarray(result != RESULTS.successful)
+    if failed.ndim > 0:
+        return f"{failed.size - failed.sum()} of {failed.size} successful"
+    return RESULTS[result].partition(". ")[0] if failed else "successful"

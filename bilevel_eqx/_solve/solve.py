@@ -1,29 +1,30 @@
-"""`solve`: a whole run as one program."""
+"""`solve`: which run is meant, and how its end is said."""
 
-import functools as ft
+import dataclasses
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, ScalarLike
+import numpy as np
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_rate, as_variables, check_count, check_positive, is_traced
+from .._arguments import as_rate, as_variables, check_count, check_positive
+from .._compat import is_traced
 from .._custom_types import typechecked, X, Y
-from .._equilibrium.base import AbstractEquilibrium
+from .._equilibrium.base import AbstractEquilibrium, certify as certify_, stated_cost
 from .._failure.results import first_failure, RESULTS
 from .._failure.throw import throw_if_failed
 from .._pipeline.base import AbstractPipeline
 from .._pipeline.registry import check_pair, default_pipeline, pipeline_named
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
-from .checkpoint import fingerprint, read, write
-from .loop import Progress, run
+from .checkpoint import Checkpoint, fingerprint
+from .loop import Progress, Run, run_in_one, Start
+from .report import print_progress, Report, Reporter
+from .segments import run_in_segments
 from .solution import Solution
 
 
@@ -48,13 +49,24 @@ def solve(
     state: Any = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
+    certify: bool = True,
     throw: bool = True,
 ) -> Solution[X, Y]:
     """Computes an equilibrium of a bilevel problem, and certifies it.
 
-    The whole run is one compiled program. It can be vmapped over anything that is an
-    array: initial points, keys, the arrays in the problem, the epsilon of a warm start,
-    the rates of a pipeline.
+    A run is a compiled loop. Under `jax.jit` or `jax.vmap` the whole run is one program,
+    which can be vmapped over anything that is an array: initial points, keys, the arrays
+    in the problem, the epsilon of a warm start, the rates of a pipeline. Otherwise the
+    loop runs in segments of about a second. Between two segments, lines are printed,
+    checkpoints are written, and Ctrl-C is heeded. How a run is cut into segments does
+    not change its answer.
+
+    Ctrl-C ends the run at the end of the current segment. Then `KeyboardInterrupt` is
+    raised, after the checkpoint is written if there is one; or, with `throw=False`, the
+    solution so far is returned, and its `result` is `RESULTS.interrupted`. A second
+    Ctrl-C raises as soon as Python runs again, which is at the latest at the end of the
+    segment. This holds in the main thread, unless the program has a handler of its own
+    for that signal.
 
     **Arguments:**
 
@@ -78,16 +90,21 @@ def solve(
         since a new function compiles anew. Keyword only argument.
     - `save_every`: how many steps lie between two entries of the history. Keyword only
         argument.
-    - `progress`: `True` prints a line at each entry of the history; a function of
-        `(step, num_steps, metrics)` is called there instead. Keyword only argument.
+    - `progress`: `True` prints a line for each entry of the history and for the last
+        step, about once a second those that are due, and says when compiling takes long.
+        A function of `(step, num_steps, metrics)` is called instead of printing. Keyword
+        only argument.
     - `state`: the `state` of an earlier [`bilevel_eqx.Solution`][], to go on from it;
         `x0` and `y0` then only say what shapes to expect. Keyword only argument.
-    - `checkpoint`: a file to save the run in as it goes, and to resume from if it is
-        there: one that was killed gives the same answer to the last bit. It belongs to
-        this run; that of one with other data, initial values or rates is refused. More
-        `num_steps` than it was begun with are taken. Keyword only argument.
+    - `checkpoint`: a file to save the run in as it goes. If the file exists, the run is
+        resumed from it, and the answer is that of an uninterrupted run, to the last bit.
+        The checkpoint of a run with other data, initial values or rates is refused.
+        `num_steps` may be larger than in the interrupted run. Keyword only argument.
     - `checkpoint_every`: how many steps lie between two savings, a multiple of
         `save_every`. By default about a tenth of the run. Keyword only argument.
+    - `certify`: whether to certify the answer. `False` saves the time of it (see
+        [`bilevel_eqx.certify`][], which can be called later), and `certificate` is then
+        `None`. Keyword only argument.
     - `throw`: whether a failure raises, or is returned as `result` with the last finite
         state and the history so far. Keyword only argument.
 
@@ -102,7 +119,9 @@ def solve(
     cannot have, or for one that the pipeline does not aim at. An
     `eqx.EquinoxRuntimeError`, unless `throw` is `False`, if a solve that the pipeline
     relies on fails, if the hypergradient can only be zero, if something is not finite
-    (it says at which step), or if the tolerance is not reached.
+    (it says at which step), or if the tolerance is not reached. A `FileNotFoundError`,
+    before any work is done, if the folder of the checkpoint does not exist. A
+    `KeyboardInterrupt` after Ctrl-C, unless `throw` is `False`.
 
     !!! Example
 
@@ -112,6 +131,7 @@ def solve(
         ```
     """
     x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
+    key = jr.key(0) if key is None else key
     _check(problem, equilibrium, x0, y0)
     # Before any work is done, and outside of the program: here the numbers are known.
     equilibrium.check(problem, x0, y0)
@@ -125,42 +145,60 @@ def solve(
     if tolerance is not None:
         check_positive(tolerance, "tolerance", "solve")
         tolerance = as_rate(tolerance)
-    if progress is True:
-        progress = print_progress
-    program = ft.partial(
-        _solve if checkpoint is None else _solve_in_segments,
-        problem,
-        equilibrium,
-        x0,
-        y0,
-        pipeline,
-        num_steps,
-        tolerance,
-        jr.key(0) if key is None else key,
-        record,
-        save_every,
-        progress or None,
-        state,
-    )
-    if checkpoint is None:
-        if checkpoint_every is not None:
-            raise ValueError(
-                "`solve(checkpoint_every=...)` says how often to save, and "
-                "`checkpoint`, the file to save in, is missing."
-            )
-        solution, num_saved, figures = program()
-    else:
-        every = _segment_length(checkpoint_every, num_steps, save_every)
-        solution, num_saved, figures = program(pathlib.Path(checkpoint), every)
-    if not is_traced(num_saved):
-        # A run that ended early has fewer entries than were set aside for it.
-        kept = int(num_saved)
-        history = jtu.tree_map(lambda h: h[:kept], solution.history)
-        solution = eqx.tree_at(
-            lambda s: s.history, solution, history, is_leaf=lambda leaf: leaf is None
+    report = print_progress if progress is True else progress or None
+    run = Run(problem, equilibrium, pipeline, tolerance, record, np.asarray(save_every))
+    start = Start(x0, y0, key, state)
+    end = None
+    if not any(is_traced(leaf) for leaf in jtu.tree_leaves((run, start))):
+        end = run_in_segments(
+            run,
+            start,
+            num_steps,
+            checkpoint=_checkpoint(checkpoint, checkpoint_every, num_steps, run, start),
+            reporter=Reporter(report, num_steps, save_every),
         )
-    if throw:
-        solution = throw_if_failed(solution, solution.result, lambda: figures)
+    if end is not None:
+        interrupted = np.asarray(end.interrupted)
+        value, result, figures = _conclude_alone(
+            problem, tolerance, end.progress, interrupted
+        )
+        last, history = end.progress, end.history
+    elif checkpoint is not None:
+        raise ValueError(
+            "`solve(checkpoint=...)` writes a file as it goes, and cannot do so under "
+            "`jax.jit`, `jax.vmap` or `jax.grad`. Leave the checkpoint out there, or run "
+            "the transformed function for fewer steps at a time and use "
+            "`bilevel_eqx.save` in between."
+        )
+    else:
+        last, history, value, result, figures = _in_one(
+            run, start, num_steps, num_steps // save_every, report
+        )
+    solution = Solution(
+        x=last.state.x,
+        y=last.state.y,
+        value=value,
+        result=result,
+        certificate=None,  # pyright: ignore
+        history=history,
+        stats={"num_steps": last.num_steps, **last.metrics},
+        state=last.state,
+    )
+    if throw and end is not None:
+        # Before the certificate, which nobody would see.
+        if end.interrupted:
+            raise KeyboardInterrupt(
+                _interruption(int(last.num_steps), num_steps, checkpoint)
+            )
+        throw_if_failed(solution, result, lambda: figures)
+    if certify:
+        cost = stated_cost(equilibrium, y0)
+        if report is print_progress and cost is not None:
+            print(f"certifying: {cost}", flush=True)
+        certificate = certify_(problem, equilibrium, solution.x, solution.y, y0=y0)
+        solution = dataclasses.replace(solution, certificate=certificate)
+    if throw and end is None:
+        solution = throw_if_failed(solution, result, lambda: figures)
     return solution
 
 
@@ -177,197 +215,93 @@ def _check(
     equilibrium.check_constraints(problem)
 
 
-def print_progress(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
-    """The default line of `solve(..., progress=True)`."""
-    figures = "  ".join(f"{k} {float(v):.3e}" for k, v in metrics.items())
-    print(f"step {step:>{len(str(num_steps))}}/{num_steps}  {figures}", flush=True)
-
-
-@typechecked
-def _advance(
-    problem: AbstractBilevelProblem,
-    equilibrium: AbstractEquilibrium,
-    x0: PyTree,
-    y0: PyTree,
-    pipeline: AbstractPipeline,
-    num_steps: int,
-    tolerance: ScalarLike | None,
-    key: PRNGKeyArray,
-    record: Callable,
-    save_every: int,
-    report: Callable | None,
-    state: Any,
-    done: ScalarLike = 0,
-    total: int | None = None,
-) -> tuple[Progress, PyTree, Int[Array, ""]]:
-    """The steps of a run, or of a segment of one; what `_run.run` returns."""
-    if state is None:
-        state = pipeline.init(problem, equilibrium, x0, y0, key)
-    return run(
-        ft.partial(pipeline.step, problem, equilibrium),
-        record,
-        state,
-        num_steps=num_steps,
-        save_every=save_every,
-        tolerance=tolerance,
-        report=report,
-        done=done,
-        total=total,
-    )
-
-
 def _conclude(
     problem: AbstractBilevelProblem,
-    equilibrium: AbstractEquilibrium,
-    y0: PyTree,
     tolerance: ScalarLike | None,
     end: Progress,
-    history: PyTree,
-) -> tuple[Solution, dict[str, Array]]:
-    """The solution that a run has ended with, certified; and the figures for the
-    sentence of a failure, which are those of a step that was undone.
+    interrupted: Bool[Any, ""] | None,
+) -> tuple[Scalar, RESULTS, dict[str, Array]]:
+    """The value, the result, and the figures for the sentence of a failure, which are
+    those of the step that failed.
     """
     result = end.verdict.result
+    if interrupted is not None:
+        ctrl_c = RESULTS.where(interrupted, RESULTS.interrupted, RESULTS.successful)
+        result = first_failure(result, ctrl_c)
+    figures = {**end.verdict.figures, "num_steps": end.num_steps}
     if tolerance is not None:
         in_time = RESULTS.where(
             end.converged, RESULTS.successful, RESULTS.outer_max_steps_reached
         )
         result = first_failure(result, in_time)
-    x, y = end.state.x, end.state.y
-    figures = {**end.verdict.figures, "num_steps": end.num_steps}
-    if tolerance is not None:
         figures["last_outer_residual"] = end.metrics["outer_residual"]
         figures["last_inner_residual"] = end.metrics["inner_residual"]
-    solution = Solution(
-        x=x,
-        y=y,
-        value=problem.outer(x, y),
-        result=result,
-        certificate=equilibrium.certify(problem, x, y, y0),
-        history=history,
-        stats={"num_steps": end.num_steps, **end.metrics},
-        state=end.state,
-    )
-    return solution, figures
+    return problem.outer(end.state.x, end.state.y), result, figures
+
+
+_conclude_alone = eqx.filter_jit(_conclude)
 
 
 @eqx.filter_jit
-@typechecked
-def _solve(
-    problem: AbstractBilevelProblem,
-    equilibrium: AbstractEquilibrium,
-    x0: PyTree,
-    y0: PyTree,
-    pipeline: AbstractPipeline,
-    num_steps: int,
-    tolerance: ScalarLike | None,
-    *rest,
-) -> tuple[Solution, Int[Array, ""], dict[str, Array]]:
-    end, history, num_saved = _advance(
-        problem, equilibrium, x0, y0, pipeline, num_steps, tolerance, *rest
+def _in_one(
+    run: Run, start: Start, num_steps: int, num_entries: int, report: Report | None
+) -> tuple[Progress, PyTree, Scalar, RESULTS, dict[str, Array]]:
+    """A whole run and its conclusion, as one program."""
+
+    def call_back(fresh, step, metrics):
+        # A run of a batch that has ended waits for the others.
+        if fresh and report is not None:
+            report(int(step), num_steps, metrics)
+
+    end, history = run_in_one(
+        run, start, num_steps, num_entries, None if report is None else call_back
     )
-    solution, figures = _conclude(problem, equilibrium, y0, tolerance, end, history)
-    return solution, num_saved, figures
+    return end, history, *_conclude(run.problem, run.tolerance, end, None)
 
 
-#
-# In segments, with a file that says where the run is after each
-#
-
-_segment = eqx.filter_jit(_advance)
-
-
-_finish = eqx.filter_jit(_conclude)
-
-
-def _segment_length(every: int | None, num_steps: int, save_every: int) -> int:
+def _checkpoint(
+    path: str | os.PathLike | None,
+    every: int | None,
+    num_steps: int,
+    run: Run,
+    start: Start,
+) -> Checkpoint | None:
+    if path is None:
+        if every is not None:
+            raise ValueError(
+                "`solve(checkpoint_every=...)` says how often to save, and "
+                "`checkpoint`, the file to save in, is missing."
+            )
+        return None
+    save_every = int(run.save_every)
     if every is None:
         every = save_every * max(1, round(num_steps / save_every / 10))
     check_count(every, "checkpoint_every", "solve")
     if every % save_every != 0:
         raise ValueError(
             f"`solve(checkpoint_every={every}, save_every={save_every})`: the first must "
-            "be a multiple of the second, so that no entry of the history is cut in two."
+            "be a multiple of the second, so that each saving is at an entry of the "
+            "history."
         )
-    return every
+    names = type(run.equilibrium).__name__, type(run.pipeline).__name__
+    given = (
+        run.problem,
+        run.equilibrium,
+        start.x,
+        start.y,
+        run.pipeline,
+        start.key,
+        start.state,
+        run.tolerance,
+    )
+    return Checkpoint(path, every, "/".join((*names, fingerprint(given))))
 
 
-class _Segments(eqx.Module):
-    """What a checkpoint holds."""
-
-    end: Progress
-    history: PyTree[Array]
-
-
-def _solve_in_segments(
-    problem: AbstractBilevelProblem,
-    equilibrium: AbstractEquilibrium,
-    x0: PyTree,
-    y0: PyTree,
-    pipeline: AbstractPipeline,
-    num_steps: int,
-    tolerance: ScalarLike | None,
-    key: PRNGKeyArray,
-    record: Callable,
-    save_every: int,
-    report: Callable | None,
-    state: Any,
-    path: pathlib.Path,
-    every: int,
-) -> tuple[Solution, Array, dict[str, Array]]:
-    given = (problem, equilibrium, x0, y0, pipeline, key, state, tolerance)
-    if any(is_traced(leaf) for leaf in jtu.tree_leaves(given)):
-        raise ValueError(
-            "`solve(checkpoint=...)` writes a file as it goes, and cannot do so under "
-            "`jax.jit`, `jax.vmap` or `jax.grad`. Leave the checkpoint out there, or run "
-            "the transformed function for fewer steps at a time and use "
-            "`bilevel_eqx.save` in between."
+def _interruption(done: int, num_steps: int, checkpoint: str | os.PathLike | None) -> str:
+    message = f"`solve` was interrupted after step {done} of {num_steps}. "
+    if checkpoint is None:
+        return message + (
+            "Nothing of it was kept. With `throw=False` the solution so far is returned, "
+            "and with `checkpoint=...` the run can be resumed."
         )
-    segment = ft.partial(_segment, problem, equilibrium, x0, y0, pipeline)
-    settings = tolerance, key, record, save_every, report
-    names = type(equilibrium).__name__, type(pipeline).__name__
-    run_mark = "/".join((*names, fingerprint(given)))
-    done, saved, reached = 0, 0, None
-
-    if path.exists():
-
-        def like(header):
-            if header.get("run") != run_mark:
-                raise ValueError(
-                    f"`{path}` is the checkpoint of another run: its data, initial "
-                    "values, rates or equilibrium are not those given. Remove it to "
-                    "start anew, or give another name."
-                )
-            end, history, _ = eqx.filter_eval_shape(segment, every, *settings, state)
-            kept = jtu.tree_map(
-                lambda h: jax.ShapeDtypeStruct((header["saved"], *h.shape[1:]), h.dtype),
-                history,
-            )
-            return _Segments(end, kept)
-
-        reached, header = read(path, like)
-        done, saved = header["done"], header["saved"]
-
-    while done < num_steps and (reached is None or not bool(reached.end.stopped)):
-        length = min(every, num_steps - done)
-        start = state if reached is None else reached.end.state
-        end, history, num_saved = segment(
-            length, *settings, start, jnp.asarray(done), num_steps
-        )
-        added = int(num_saved)
-        history = jtu.tree_map(lambda h, added=added: h[:added], history)
-        if reached is not None:
-            history = jtu.tree_map(
-                lambda u, v: jnp.concatenate([u, v]), reached.history, history
-            )
-        done, saved = done + int(end.num_steps), saved + added
-        end = eqx.tree_at(lambda p: p.num_steps, end, jnp.asarray(done))
-        reached = _Segments(end, history)
-        if bool(end.verdict.failed):
-            break
-        write(path, reached, {"run": run_mark, "done": done, "saved": saved})
-
-    assert reached is not None
-    end, history = reached.end, reached.history
-    solution, figures = _finish(problem, equilibrium, y0, tolerance, end, history)
-    return solution, jnp.asarray(saved), figures
+    return message + f"It is saved in `{checkpoint}`: the same call resumes it."

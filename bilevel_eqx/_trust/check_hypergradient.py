@@ -1,9 +1,9 @@
-"""Is this hypergradient right? Held against finite differences, on the user's problem."""
+"""Comparison of hypergradients with finite differences, on the user's problem."""
 
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from .._arguments import as_variables, check_count
 from .._derivatives.first import inner_gradient
@@ -27,17 +27,18 @@ from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
+from .._problem.constraints import set_y
 from .._response.base import AbstractResponse
 from .._response.implicit import Implicit
 from .._response.minimum_displacement import MinimumDisplacement
 from .._response.unrolled import Unrolled
 from .._solution_set.stationarity import stationarity
-from .._text import aligned
-from .._tree import nonzero, tree_axpy, tree_dot, tree_norm, tree_sub
+from .._text import aligned, as_code
+from .._tree import nonzero, tree_axpy, tree_dot, tree_dtype, tree_norm, tree_sub
 
 
-# Relative: what is closer than this to finite differences is right; what is farther from
-# them than a part in ten is an approximation that has not got there.
+# Relative errors: a hypergradient is right below the first, an approximation up to the
+# second, and wrong above.
 _RIGHT = 1e-3
 
 
@@ -46,18 +47,18 @@ _CLOSE = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class CheckedResponse:
-    """One response of a [`bilevel_eqx.HypergradientCheck`][].
+    """One response of a [`bilevel_eqx.reports.HypergradientCheck`][].
 
     **Attributes:**
 
-    - `errors`: from what is differentiated (`"cold"`, `"warm"`) to the relative error
-        of the hypergradient along all directions.
-    - `cosines`: the same for the cosine of the angle between the two.
-    - `inner_residual`: the norm of what the response presumes to be zero.
-    - `linear_residual`: of its linear solve, relative; `nan` if there is none.
+    - `errors`: a dictionary from the kind of start (`"cold"`, `"warm"`) to the relative
+        error of the hypergradient along all directions.
+    - `cosines`: the same for the cosine of the angle to the finite differences.
+    - `inner_residual`: the norm of the gradient that the response assumes to be zero.
+    - `linear_residual`: the relative residual of its linear solve, or `nan`.
     - `cost`: its time, in units of the time of one inner gradient.
     - `right`: whether it is one of the two derivatives.
-    - `verdict`: what it is, or what is wrong with it, in words.
+    - `verdict`: a sentence that says which derivative it is, or what is wrong.
     """
 
     errors: dict[str, float]
@@ -75,12 +76,13 @@ class HypergradientCheck:
 
     **Attributes:**
 
-    - `responses`: from names to a [`bilevel_eqx.CheckedResponse`][] each.
-    - `findings`: what is wrong with the problem itself, or particular to it, in words.
-    - `differences`: from what is differentiated to its finite differences, one for each
-        direction.
-    - `sound`: whether nothing is wrong with the problem: its derivatives are those of
-        its values, x reaches F, and the inner problem has been solved.
+    - `responses`: a dictionary from names to
+        [`bilevel_eqx.reports.CheckedResponse`][]s.
+    - `findings`: sentences about faults and properties of the problem itself.
+    - `differences`: a dictionary from the kind of start to the finite differences, one
+        for each direction.
+    - `sound`: whether the problem has no fault: its derivatives are those of its values,
+        x reaches F, and the inner problem has been solved.
     """
 
     responses: dict[str, CheckedResponse]
@@ -121,35 +123,35 @@ def check_hypergradient(
     key: PRNGKeyArray | None = None,
 ) -> HypergradientCheck:
     r"""Compares hypergradients with finite differences of
-    $\phi(x) = F(x, y(x))$, where the inner problem is solved anew and accurately for
-    each difference,
+    $\phi(x) = F(x, y(x))$, where the inner problem is solved accurately for each
+    difference,
 
     $$\langle g, d \rangle \quad\text{against}\quad
     \frac{\phi(x + h d) - \phi(x - h d)}{2 h},$$
 
-    along random directions and along coordinates, in float64 whatever the precision of
-    the problem. It says in words what is wrong: with a response, or with the problem.
+    along random directions and along coordinates, always in float64. It says in words
+    what is wrong with a response or with the problem.
 
-    Where the inner problem has many minima there are two right answers, and the table
-    has both: *cold*, where y starts from `y0` for each difference, and *warm*, where it
-    starts from the minimum that answers x. Elsewhere they are the same.
+    If the inner problem has many minima, there are two right derivatives, and the table
+    has both: *cold*, where y starts from `y0` for each difference, and *warm*, where y
+    starts from the inner minimum at x. Otherwise they are the same.
 
     **Arguments:**
 
     - `problem`: the bilevel problem.
-    - `x`: the outer variables, a pytree of floating-point arrays: where to check.
+    - `x`: the outer variables at which to check, a pytree of floating-point arrays.
     - `y0`: the inner variables to start from, a pytree of floating-point arrays.
-    - `responses`: the responses to check, by name or in a sequence. By default one of
-        each kind: implicit with a pseudoinverse, conjugate gradients and a Neumann
-        series, the derivative of the nearest minimum, and unrolled.
-    - `num_directions`, `num_coordinates`: how many random directions, and how many
-        entries of x. Keyword only arguments.
-    - `key`: for drawing them. Keyword only argument.
+    - `responses`: the responses to check, as a dictionary from names or as a sequence. By
+        default one of each kind: implicit at the inner minimum, with a pseudoinverse,
+        conjugate gradients and a Neumann series; the nearest minimum; and unrolled.
+    - `num_directions`, `num_coordinates`: the numbers of random directions and of entries
+        of x. Keyword only arguments.
+    - `key`: for the random choice of these. Keyword only argument.
 
     **Returns:**
 
-    A [`bilevel_eqx.HypergradientCheck`][]. It does not raise for a problem that is
-    faulty: that is among its findings.
+    A [`bilevel_eqx.reports.HypergradientCheck`][]. Faults of the problem do not raise:
+    they are in its findings.
 
     **Raises:**
 
@@ -171,66 +173,92 @@ def check_hypergradient(
         except (TypeError, ValueError) as error:
             findings = (_out_of_order(problem, x, y0) or str(error),)
             return HypergradientCheck({}, findings, {}, False)
-        key = jr.key(0) if key is None else key
         directions = _directions(key, x, num_directions, num_coordinates)
         return _check(problem, x, y0, responses, directions)
 
 
 def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
-    disagreements = _disagreements(problem, x, y0)
+    try:
+        disagreements = _disagreements(problem, x, y0)
+        y, distance, spectrum = _resolved(problem, x, y0, directions)
+    except _UNDIFFERENTIABLE as error:
+        finding = (
+            "its second derivatives cannot be computed. The finite differences and all "
+            f"responses except `Unrolled` need them. {_why(error)}"
+        )
+        findings = (*_disagreements(problem, x, y0, second=False), finding)
+        return HypergradientCheck({}, findings, {}, False)
     findings = list(disagreements)
-    y, residual = _resolve(problem, x, y0)
-    solved = bool(residual <= 1e-6)
+    solved = distance <= 1e-6
     if not solved:
         findings.append(
             "the inner problem was not solved: after many Newton steps the minimum is "
-            f"still {float(residual):.1e} of the size of y away, so that the differences "
-            "are not those of a minimum. There may be none within reach, as for a "
-            "cross-entropy with hard labels; or a kink; or `inner` takes its arguments "
-            "in another order than (x, y)."
+            f"still {distance:.1e} of the size of y away, so the differences are not "
+            "those of a minimum. There may be no finite minimum, as for a cross-entropy "
+            "with hard labels; or the minimum may be a kink; or `inner` may take its "
+            "arguments in another order than (x, y)."
         )
-    spectrum = np.asarray(_eigenvalues(problem, x, y))
     largest = float(np.max(np.abs(spectrum), initial=0))
     rank = int(np.sum(np.abs(spectrum) > 1e-8 * largest))
     singular = rank < spectrum.size
-    differences = {
-        kind: _differences(problem, x, y0, y, directions, kind)
-        for kind in _kinds(problem, singular)
-    }
-    smooth = all(rough <= _CLOSE for _, rough in differences.values())
+    differences = {}
+    for kind in _kinds(problem, singular):
+        try:
+            differences[kind] = _differences(problem, x, y0, y, directions, kind)
+        except _UNDIFFERENTIABLE as error:
+            findings.append(
+                f"there are no differences of a {kind} start: its inner minimum needs "
+                f"third derivatives, which cannot be computed. {_why(error)}"
+            )
+    smooth = all(d.roughness <= _CLOSE for d in differences.values())
     if not smooth:
         findings.append(
             "finite differences of two step sizes disagree: F(x, y(x)) has a kink close "
             "to this x, or the inner minimum jumps."
         )
-    references = {kind: difference for kind, (difference, _) in differences.items()}
-    if singular and problem.project_y is not None:
+    references = {kind: d.slopes for kind, d in differences.items()}
+    if singular and set_y(problem).confines:
         findings.append(
             "the inner minimum is not unique in its set, and the differences are those "
             "of a warm start."
         )
     elif singular:
-        apart = _relative(references["cold"], references["warm"])
-        findings.append(
-            f"the inner Hessian is singular (rank {rank} of {spectrum.size} eigenvalues "
-            "looked at), and so there are many inner minima. Methods disagree by design: "
-            f"the two derivatives are {apart:.1e} apart, relative to the first."
+        finding = (
+            f"the inner Hessian is singular (rank {rank} of {spectrum.size} computed "
+            "eigenvalues), so there are many inner minima. Methods disagree by design"
         )
-    moves = max(float(np.linalg.norm(r)) for r in references.values())
-    still = moves <= 1e-9 * max(1.0, abs(float(problem.outer(x, y))))
+        if len(references) == 2:
+            apart = _relative(references["cold"], references["warm"])
+            finding += (
+                f": the two derivatives are {apart:.1e} apart, relative to the first"
+            )
+        findings.append(finding + ".")
+    still = all(d.still for d in differences.values())
     if still:
         findings.append(
-            "x does not reach F: moving x and solving the inner problem again leaves F "
-            "as it was."
+            "x does not reach F: F does not change if x moves and the inner problem is "
+            "solved again."
         )
-    named = _named(problem, responses, largest)
-    gradient_time = _time(lambda: _gradient(problem, x, y0))
-    checked = {
-        name: _checked(problem, x, y0, r, directions, references, gradient_time, largest)
-        for name, r in named.items()
-    }
+    unit = _time(lambda: _gradient(problem, x, y0))
+    checked = {}
+    for name, (response, anchor) in _named(problem, responses, y0, y, largest).items():
+        checked[name] = _checked(
+            problem, x, anchor, response, directions, references, unit, largest
+        )
     sound = solved and smooth and not still and not disagreements
     return HypergradientCheck(checked, tuple(findings), references, sound)
+
+
+# What JAX raises if a function does not have the required kind of derivative.
+_UNDIFFERENTIABLE = (TypeError, ValueError, NotImplementedError)
+
+
+def _why(error: Exception) -> str:
+    return (
+        "The usual reason is an objective with `jax.custom_vjp`, which has no forward "
+        "mode. Use `jax.custom_jvp` instead. "
+        f"JAX says: {str(error).strip()}"
+    )
 
 
 _gradient = eqx.filter_jit(inner_gradient)
@@ -239,51 +267,56 @@ _gradient = eqx.filter_jit(inner_gradient)
 def _kinds(problem, singular: bool) -> tuple[str, ...]:
     if not singular:
         return ("true",)
-    return ("cold", "warm") if problem.project_y is None else ("warm",)
+    return ("warm",) if set_y(problem).confines else ("cold", "warm")
 
 
-def _named(problem, responses, largest) -> dict[str, AbstractResponse]:
+# A response, and the anchor that it starts from.
+_Started = tuple[AbstractResponse, PyTree]
+
+
+def _named(problem, responses, y0, y, largest) -> dict[str, _Started]:
+    """The responses by name."""
     if isinstance(responses, Mapping):
-        return dict(responses)
+        return {name: (response, y0) for name, response in responses.items()}
     if responses is not None:
-        names = [type(r).__name__ for r in responses]
-        repeated = {name for name in names if names.count(name) > 1}
+        codes = [as_code(response) for response in responses]
         return {
-            f"{name} {i}" if name in repeated else name: response
-            for i, (name, response) in enumerate(zip(names, responses))
+            f"{code} [{i}]" if codes.count(code) > 1 else code: (response, y0)
+            for i, (code, response) in enumerate(zip(codes, responses))
         }
-    safe = 1 / max(largest, 1e-12)
-    free = problem.project_y is None
-    solver = Projection() if free else ProjectedGradient()
-    named = {
-        "Implicit, Pseudoinverse": Implicit(solver, Pseudoinverse()),
-        "Implicit, TruncatedCG(20)": Implicit(solver, TruncatedCG(20)),
-        "Implicit, Neumann(20)": Implicit(solver, Neumann(20, safe)),
-        "MinimumDisplacement": MinimumDisplacement(Projection(), Pseudoinverse()),
-        "Unrolled, 100 steps": Unrolled(optax.sgd(safe), 100),
+    safe = 1 / (largest or 1.0)
+    # These start from the known minimum: another solve in each program would take most
+    # of the time.
+    named: dict[str, _Started] = {
+        "Implicit, Pseudoinverse": (Implicit(None, Pseudoinverse()), y),
+        "Implicit, TruncatedCG(20)": (Implicit(None, TruncatedCG(20)), y),
+        "Implicit, Neumann(20)": (Implicit(None, Neumann(20, safe)), y),
     }
-    if not free:
-        # The nearest of many minima in a set is not what it finds.
-        del named["MinimumDisplacement"]
+    if not set_y(problem).confines:
+        # It does not support constraints.
+        named["MinimumDisplacement"] = (MinimumDisplacement(), y0)
+    named["Unrolled, 100 steps"] = (Unrolled(optax.sgd(safe), 100), y0)
     return named
 
 
 def _checked(
-    problem, x, y0, response, directions, references, gradient_time, largest
+    problem, x, anchor, response, directions, references, unit, largest
 ) -> CheckedResponse:
     """One row of the table."""
 
     def run():
-        return hypergradient(problem, x, y0, response, throw=False)
+        return hypergradient(problem, x, anchor, response, throw=False)
 
     try:
         out = run()
-    except ValueError as error:
+    except _UNDIFFERENTIABLE as error:
+        # Our own errors need no explanation.
+        why = str(error) if isinstance(error, ValueError) else _why(error)
         nothing = dict.fromkeys(references, np.nan)
         return CheckedResponse(
-            nothing, nothing, np.nan, np.nan, np.nan, False, f"refused. {error}"
+            nothing, nothing, np.nan, np.nan, np.nan, False, f"refused. {why}"
         )
-    along = _along(out.gradient, directions)
+    along = directions @ _flat(out.gradient)
     errors = {kind: _relative(r, along) for kind, r in references.items()}
     cosines = {kind: _cosine(r, along) for kind, r in references.items()}
     inner = float(out.stats.get("inner_residual", 0.0))
@@ -292,7 +325,7 @@ def _checked(
     right = errors[best] <= _RIGHT
     verdict = _verdict(out, response, errors, cosines, linear, largest, references)
     return CheckedResponse(
-        errors, cosines, inner, linear, _time(run) / gradient_time, right, verdict
+        errors, cosines, inner, linear, _time(run) / unit, right, verdict
     )
 
 
@@ -304,48 +337,49 @@ _MEANING = {
 
 
 def _verdict(out, response, errors, cosines, linear, largest, references) -> str:
-    """What a hypergradient is, or the likeliest reason why it is not right."""
+    """Which derivative a hypergradient is, or the likeliest reason why it is wrong."""
     matching = [kind for kind, error in errors.items() if error <= _RIGHT]
     if matching:
         meant = "the derivative" if len(matching) > 1 else _MEANING[matching[0]]
         return f"right: {meant}, to {min(errors.values()):.0e}."
     best = min(errors, key=lambda kind: errors[kind])
     far = f"off by {errors[best]:.1e} from {_MEANING[best]}"
-    is_zero = float(tree_norm(out.gradient)) == 0
+    is_zero = not np.any(_flat(out.gradient))
     moves = any(float(np.linalg.norm(r)) > 0 for r in references.values())
     if bool(out.result == RESULTS.zero_hypergradient) or (is_zero and moves):
         return (
-            "wrong: it is exactly zero, and F moves with x. The derivative with respect "
-            "to x is cut off: by a `stop_gradient`, a cast to integers, or a `Fixed` "
+            "wrong: it is exactly zero, but F depends on x. The derivative with respect "
+            "to x is cut off by a `stop_gradient`, a cast to integers, or a `Fixed` "
             "response."
         )
     if bool(out.result != RESULTS.successful):
         return f"{far}. {RESULTS[out.result]}"
     if cosines[best] < -0.9:
         return (
-            f"wrong: {far}, and the angle between them is nearly straight (cosine "
+            f"wrong: {far}, with nearly the opposite direction (cosine "
             f"{cosines[best]:.2f}). A sign is wrong: J is minus H^-1 B."
         )
     solver = getattr(response, "linear_solver", None)
     if isinstance(solver, Neumann | TruncatedCG) and linear > _RIGHT:
         is_series = isinstance(solver, Neumann)
         count = np.max(solver.num_terms if is_series else solver.num_steps)
-        hint = f", at a step size close to {1 / largest:.1e}" if is_series else ""
+        unit = "terms" if is_series else "steps"
+        hint = f", and a step size close to {1 / largest:.1e}" if is_series else ""
         return (
-            f"{far}: {type(solver).__name__} has not converged. It stopped after "
-            f"{int(count)} with a linear residual of {linear:.1e}; give it more{hint}."
+            f"{far}: {as_code(solver)} has not converged. It stopped after {int(count)} "
+            f"{unit} with a linear residual of {linear:.1e}. Give it more {unit}{hint}."
         )
     if isinstance(response, Unrolled):
         return (
             f"{far}: {response.num_steps} unrolled steps have not reached the minimum. "
-            "That is right for the truncated answer, and not for the minimum."
+            "The derivative is right for the last step, but not for the minimum."
         )
     inner = float(out.stats.get("inner_residual", 0.0))
     accuracy = "close" if errors[best] <= _CLOSE else "wrong"
     return (
         f"{accuracy}: {far}, with a cosine of {cosines[best]:.4f}. Its inner residual is "
-        f"{inner:.1e}: if that is small the derivative that the response makes of it is "
-        "at fault, and else the inner solve."
+        f"{inner:.1e}. If that is small, the derivative of the response is at fault; "
+        "otherwise the inner solve is."
     )
 
 
@@ -353,82 +387,160 @@ def _verdict(out, response, errors, cosines, linear, largest, references) -> str
 # Finite differences
 #
 
+# Relative to the size of x.
 _STEP = 1e-4
 
 
-def _accurate(problem) -> Implicit:
-    solver = Projection(max_steps=300) if problem.project_y is None else None
-    return Implicit(solver or ProjectedGradient(), Pseudoinverse())
+# In units of the step. The first is x itself.
+_OFFSETS = np.array([1.0, -1.0, 2.0, -2.0])
+
+
+class _Differences(NamedTuple):
+    """The slopes of F along each direction, and how reliable they are."""
+
+    slopes: np.ndarray
+    # The disagreement of two step sizes or of two sides, relative to the slopes.
+    roughness: float
+    # Whether F is the same everywhere.
+    still: bool
+
+
+def _minimum(problem, x, anchor):
+    """An accurate inner minimum near the anchor."""
+    confined = set_y(problem).confines
+    solver = ProjectedGradient() if confined else Projection(max_steps=300)
+    return Implicit(solver, Pseudoinverse()).minimum(problem, x, anchor)[0]
+
+
+def _nearest(problem, x, anchor):
+    """The accurate inner minimum nearest to the anchor."""
+    response = MinimumDisplacement(Projection(max_steps=300), selection_tolerance=None)
+    displacement, layout, *_ = response.nearest(problem, x, anchor)
+    return layout.unravel(displacement.picture.y)
 
 
 @eqx.filter_jit
-def _resolve(problem, x, anchor):
-    """The inner minimum next to the anchor, and how far from one it is."""
-    y, _, _ = _accurate(problem).minimum(problem, x, anchor)
+def _followed(problem, points, count, anchor):
+    """Solves the inner problem at the first `count` of `points`.
+
+    Returns F at each; and at the first one y, its distance from a minimum, and the
+    spectrum of H. `count` is data, so that one program serves all counts.
+    """
+    values, y = _values_along(problem, points, count, anchor, _minimum)
+    x = jtu.tree_map(lambda leaf: leaf[0], points)
     at = stationarity(problem, x, y)
     gradient, hessian = at.residual, at.free_hessian
-    # How far it is to the minimum along the gradient, relative to the size of y. The
-    # gradient alone also vanishes on the way to a minimum that lies at infinity.
+    # The distance to the minimum along the gradient, relative to the size of y. A small
+    # gradient is not enough: it also vanishes towards a minimum at infinity.
     square = tree_dot(gradient, gradient)
     curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
-    way = square / nonzero(curvature) * jnp.sqrt(square)
+    length = square / nonzero(curvature) * jnp.sqrt(square)
     size = tree_norm(y) + tree_norm(tree_sub(y, anchor))
-    return y, jnp.where(square == 0, 0, way / nonzero(size))
+    distance = jnp.where(square == 0, 0, length / nonzero(size))
+    return values, y, distance, eigenbasis(at.definite_hessian()).values
 
 
 @eqx.filter_jit
-def _values(problem, points, anchor, selected: bool):
-    """F(x, y(x)) at a batch of x, one after the other."""
-    implicit = _accurate(problem)
-    nearest = MinimumDisplacement(Projection(max_steps=300), selection_tolerance=None)
-
-    def value(x):
-        if selected:
-            y = nearest.nearest(problem, x, anchor)[0].solutions.y
-        else:
-            y = implicit.minimum(problem, x, anchor)[0]
-        return problem.outer(x, y)
-
-    return jax.lax.map(value, points)
+def _selected(problem, points, count, anchor):
+    """F at the inner minima nearest to the anchor."""
+    return _values_along(problem, points, count, anchor, _nearest)[0]
 
 
-def _differences(problem, x, y0, y, directions, kind):
-    """Central differences by Richardson's rule, and how much two step sizes differ."""
-    h = _STEP * max(1.0, float(tree_norm(x)))
-    offsets = jnp.array([h, -h, 2 * h, -2 * h])
+def _values_along(problem, points, count, anchor, solve):
+    """F at the first `count` of `points`, and y at the first one."""
 
-    def moved(direction):
-        return jax.vmap(lambda t: tree_axpy(t, direction, x))(offsets)
+    def body(i, carry):
+        values, first = carry
+        x = jtu.tree_map(lambda leaf: leaf[i], points)
+        y = solve(problem, x, anchor)
+        first = jtu.tree_map(lambda a, b: jnp.where(i == 0, a, b), y, first)
+        return values.at[i].set(problem.outer(x, y).astype(values.dtype)), first
 
-    points = jax.vmap(moved)(directions)
-    flat = jtu.tree_map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), points)
-    anchor = y if kind == "warm" else y0
-    values = _values(problem, flat, anchor, kind == "cold").reshape(-1, 4)
-    near = np.asarray(values[:, 0] - values[:, 1]) / (2 * h)
-    far = np.asarray(values[:, 2] - values[:, 3]) / (4 * h)
-    noise = 1e-9 * float(np.max(np.abs(values), initial=0))
-    rough = np.linalg.norm(near - far) / max(np.linalg.norm(near), noise, 1e-300)
-    return (4 * near - far) / 3, float(rough)
+    total = jtu.tree_leaves(points)[0].shape[0]
+    carry = jnp.zeros(total, tree_dtype(points)), anchor
+    return jax.lax.fori_loop(0, count, body, carry)
 
 
-def _directions(key, x, num_directions: int, num_coordinates: int) -> PyTree[Array]:
-    """Random directions of length one, and coordinates, stacked along a new axis."""
-    flat, unravel = jax.flatten_util.ravel_pytree(x)
-    direction_key, coordinate_key = jr.split(key)
-    random = jr.normal(direction_key, (num_directions, flat.size), flat.dtype)
-    random = random / jnp.linalg.norm(random, axis=1, keepdims=True)
-    count = min(num_coordinates, flat.size)
-    picked = jr.choice(coordinate_key, flat.size, (count,), replace=False)
-    coordinates = jax.nn.one_hot(picked, flat.size, dtype=flat.dtype)
-    return jax.vmap(unravel)(jnp.concatenate([random, coordinates]))
+def _points(x, directions) -> tuple[PyTree, float]:
+    """x and the points around it, by direction and offset; and the step."""
+    at = _flat(x)
+    h = _STEP * max(1.0, float(np.linalg.norm(at)))
+    moves = h * _OFFSETS[None, :, None] * directions[:, None, :]
+    moved = (at + moves).reshape(-1, at.size)
+    return _stacked(np.concatenate([at[None], moved]), x), h
 
 
-def _along(gradient, directions) -> np.ndarray:
-    return np.asarray(jax.vmap(lambda d: tree_dot(gradient, d))(directions))
+def _resolved(problem, x, y0, directions):
+    """The inner minimum at x, its distance from a true one, and the spectrum of H."""
+    points, _ = _points(x, directions)
+    _, y, distance, spectrum = _followed(problem, points, np.asarray(1), y0)
+    return y, float(distance), np.asarray(spectrum)
+
+
+def _differences(problem, x, y0, y, directions, kind) -> _Differences:
+    """Central differences, by Richardson's rule."""
+    points, h = _points(x, directions)
+    count = np.asarray(1 + _OFFSETS.size * len(directions))
+    if kind == "cold":
+        values = _selected(problem, points, count, y0)
+    else:
+        anchor = y if kind == "warm" else y0
+        values, *_ = _followed(problem, points, count, anchor)
+    values = np.asarray(values)
+    here, around = values[0], values[1:].reshape(-1, _OFFSETS.size)
+    near = (around[:, 0] - around[:, 1]) / (2 * h)
+    far = (around[:, 2] - around[:, 3]) / (4 * h)
+    # A smooth second difference shrinks by four with half the step. What remains is twice
+    # a jump of the slope. Central differences do not see a kink at x itself.
+    close = around[:, 0] - 2 * here + around[:, 1]
+    wide = around[:, 2] - 2 * here + around[:, 3]
+    jump = (4 * close - wide) / (2 * h)
+    size = max(np.linalg.norm(near), np.linalg.norm(jump))
+    largest = float(np.max(np.abs(values), initial=0))
+    wrong = np.linalg.norm(np.concatenate([near - far, jump]))
+    roughness = wrong / max(size, 1e-9 * largest, np.finfo(float).tiny)
+    # Relative, so that the units of F do not matter.
+    still = np.max(np.abs(values - here)) <= 1e-9 * h * largest
+    return _Differences((4 * near - far) / 3, float(roughness), bool(still))
+
+
+#
+# In NumPy, because JAX compiles a program for each operation outside a program.
+#
+
+
+def _flat(tree) -> np.ndarray:
+    leaves = [np.ravel(np.asarray(leaf)) for leaf in jtu.tree_leaves(tree)]
+    return np.concatenate(leaves).astype(np.float64)
+
+
+def _stacked(rows: np.ndarray, like: PyTree) -> PyTree:
+    """Flat vectors, in rows, as one pytree like `like` with a new axis in front."""
+    leaves, treedef = jtu.tree_flatten(like)
+    ends = np.cumsum([np.size(leaf) for leaf in leaves])
+    parts = np.split(rows, ends[:-1], axis=1)
+    shaped = [p.reshape(-1, *np.shape(leaf)) for p, leaf in zip(parts, leaves)]
+    return jtu.tree_unflatten(treedef, shaped)
+
+
+def _directions(key, x, num_directions: int, num_coordinates: int) -> np.ndarray:
+    """Random directions and coordinate directions, of length one, in rows."""
+    size = _flat(x).size
+    random = _generator(key).normal(size=(num_directions, size))
+    random /= np.linalg.norm(random, axis=1, keepdims=True)
+    picked = _generator(key).permutation(size)[:num_coordinates]
+    return np.concatenate([random, np.eye(size)[picked]])
+
+
+def _generator(key: PRNGKeyArray | None) -> np.random.Generator:
+    if key is None:
+        return np.random.default_rng(0)
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return np.random.default_rng(np.asarray(jr.key_data(key) if is_typed else key))
 
 
 def _relative(reference, other) -> float:
-    """At most 2; without overflow, and infinite for what is not finite."""
+    """The relative error: at most 2, without overflow; infinite if not finite."""
     largest = np.max(np.abs([reference, other]))
     if not 0 < largest < np.inf:
         return 0.0 if largest == 0 else np.inf
@@ -446,58 +558,89 @@ def _cosine(reference, other) -> float:
 
 
 #
-# Is the problem what its derivatives say?
+# Are the problem's derivatives those of its values?
 #
 
+# The first three are first derivatives, the others second derivatives.
+_LOOKED_AT = (
+    "`outer` in x",
+    "`outer` in y",
+    "`inner` in y",
+    "the inner gradient in x",
+    "the inner gradient in y",
+)
 
-def _disagreements(problem, x, y) -> list[str]:
-    """A sentence for each derivative that is not that of the values."""
-    key_x, key_y, key_at = jr.split(jr.key(1), 3)
-    u, v, offset = (
-        jtu.tree_map(lambda leaf: leaf[0], _directions(key, at, 1, 1))
-        for key, at in ((key_x, x), (key_y, y), (key_at, y))
+
+@eqx.filter_jit
+def _looked_at(problem, x, y, u, v, h, second: bool):
+    """Derivatives along u and v by JAX, and the values on both sides.
+
+    Like the package, this takes first derivatives in reverse mode and differentiates them
+    in forward mode, so that it also checks rules for one mode only.
+    """
+    zero = jnp.zeros_like(h)
+
+    def objectives(t):
+        ahead_x, ahead_y = tree_axpy(t, u, x), tree_axpy(t, v, y)
+        return (
+            problem.outer(ahead_x, y),
+            problem.outer(x, ahead_y),
+            problem.inner(x, ahead_y),
+        )
+
+    def gradients(t):
+        if not second:
+            return ()
+        ahead_x, ahead_y = tree_axpy(t, u, x), tree_axpy(t, v, y)
+        return (
+            tree_dot(inner_gradient(problem, ahead_x, y), v),
+            tree_dot(inner_gradient(problem, x, ahead_y), v),
+        )
+
+    slopes = [jax.grad(lambda t, i=i: objectives(t)[i])(zero) for i in range(3)]
+    slopes += jax.jvp(gradients, (zero,), (jnp.ones_like(h),))[1]
+    both = jax.lax.map(
+        lambda t: jnp.stack([*objectives(t), *gradients(t)]), jnp.stack([h, -h])
     )
-    # Not at the start itself, where much may vanish: mostly it is zero.
-    y = tree_axpy(0.1 * jnp.maximum(1, tree_norm(y)), offset, y)
+    return jnp.stack(slopes), both
 
-    def gradient_along(x, y):
-        return tree_dot(inner_gradient(problem, x, y), v)
 
-    cut = "A `stop_gradient`, a cast to integers or a rule of one's own hides it."
-    checks = [
-        ("`outer` in x", lambda t: problem.outer(tree_axpy(t, u, x), y)),
-        ("`outer` in y", lambda t: problem.outer(x, tree_axpy(t, v, y))),
-        ("`inner` in y", lambda t: problem.inner(x, tree_axpy(t, v, y))),
-        ("the inner gradient in x", lambda t: gradient_along(tree_axpy(t, u, x), y)),
-        ("the inner gradient in y", lambda t: gradient_along(x, tree_axpy(t, v, y))),
+def _disagreements(problem, x, y, second: bool = True) -> list[str]:
+    """A sentence for each derivative that is not that of the values."""
+    (u, _), (v, offset) = (_directions(None, at, 2, 1)[:2] for at in (x, y))
+    # Not at the start itself: it is often zero, where many derivatives vanish.
+    start = _flat(y)
+    moved = start + 0.1 * max(1.0, float(np.linalg.norm(start))) * offset
+    u, v, moved = (
+        jtu.tree_map(lambda leaf: leaf[0], _stacked(row[None], like))
+        for row, like in ((u, x), (v, y), (moved, y))
+    )
+    h = 1e-5
+    slopes, both = _looked_at(problem, x, moved, u, v, np.asarray(h), second)
+    slopes, (ahead, behind) = np.asarray(slopes), np.asarray(both)
+    differences = (ahead - behind) / (2 * h)
+    noise = 1e-8 * (np.abs(ahead) + np.abs(behind))
+    allowed = 1e-4 * (np.abs(slopes) + np.abs(differences)) + noise
+    # Negated, so that NaN is a disagreement too.
+    disagree = ~(np.abs(slopes - differences) <= allowed)
+    return [
+        f"the derivative of {what} is not that of its values: along a random direction "
+        f"it is {slope:.4g}, but differences of the values give {difference:.4g}. The "
+        "reason may be a `stop_gradient`, a cast to integers or a custom derivative rule."
+        for what, slope, difference, bad in zip(_LOOKED_AT, slopes, differences, disagree)
+        if bad
     ]
-    sentences = []
-    for what, fn in checks:
-        zero = jnp.zeros(())
-        derivative = float(jax.jvp(fn, (zero,), (jnp.ones(()),))[1])
-        h = 1e-5
-        ahead, behind = float(fn(zero + h)), float(fn(zero - h))
-        difference = (ahead - behind) / (2 * h)
-        noise = 1e-8 * (abs(ahead) + abs(behind))
-        allowed = 1e-4 * (abs(derivative) + abs(difference)) + noise
-        if not abs(derivative - difference) <= allowed:
-            sentences.append(
-                f"the derivative of {what} is not that of its values: along a random "
-                f"direction it is {derivative:.4g}, and differences of the values say "
-                f"{difference:.4g}. {cut}"
-            )
-    return sentences
 
 
 def _out_of_order(problem, x, y) -> str | None:
-    """Whether an objective takes its arguments the other way round."""
+    """Whether an objective takes its arguments in the reverse order."""
     for name in ("outer", "inner"):
         objective = getattr(problem, name, None)
         if objective is None or not _evaluates(objective, x, y):
             if objective is not None and _evaluates(objective, y, x):
                 return (
-                    f"`{name}(x, y)` fails, and `{name}(y, x)` does not: the arguments "
-                    "are the outer variables and then the inner ones, in this order."
+                    f"`{name}(x, y)` fails, but `{name}(y, x)` does not: the first "
+                    "argument must be the outer variables, the second the inner ones."
                 )
     return None
 
@@ -510,12 +653,12 @@ def _evaluates(objective, *args) -> bool:
 
 
 #
-# Odds and ends
+# Helpers
 #
 
 
 def _in_float64(tree: Any) -> Any:
-    """All floating-point arrays in double precision."""
+    """`tree` with its floating-point arrays in double precision."""
 
     def cast(leaf):
         is_float = eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)
@@ -525,13 +668,8 @@ def _in_float64(tree: Any) -> Any:
     return jtu.tree_map(cast, tree)
 
 
-@eqx.filter_jit
-def _eigenvalues(problem, x, y):
-    return eigenbasis(stationarity(problem, x, y).stiffened()).values
-
-
 def _time(fn) -> float:
-    """Seconds that a call takes once it is compiled: the best of three."""
+    """The time of a compiled call in seconds: the best of three."""
     jax.block_until_ready(eqx.filter(fn(), eqx.is_array))
     times = []
     for _ in range(3):

@@ -1,11 +1,8 @@
-"""Several equilibria of one problem beside each other, and the test for leakage."""
+"""A comparison of several equilibria of one problem."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import equinox as eqx
-import jax
-import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._arguments import as_variables
@@ -19,7 +16,7 @@ from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._solve.solution import Solution
 from .._solve.solve import solve
-from .._text import aligned
+from .._text import aligned, as_code
 from .._tree import tree_norm, tree_sub
 
 
@@ -28,14 +25,14 @@ class Comparison(eqx.Module):
 
     **Attributes:**
 
-    - `names`: what the equilibria are called in the table.
+    - `names`: the names of the equilibria in the table.
     - `solutions`: a dictionary from names to [`bilevel_eqx.Solution`][]s.
     - `figures`: a dictionary from names to dictionaries: `F` and `f`, the objectives;
-        `|x|` and `|y|`; `|y - y0|`, how far y went.
-    - `certificates`: `certificates[a][b]` is how far the answer of a is from being an
-        equilibrium of kind b.
-    - `refused`: a dictionary from the names of the equilibria that the problem cannot
-        have, or whose run failed, to the reason.
+        `|x|`, `|y|` and `|y - y0|`, the norms.
+    - `certificates`: `certificates[a][b]` is the largest residual of the solution of a as
+        an equilibrium of kind b.
+    - `refused`: a dictionary from names to reasons, for the equilibria that the problem
+        does not support or whose run failed.
     """
 
     names: tuple[str, ...] = eqx.field(static=True)
@@ -85,35 +82,35 @@ def compare(
     key: PRNGKeyArray | None = None,
 ) -> Comparison:
     """Computes several equilibria of one problem from the same start, and checks each
-    answer against all of the definitions.
+    solution against all definitions.
 
     **Arguments:**
 
     - `problem`: the bilevel problem.
     - `x0`, `y0`: the initial variables, as for [`bilevel_eqx.solve`][].
-    - `equilibria`: which ones. By default `Optimistic()`, `WarmStart()` and
+    - `equilibria`: the equilibria. By default `Optimistic()`, `WarmStart()` and
         `ColdStart()`.
     - `num_steps`: the number of outer steps of each. Keyword only argument.
-    - `pipelines`: for some of the equilibria, by their names in the table (such as
-        `"WarmStart()"`), a pipeline or the name of one; the others take their default.
-        Keyword only argument.
+    - `pipelines`: a dictionary from names in the table (such as `"WarmStart()"`) to a
+        pipeline or the name of one. The other equilibria use their default. Keyword only
+        argument.
     - `tolerance`, `key`: as for [`bilevel_eqx.solve`][]. Keyword only arguments.
 
     **Returns:**
 
-    A [`bilevel_eqx.Comparison`][]. An equilibrium that the problem cannot have, or whose
-    run fails, is listed with the reason and does not stop the others.
+    A [`bilevel_eqx.reports.Comparison`][]. An equilibrium that the problem does not
+    support, or whose run fails, is listed with the reason and does not stop the others.
 
     **Raises:**
 
-    A `ValueError` for a problem that cannot be right, or a key of `pipelines` that is
-    none of the equilibria.
+    A `ValueError` for an invalid problem, or for a key of `pipelines` that is none of the
+    equilibria.
     """
     if equilibria is None:
         equilibria = (Optimistic(), WarmStart(), ColdStart())
     x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
     check_problem(problem, x0, y0)
-    concepts = {describe(equilibrium): equilibrium for equilibrium in equilibria}
+    concepts = {as_code(equilibrium): equilibrium for equilibrium in equilibria}
     pipelines = {} if pipelines is None else dict(pipelines)
     unknown = [name for name in pipelines if name not in concepts]
     if unknown:
@@ -143,14 +140,8 @@ def compare(
             refused[name] = f"stopped after step {step}. {RESULTS[solution.result]}"
         x, y = solution.x, solution.y
         solutions[name] = solution
-        figures[name] = {
-            "F": problem.outer(x, y),
-            "f": problem.inner(x, y),
-            "|x|": tree_norm(x),
-            "|y|": tree_norm(y),
-            "|y - y0|": tree_norm(tree_sub(y, y0)),
-        }
-    # One that the problem cannot have, it cannot be certified for.
+        figures[name] = _figures(problem, x, y, y0)
+    # A refused equilibrium cannot be certified either.
     for name, solution in solutions.items():
         certificates[name] = {
             asked: certify(problem, concepts[asked], solution.x, solution.y, y0=y0)
@@ -159,16 +150,12 @@ def compare(
     return Comparison(tuple(concepts), solutions, figures, certificates, refused)
 
 
-def describe(equilibrium: AbstractEquilibrium) -> str:
-    """An equilibrium as one would write it: `WarmStart(0.1)`."""
-    values = []
-    for field in dataclasses.fields(equilibrium):
-        value = getattr(equilibrium, field.name)
-        no_epsilon = field.name == "epsilon" and isinstance(value, float) and value == 0
-        if value is None or no_epsilon:
-            continue
-        is_number = isinstance(value, float | int | np.ndarray | jax.Array)
-        values.append(
-            f"{float(value):.3g}" if is_number and np.ndim(value) == 0 else repr(value)
-        )
-    return f"{type(equilibrium).__name__}({', '.join(values)})"
+@eqx.filter_jit
+def _figures(problem, x, y, y0) -> dict[str, Scalar]:
+    return {
+        "F": problem.outer(x, y),
+        "f": problem.inner(x, y),
+        "|x|": tree_norm(x),
+        "|y|": tree_norm(y),
+        "|y - y0|": tree_norm(tree_sub(y, y0)),
+    }

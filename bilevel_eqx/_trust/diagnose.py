@@ -1,7 +1,7 @@
-"""The overparameterisation doctor: what H is like where F feels it, and what to do."""
+"""The overparameterisation doctor: the spectrum of H, its effect on F, and what to do."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
+import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._arguments import as_variables, check_count
@@ -18,16 +19,30 @@ from .._derivatives.first import outer_gradients
 from .._derivatives.second import (
     cross_derivative_operator,
     gradient_and_hessian,
-    is_curved,
-    is_turning,
+    hessian_depends_on_x,
+    hessian_depends_on_y,
 )
+from .._equilibrium.base import AbstractEquilibrium
+from .._equilibrium.cold_start import ColdStart
+from .._equilibrium.stackelberg import Stackelberg
+from .._equilibrium.warm_start import WarmStart
+from .._inner_solver.projection import Projection
 from .._linalg.decompositions import eigh
 from .._linalg.eigenbasis import lanczos
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linear_solver.pseudoinverse import Pseudoinverse
+from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
+from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
-from .._tree import all_finite, nonzero, tree_dot, tree_dtype, tree_norm, tree_size
+from .._response.base import AbstractResponse
+from .._response.implicit import Implicit
+from .._response.minimum_displacement import MinimumDisplacement
+from .._response.proximal import Proximal
+from .._response.unrolled import Unrolled
+from .._text import as_code
+from .._tree import nonzero, tree_dot, tree_dtype, tree_norm, tree_size
 
 
 _PRODUCTS = 60
@@ -39,7 +54,7 @@ _FEWEST_PRODUCTS = 10
 _PROBE_STEPS = 10
 
 
-# The errors that are asked about, and the numbers of terms that are compared.
+# The relative errors and the numbers of Neumann terms in the report.
 _ERRORS = (1.0, 0.1, 0.01)
 
 
@@ -49,11 +64,12 @@ _TERMS = (1, 10, 100)
 _MOST_TERMS = 2**40
 
 
-# Below this share of F_y it does not matter to F which of many minima is chosen.
+# If the null space has less than this share of F_y, the choice of the minimum does not
+# matter to F.
 _SMALL_SHARE = 1e-3
 
 
-# Farther than this from a minimum, relative to the size of y, is not at one.
+# y counts as a minimum if its distance from one, relative to its size, is below this.
 _NEAR = 1e-3
 
 
@@ -63,38 +79,45 @@ class Diagnosis:
 
     **Attributes:**
 
-    - `response`, `equilibrium`: what is recommended, as one would write it.
-    - `reason`: why.
-    - `smallest`, `largest`: the extreme eigenvalues of $H$ that were seen.
+    - `response`, `equilibrium`: the recommended response and equilibrium, for
+        [`bilevel_eqx.hypergradient`][] and [`bilevel_eqx.solve`][]. `equilibrium` is
+        `None` if y is not an inner minimum.
+    - `optimiser`: the code of the response's optax optimiser, for printing; empty if
+        there is none.
+    - `reason`: why these are recommended.
+    - `smallest`, `largest`: the extreme eigenvalues of $H$ that were found.
     - `smallest_nonzero`: the smallest absolute eigenvalue that does not count as zero;
-        `inf` if all do.
-    - `rank`: the number of eigenvalues that do not.
-    - `singular`: whether some do: whether $H$ is singular, or could not be told from it.
-    - `null_share`: $\|P F_y\|^2 / \|F_y\|^2$, with $P$ the projection on the null space
-        of $H$: how much of what F wants of y is about *which* minimum it is.
-    - `gaps`: from an approximation to how far its hypergradient is from that of the
-        pseudoinverse, relative to the larger of that and of its part through y. Damping
-        is by $\epsilon = 1 / (\alpha K)$, which matches $K$ terms.
-    - `terms`: from a relative error to the number $K$ of Neumann terms that it takes, or
-        `None` where no number attains it.
-    - `step_size`: a safe $\alpha$, $1 / \lambda_{\max}$. Twice of it is the limit.
-    - `epsilon`: a safe damping. If a curvature is negative, twice of what makes
-        $H + \epsilon I$ definite; otherwise the largest that costs 10 %, and `nan` if
-        all cost more.
+        `inf` if all count as zero.
+    - `rank`: the number of eigenvalues that do not count as zero.
+    - `singular`: whether some eigenvalues count as zero: $H$ is singular, or numerically
+        so.
+    - `null_share`: $\|P F_y\|^2 / \|F_y\|^2$, with the projection $P$ on the null space
+        of $H$: the share of $F_y$ that depends on *which* minimum y is.
+    - `gaps`: for each approximation, the distance of its hypergradient from that of the
+        pseudoinverse, relative to the larger of the latter and its part through y.
+        Damping is by $\epsilon = 1 / (\alpha K)$, which matches $K$ terms.
+    - `terms`: for each relative error, the number $K$ of Neumann terms that reaches it,
+        or `None` if no number does.
+    - `step_size`: a safe $\alpha$, $1 / \lambda_{\max}$. The limit is twice as large.
+    - `epsilon`: a safe damping. With negative curvature, twice the $\epsilon$ that makes
+        $H + \epsilon I$ definite. Otherwise the largest one with an error of at most
+        10 %; `nan` if there is none.
     - `gradient_norm`: $\|\nabla_y f\|$.
-    - `distance`: how far the minimum is along that gradient, relative to the size of y.
-    - `at_minimum`: whether y is close enough to one for implicit differentiation.
-    - `residual`: how far $q$ is from $H q = (I - P) F_y$, relative to $F_y$, because
-        products were few: the accuracy of what is compared with.
-    - `exact`: whether $H$ was decomposed. If not, all is said within Krylov spaces, and
-        the rank is an estimate.
+    - `distance`: the distance of the minimum along that gradient, relative to the size of
+        y.
+    - `at_minimum`: whether y is close enough to a minimum for implicit differentiation.
+    - `residual`: $\|H q - (I - P) F_y\| / \|F_y\|$: the error of the reference in `gaps`
+        because of the limited number of products.
+    - `exact`: whether $H$ was decomposed. If not, all figures hold within Krylov spaces,
+        and the rank is an estimate.
     - `num_variables`: the size of y.
-    - `num_products`: how many products with $H$ it took.
-    - `num_cross_products`: and with $B^\top$.
+    - `num_products`: the number of products with $H$.
+    - `num_cross_products`: the number of products with $B^\top$.
     """
 
-    response: str
-    equilibrium: str
+    response: AbstractResponse
+    equilibrium: AbstractEquilibrium | None
+    optimiser: str
     reason: str
     smallest: float
     largest: float
@@ -117,32 +140,37 @@ class Diagnosis:
 
     def __str__(self):
         about = "" if self.exact else "about "
-        definite = "some count as zero" if self.singular else "none counts as zero"
+        definite = "some count as zero" if self.singular else "none count as zero"
         minimum = "an inner minimum" if self.at_minimum else "not an inner minimum"
         gaps = ", ".join(f"{name}: {gap:.1e}" for name, gap in self.gaps.items())
         errors = ", ".join(f"{error:g}" for error in self.terms)
         terms = ", ".join("none" if k is None else f"{k:,}" for k in self.terms.values())
         how = "exact" if self.exact else "matrix-free"
+        response = as_code(self.response, optimiser=self.optimiser)
+        equilibrium = "none; ask again at a minimum"
+        if self.equilibrium is not None:
+            equilibrium = as_code(self.equilibrium)
         return "\n".join(
             [
                 f"H: {self.num_variables:,} inner variables, rank {about}{self.rank:,}; "
                 f"eigenvalues from {self.smallest:.3g} to {self.largest:.3g}, the "
                 f"smallest nonzero one {self.smallest_nonzero:.3g}; {definite}.",
                 f"y: {minimum}; the inner gradient has norm {self.gradient_norm:.1e}, "
-                f"and its minimum is {self.distance:.1e} of the size of y away.",
+                f"and the minimum along it is {self.distance:.1e} of the size of y away.",
                 f"F_y: {self.null_share:.1%} of it is in the null space of H.",
-                f"Hypergradients, from that of the pseudoinverse: {gaps}."
+                f"Distance of hypergradients from that of the pseudoinverse: {gaps}."
                 if any(self.gaps.values())
-                else "Hypergradients: nothing of them comes through y, since B^T q = 0 "
-                "for all q that were tried: x does not reach the inner gradient, or y "
-                "not F, or F_y vanishes here. `check_hypergradient` tells which.",
+                else "Hypergradients: their part through y is zero, since B^T q = 0 for "
+                "all q that were tried. Either the inner gradient does not depend on x, "
+                "or F does not depend on y, or F_y vanishes here. `check_hypergradient` "
+                "tells which.",
                 f"Neumann terms for a relative error of {errors}: {terms}.",
                 f"Safe: a step size of {self.step_size:.3g} (the limit is "
                 f"{2 * self.step_size:.3g}); an epsilon of {self.epsilon:.3g}.",
                 f"Cost: {self.num_products} products with H and "
                 f"{self.num_cross_products} with B^T, {how}; relative residual "
                 f"{self.residual:.1e}.",
-                f"Response: {self.response}. Equilibrium: {self.equilibrium}.",
+                f"Response: {response}. Equilibrium: {equilibrium}.",
                 self.reason,
             ]
         )
@@ -157,8 +185,8 @@ def diagnose(
     key: PRNGKeyArray | None = None,
 ) -> Diagnosis:
     r"""The overparameterisation doctor: how singular the inner Hessian $H$ is, how much
-    of that the outer objective notices, what approximate inverses would cost, and which
-    response and equilibrium to take.
+    this matters to the outer objective, the errors of approximate inverses, and which
+    response and equilibrium to use.
 
     An approximate inverse is a filter $m$ of the eigenvalues $s$ of $H$, and its
     hypergradient is $F_x - B^\top m(H) F_y$:
@@ -167,30 +195,30 @@ def diagnose(
     \frac{1}{s + \epsilon} \;\text{(damped)}, \qquad
     \frac{1}{s} \text{ or } 0 \;\text{(pseudoinverse)}.$$
 
-    A small $H$ is decomposed. For a large one, a single Lanczos run from $F_y$ has all
-    of them, $m(H) F_y \approx V m(T) V^\top F_y$, and a second short one, from a random
-    vector, estimates the rank by stochastic quadrature. A Ritz value counts as zero if
+    A small $H$ is decomposed. For a large one, a single Lanczos run from $F_y$ gives all
+    of them, $m(H) F_y \approx V m(T) V^\top F_y$. A second, short run from a random
+    vector estimates the rank by stochastic quadrature. A Ritz value counts as zero if
     zero is within its error bound.
 
     **Arguments:**
 
     - `problem`: the bilevel problem.
     - `x`: the outer variables, a pytree of floating-point arrays.
-    - `y`: the inner variables, a pytree of floating-point arrays: an inner minimum, or
-        it is among the findings that they are none.
-    - `num_products`: the largest number of products with $H$, and of as many with
-        $B^\top$. By default what a decomposition takes where y has at most 1,024
-        entries, and 60 where it has more. Keyword only argument.
+    - `y`: the inner variables, a pytree of floating-point arrays, which should be an
+        inner minimum. The report says whether they are.
+    - `num_products`: the largest number of products with $H$, and also with $B^\top$. By
+        default, a decomposition if y has at most 1,024 entries, and 60 products if it has
+        more. Keyword only argument.
     - `key`: for the random vector. Keyword only argument.
 
     **Returns:**
 
-    A [`bilevel_eqx.Diagnosis`][].
+    A [`bilevel_eqx.reports.Diagnosis`][].
 
     **Raises:**
 
-    A `ValueError` for a problem that cannot be right, if a derivative at (x, y) is not
-    finite, or if `num_products` is less than ten.
+    A `ValueError` for an invalid problem, if a derivative at (x, y) is not finite, or if
+    `num_products` is less than ten.
 
     !!! Example
 
@@ -206,24 +234,25 @@ def diagnose(
     """
     x, y = as_variables(x, "x"), as_variables(y, "y")
     check_problem(problem, x, y)
-    if problem.project_y is not None:
+    if set_y(problem).confines:
         raise ValueError(
-            "`diagnose` looks at inner problems without constraints: where y is confined "
-            "to a set (`project_y`), the null space of H says little of its minima. "
-            "`check_hypergradient` knows of constraints."
+            "`diagnose` is for inner problems without constraints: if y is confined to a "
+            "set (`project_y`), the null space of H says little about its minima. "
+            "`check_hypergradient` supports constraints."
         )
     num_steps, num_probes = _budget(tree_size(y), num_products)
     key = jr.key(0) if key is None else key
     measured = _measure(problem, x, y, key, num_steps, num_probes)
-    if not bool(all_finite(measured)):
-        raise ValueError("`diagnose` needs derivatives that are finite at (x, y).")
+    measured = jtu.tree_map(lambda u: np.asarray(u, np.float64), measured)
+    if not all(np.all(np.isfinite(u)) for u in jtu.tree_leaves(measured)):
+        raise ValueError("`diagnose` needs finite derivatives at (x, y).")
     return _interpret(problem, x, y, measured, num_steps is None)
 
 
 def _budget(size: int, num_products: int | None) -> tuple[int | None, int]:
-    """The numbers of Lanczos steps; or none, where a decomposition is affordable.
+    """The numbers of Lanczos steps; `None` if a decomposition is affordable.
 
-    One product is left for the curvature along the inner gradient.
+    One product is kept for the curvature along the inner gradient.
     """
     if num_products is None:
         num_products = size + 1 if size <= DENSE_SIZE else _PRODUCTS
@@ -241,15 +270,15 @@ def _budget(size: int, num_products: int | None) -> tuple[int | None, int]:
 
 
 #
-# What takes products with H
+# The products with H
 #
 
 
 class _Nodes(eqx.Module):
     """Eigenvalues or Ritz values, in ascending order, and the coordinates of a vector.
 
-    `ends` is what each Ritz vector lacks to be an eigenvector: H v - value v is `end`
-    times one vector of length one, which is the same for all.
+    `ends` are the residuals of the Ritz vectors: H v - value v is `end` times a unit
+    vector that is the same for all.
     """
 
     values: Float[Array, " k"]
@@ -260,11 +289,11 @@ class _Nodes(eqx.Module):
 class _Measured(eqx.Module):
     nodes: _Nodes
     probe: _Nodes | None
-    # B^T of each vector of the nodes.
+    # B^T times each vector of the nodes.
     images: Float[Array, "k m"]
     outer_x: Float[Array, " m"]
     gradient_norm: Scalar
-    # Of the inner gradient: g^T H g / g^T g.
+    # The Rayleigh quotient of the inner gradient g: g^T H g / g^T g.
     quotient: Scalar
     size: Scalar
 
@@ -286,7 +315,7 @@ def _measure(problem, x, y, key, num_steps: int | None, num_probes: int) -> _Mea
     def image(row):
         return jax.flatten_util.ravel_pytree(B.T.mv(unravel(row)))[0]
 
-    # One after the other: together they would take the memory of as many networks.
+    # One after the other: together they would need the memory of many networks.
     images = jax.lax.map(image, rows)
     square = tree_dot(gradient, gradient)
     quotient = tree_dot(gradient, H.mv(gradient)) / nonzero(square)
@@ -302,7 +331,7 @@ def _measure(problem, x, y, key, num_steps: int | None, num_probes: int) -> _Mea
 
 
 def _decomposed(operator: lx.AbstractLinearOperator, vector: Float[Array, " n"]):
-    """All eigenvalues; the eigenvectors in rows, which nothing need rotate."""
+    """All eigenvalues, and the eigenvectors in rows."""
     matrix = operator.as_matrix()
     values, vectors = eigh(0.5 * (matrix + matrix.T))
     nodes = _Nodes(values, jnp.zeros_like(values), vectors.T @ vector)
@@ -313,9 +342,9 @@ def _krylov(
     operator: lx.AbstractLinearOperator, vector: Float[Array, " n"], num_steps: int
 ):
     """Lanczos from a vector: Ritz values, the basis in rows, and its rotation to the
-    Ritz vectors. Along the first of the basis is the vector itself."""
+    Ritz vectors. The first row of the basis is parallel to the vector."""
     size = jnp.linalg.norm(vector)
-    # Where F does not feel y, its eigenvalues are of interest nonetheless.
+    # If F_y is zero, the eigenvalues of H still matter.
     first = jnp.where(size == 0, 1 / jnp.sqrt(vector.size), vector / nonzero(size))
     basis, values, rotation, last = lanczos(
         operator, first.astype(vector.dtype), num_steps
@@ -324,15 +353,14 @@ def _krylov(
 
 
 #
-# What it means. In NumPy and double precision: no array here is of the size of y.
+# The interpretation, in NumPy and double precision: no array here has the size of y.
 #
 
 
 def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
-    measured = jtu.tree_map(lambda u: np.asarray(u, np.float64), measured)
     nodes = measured.nodes
     spectrum = _Spectrum(problem, x, y, nodes, measured.probe)
-    # One is as good as any where there is no curvature at all.
+    # Without any curvature, every step size works.
     step_size = 1 / (spectrum.size_of_H or 1.0)
     filters = _Filters(measured, spectrum.is_zero[: nodes.values.size], step_size)
     distance = _distance(measured)
@@ -357,16 +385,16 @@ def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
         num_products=spectrum.values.size + 1,
         num_cross_products=nodes.values.size,
     )
-    negative, turning = spectrum.convexifying > 0, is_turning(problem, x, y)
-    response, equilibrium, reason = _recommend(figures, negative, turning)
-    return Diagnosis(response, equilibrium, reason, **figures)
+    negative = spectrum.convexifying > 0
+    depends_on_x = hessian_depends_on_x(problem, x, y)
+    return Diagnosis(**_recommend(figures, negative, depends_on_x)._asdict(), **figures)
 
 
 class _Spectrum:
-    """All eigenvalues that were seen of H, and which of them count as zero."""
+    """All eigenvalues of H that were found, and which of them count as zero."""
 
     def __init__(self, problem, x, y, nodes: _Nodes, probe: _Nodes | None):
-        n, curved = tree_size(y), is_curved(problem, x, y)
+        n, curved = tree_size(y), hessian_depends_on_y(problem, x, y)
         seen = [nodes] if probe is None else [nodes, probe]
         values = np.concatenate([np.asarray(part.values) for part in seen])
         bounds = np.concatenate([_bounds(part) for part in seen])
@@ -374,8 +402,8 @@ class _Spectrum:
         self.values, self.eps = values, float(jnp.finfo(tree_dtype(y)).eps)
         self.smallest, self.largest = float(values[lowest]), float(np.max(values))
         self.size_of_H = float(np.abs(values[highest]) + bounds[highest])
-        # As in the pseudoinverse: at an inner minimum that is not exact, what should be
-        # zero is as large as its error.
+        # As in the pseudoinverse: if the minimum is not exact, the eigenvalues that
+        # should be zero are as large as its error.
         relative = self.eps ** (2 / 3) if curved else self.eps * min(n, DENSE_SIZE)
         threshold = relative * float(np.abs(values[highest]))
         self.is_zero = np.abs(values) <= np.maximum(threshold, bounds)
@@ -397,12 +425,12 @@ class _Spectrum:
         return int(np.sum(~self.is_zero[: nodes.values.size]))
 
     def _estimated(self, nodes: _Nodes, probe: _Nodes, n: int) -> int:
-        # For a random vector, the weights estimate how many eigenvalues are where.
+        # For a random vector, the weights estimate the density of eigenvalues.
         weights = np.asarray(probe.coordinates) ** 2
         nonzero_weights = weights[~self.is_zero[nodes.values.size :]]
         estimate = round(n * float(np.sum(nonzero_weights) / np.sum(weights)))
-        # A compression of H has no larger rank than H. What has no weight may only fill
-        # up a Krylov space that was exhausted.
+        # The rank of a compression of H is at most that of H. Nodes without weight may
+        # come from an exhausted Krylov space.
         sizes = np.abs(np.asarray(nodes.coordinates))
         is_filling = sizes <= self.eps * np.linalg.norm(sizes)
         filling = int(np.sum(is_filling & ~self.is_zero[: sizes.size]))
@@ -410,8 +438,8 @@ class _Spectrum:
 
 
 def _bounds(nodes: _Nodes) -> np.ndarray:
-    """How far Ritz values may be from eigenvalues: by their residual, or by its square
-    over the gap, which is the better bound for one that stands alone."""
+    """Bounds on the distance of Ritz values from eigenvalues: the residual, or its square
+    over the gap, which is smaller for an isolated eigenvalue."""
     residuals = np.abs(np.asarray(nodes.ends))
     gaps = np.diff(np.asarray(nodes.values), prepend=-np.inf, append=np.inf)
     gap = np.minimum(gaps[1:], gaps[:-1])
@@ -425,7 +453,7 @@ def _num_squares(problem, x, y) -> float:
 
 
 def _distance(measured: _Measured) -> float:
-    """To the minimum along the gradient, relative to the size of y."""
+    """The distance to the minimum along the gradient, relative to the size of y."""
     norm, size = float(measured.gradient_norm), float(measured.size)
     curvature = abs(float(measured.quotient))
     if norm == 0:
@@ -434,12 +462,12 @@ def _distance(measured: _Measured) -> float:
 
 
 class _Filters:
-    """The hypergradients of all approximate inverses, from the nodes alone."""
+    """The hypergradients of all approximate inverses, computed from the nodes."""
 
     def __init__(self, measured: _Measured, at_zero, step_size: float):
         nodes = measured.nodes
         self.values, self.step_size = np.asarray(nodes.values), step_size
-        # Lengths are all that is asked for, and the triangular factor keeps them.
+        # Only lengths are needed, and the triangular factor preserves them.
         through = -measured.images.T * nodes.coordinates
         columns = np.column_stack([measured.outer_x, through])
         self.factor = np.asarray(np.linalg.qr(columns, mode="r"))
@@ -454,19 +482,19 @@ class _Filters:
         self.residual = abs(float(rest)) / np.sqrt(square)
 
     def length(self, multipliers) -> float:
-        """Of B^T m(H) F_y."""
+        """The length of B^T m(H) F_y."""
         return float(np.linalg.norm(self.factor[:, 1:] @ multipliers))
 
     def error(self, multipliers) -> float:
         with np.errstate(invalid="ignore"):
             error = self.length(multipliers - self.exact)
-        # Not `error > 0`, which would take a sum that has overflowed for a right one.
+        # Not `error > 0`, which is false for NaN, and so would hide an overflow.
         return error if error == 0 else error / self.scale
 
     def neumann(self, num_terms: int) -> float:
         """The error of a Neumann series."""
         s = self.values
-        # Rounding must not make it more than one, of which there is no logarithm.
+        # Rounding must not make it larger than one: the logarithm would be NaN.
         t = np.minimum(self.step_size * s, 1)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             total = -np.expm1(num_terms * np.log1p(-t)) / np.where(s == 0, 1, s)
@@ -505,7 +533,7 @@ def _fewest_terms(filters: _Filters, error: float) -> int | None:
 
 
 def _largest_damping(filters: _Filters, largest: float, error: float = 0.1) -> float:
-    """The largest epsilon, up to the size of H, that costs no more than this error."""
+    """The largest epsilon, up to the size of H, whose error is at most this."""
     logarithms = np.log10(largest) + np.linspace(-12, 0, 49)
     good = [i for i, e in enumerate(logarithms) if filters.damped(10**e) <= error]
     if not good:
@@ -526,10 +554,15 @@ def _largest_damping(filters: _Filters, largest: float, error: float = 0.1) -> f
 # What to do
 #
 
-_IMPLICIT = "Implicit(Projection(), Pseudoinverse())"
+
+class _Recommended(NamedTuple):
+    response: AbstractResponse
+    equilibrium: AbstractEquilibrium | None
+    reason: str
+    optimiser: str = ""
 
 
-def _recommend(figures: dict, negative: bool, turning: bool) -> tuple[str, str, str]:
+def _recommend(figures: dict, negative: bool, depends_on_x: bool) -> _Recommended:
     """A response, an equilibrium, and the reason for both."""
     if not figures["at_minimum"]:
         return _away_from_a_minimum(figures)
@@ -537,29 +570,30 @@ def _recommend(figures: dict, negative: bool, turning: bool) -> tuple[str, str, 
         return _at_a_saddle(figures)
     if not figures["singular"]:
         return _definite(figures)
+    implicit = Implicit(Projection(), Pseudoinverse())
     share = figures["null_share"]
     where = f"H {_how_singular(figures)}"
     if share <= _SMALL_SHARE:
         reason = (
-            f"{where}; but only {share:.1e} of F_y is in its null space, so that to "
-            "first order F does not mind which of the inner minima it is. A full warm "
-            "start is the cheapest."
+            f"{where}, but only {share:.1e} of F_y is in its null space: to first order "
+            "the choice of the inner minimum does not matter to F. A full warm start is "
+            "the cheapest."
         )
-        return _IMPLICIT, "WarmStart()", reason
+        return _Recommended(implicit, WarmStart(), reason)
     matters = (
-        f"{where}, and {share:.0%} of F_y is along the inner minima: it matters which of "
-        "them is meant. ColdStart() if x alone is what will be used; if the pair is, "
-        "WarmStart(), or Optimistic() for the best one; Pessimistic(radius) for a "
-        "guarantee."
+        f"{where}, and {share:.0%} of F_y is tangential to the set of inner minima: the "
+        "choice of the minimum matters. Use ColdStart() if you will use x alone. If you "
+        "will use x and y, use WarmStart(), or Optimistic() for the best y, or "
+        "Pessimistic(radius) for a guarantee."
     )
-    if turning:
+    if depends_on_x:
         matters += (
-            " H moves with x, so that the derivative of a cold start has a term in the "
+            " H depends on x, so that the derivative of a cold start has a term in the "
             "null space, which -H^+ B lacks."
         )
-        return "MinimumDisplacement()", "ColdStart()", matters
-    matters += " H does not move with x: -H^+ B is then right for a cold start too."
-    return _IMPLICIT, "ColdStart()", matters
+        return _Recommended(MinimumDisplacement(), ColdStart(), matters)
+    matters += " H does not depend on x: -H^+ B is then right for a cold start too."
+    return _Recommended(implicit, ColdStart(), matters)
 
 
 def _how_singular(figures) -> str:
@@ -567,44 +601,58 @@ def _how_singular(figures) -> str:
     if figures["exact"]:
         return f"is singular, of rank {rank:,} with {size:,} variables"
     return (
-        f"is singular, or could not be told from it by {figures['num_products']} "
-        f"products (rank about {rank:,} of {size:,})"
+        f"is singular, as far as {figures['num_products']} products can show (rank about "
+        f"{rank:,} of {size:,})"
     )
 
 
-def _away_from_a_minimum(figures) -> tuple[str, str, str]:
-    response = f"Unrolled(optax.sgd({figures['step_size']:.2g}), num_steps)"
+def _away_from_a_minimum(figures) -> _Recommended:
+    step_size = _rounded(figures["step_size"])
+    # K steps of gradient descent have the Jacobian of K Neumann terms.
+    num_steps = min(figures["terms"][0.1] or _MOST_STEPS, _MOST_STEPS)
+    response = Unrolled(optax.sgd(step_size), max(num_steps, _FEWEST_STEPS))
     reason = (
         f"y is not an inner minimum: the inner gradient has norm "
-        f"{figures['gradient_norm']:.1e}. Implicit derivatives presume one, and "
-        "unrolling presumes nothing. Or solve further, and ask again: which equilibria "
-        "differ is a question about a minimum."
+        f"{figures['gradient_norm']:.1e}. Implicit derivatives are right only at a "
+        "minimum; unrolling does not need one. To compare equilibria, solve further and "
+        "ask again."
     )
-    return response, "to be asked again at a minimum", reason
+    return _Recommended(response, None, reason, f"optax.sgd({step_size:g})")
 
 
-def _at_a_saddle(figures) -> tuple[str, str, str]:
-    epsilon = f"{figures['epsilon']:.2g}"
+_FEWEST_STEPS, _MOST_STEPS = 10, 1000
+
+
+def _rounded(rate: float) -> float:
+    """A rate rounded as it is printed, so that the code and the object are the same."""
+    return float(f"{rate:.2g}")
+
+
+def _at_a_saddle(figures) -> _Recommended:
+    epsilon = _rounded(figures["epsilon"])
     reason = (
-        f"H has the negative eigenvalue {figures['smallest']:.2g}, where a minimum has "
-        f"none: y is at a saddle, or near one. With epsilon = {epsilon} the proximal "
-        "problem is convex there."
+        f"H has the negative eigenvalue {figures['smallest']:.2g}: y is not a minimum, "
+        f"but at or near a saddle. With epsilon = {epsilon:g} the proximal problem is "
+        "convex there."
     )
-    response = f"Proximal({epsilon}, Projection(), TruncatedCG(100))"
-    return response, f"WarmStart({epsilon})", reason
+    response = Proximal(epsilon, Projection(), TruncatedCG(100))
+    return _Recommended(response, WarmStart(epsilon), reason)
 
 
-def _definite(figures) -> tuple[str, str, str]:
+def _definite(figures) -> _Recommended:
     condition = figures["largest"] / figures["smallest_nonzero"]
     reason = (
         f"H is positive definite with a condition number of {condition:.1e}, and the "
-        "inner minimum unique: all equilibria that solve the inner problem are the same."
+        "inner minimum is unique: all equilibria that solve the inner problem are the "
+        "same."
     )
     size = figures["num_variables"]
     if size <= DENSE_SIZE:
-        return _IMPLICIT, "Stackelberg()", reason + " H is small enough to decompose."
-    # The bound on conjugate gradients, for an error of a hundredth in the norm of H.
-    num_steps = min(size, int(np.ceil(0.5 * np.sqrt(condition) * np.log(200))))
-    response = f"Implicit(Projection(), TruncatedCG({num_steps}))"
-    reason += f" {num_steps} steps of conjugate gradients bring an error below 1 %."
-    return response, "Stackelberg()", reason
+        reason += " H is small enough to decompose."
+        solver: lx.AbstractLinearSolver = Pseudoinverse()
+    else:
+        # The bound on conjugate gradients, for an error of 1 % in the norm of H.
+        num_steps = min(size, int(np.ceil(0.5 * np.sqrt(condition) * np.log(200))))
+        reason += f" {num_steps} steps of conjugate gradients have an error below 1 %."
+        solver = TruncatedCG(num_steps)
+    return _Recommended(Implicit(Projection(), solver), Stackelberg(), reason)

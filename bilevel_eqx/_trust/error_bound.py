@@ -1,4 +1,4 @@
-r"""How far a hypergradient is from the exact one: a bound, from its two residuals."""
+r"""A bound on the error of a hypergradient, from its two residuals."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -9,43 +9,42 @@ import jax.flatten_util
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
-from jaxtyping import Array, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Scalar, ScalarLike
 
-from .._arguments import as_rate, check_positive, is_traced
+from .._arguments import as_rate, as_variables, check_positive
+from .._compat import is_traced
+from .._custom_types import X, Y
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
 from .._derivatives.second import cross_derivative_operator, gradient_and_hessian
+from .._hypergradient import Hypergradient
 from .._linalg.decompositions import eigvalsh
 from .._linalg.eigenbasis import lanczos
 from .._problem.base import AbstractBilevelProblem
-from .._problem.proximal import proximal
-from .._response.base import AbstractResponse
-from .._response.implicit import Implicit
-from .._response.proximal import Proximal
+from .._problem.constraints import set_y
 from .._tree import nonzero, tree_axpy, tree_dtype, tree_norm, tree_struct
 
 
 class ErrorBound(eqx.Module):
-    r"""How far a hypergradient can be from the exact one; `print` it for a sentence.
+    r"""A bound on the error of a hypergradient; `print` it for a sentence.
 
     Let $q$ be what the linear solver returned for $H^{-1} F_y$, and
     $\Lambda(x, y) = F(x, y) - \langle q, \nabla_y f(x, y) \rangle$. The hypergradient is
-    $\Lambda_x$ and the linear residual $\Lambda_y$, and with $\mu$ a lower bound on the
+    $\Lambda_x$ and the linear residual is $\Lambda_y$. With a lower bound $\mu$ on the
     eigenvalues of $H$
 
     $$\|\Lambda_x - g^*\| \le \|\Lambda_{xy}\|\, \delta + \frac{\|B\|}{\mu}
     \bigl(\|\Lambda_y\| + \|\Lambda_{yy}\|\, \delta\bigr), \qquad
     \delta = \frac{\|\nabla_y f\|}{\mu} \ge \|y - y^*\|.$$
 
-    This is an identity for $g^*$ around $y$, with norms in it. Rounding is part of both
-    residuals.
+    This follows from an identity for $g^*$ around $y$. Both residuals include rounding.
 
     **Attributes:**
 
     - `bound`: the right side, an upper bound on the norm of the error. Infinite if
         $\mu \le 0$.
-    - `verified`: whether $\mu$ is established, by a decomposition of H or by the caller's
-        word; otherwise it is an *estimate*, from above, by Lanczos' method.
+    - `verified`: whether $\mu$ comes from a decomposition of H or from the user. If not,
+        it is an *estimate* from above by Lanczos' method.
     - `curvature`: $\mu$.
     - `distance`: $\delta$, a bound on the distance of y from the inner minimum.
     - `inner_residual`: $\|\nabla_y f\|$.
@@ -66,8 +65,8 @@ class ErrorBound(eqx.Module):
         curvature = f"the smallest curvature of f is {float(self.curvature):.3g}"
         if not bool(jnp.isfinite(self.bound)):
             return (
-                f"No bound ({word}): {curvature}, and only where it is positive is there "
-                "one inner minimum to be close to. Penalise y, or use `Proximal`."
+                f"No bound ({word}): {curvature}, but the bound needs a positive one. "
+                "Penalise y, or use `Proximal`."
             )
         return (
             f"error <= {float(self.bound):.3g} ({word}): {curvature}; the inner gradient "
@@ -80,52 +79,83 @@ class ErrorBound(eqx.Module):
 Curvature = Literal["dense", "lanczos"] | ScalarLike
 
 
-def as_curvature(curvature: Any) -> Any:
-    """The argument of `hypergradient`, checked: a method, or a constant as data."""
-    if curvature is None or curvature in ("dense", "lanczos"):
+def error_bound(
+    problem: AbstractBilevelProblem[X, Y],
+    x: X,
+    hypergradient: Hypergradient[X, Y],
+    curvature: Curvature,
+) -> ErrorBound:
+    r"""A bound on the error of a hypergradient, from the residuals of its inner and its
+    linear solve.
+
+    It works under `jit` and `vmap`, together with the hypergradient or after it.
+
+    **Arguments:**
+
+    - `problem`: the bilevel problem.
+    - `x`: the outer variables of the hypergradient.
+    - `hypergradient`: what [`bilevel_eqx.hypergradient`][] returned for `x`, by
+        [`bilevel_eqx.Implicit`][] or [`bilevel_eqx.Proximal`][].
+    - `curvature`: a lower bound on the eigenvalues of the inner Hessian. A number that is
+        right at every y, or `"dense"`, which decomposes that Hessian, makes the bound
+        *verified*. `"lanczos"` *estimates* it with 64 products.
+
+    The norms in the bound need about a hundred more products with second derivatives.
+
+    **Returns:**
+
+    A [`bilevel_eqx.ErrorBound`][]; `print` it for a sentence.
+
+    **Raises:**
+
+    A `ValueError` if the response has no bound, if y is confined to a set, or if
+    `curvature` is none of the above.
+
+    !!! Example
+
+        ```python
+        out = blx.hypergradient(problem, x, y0, response)
+        print(blx.error_bound(problem, x, out, "lanczos"))
+        ```
+    """
+    if set_y(problem).confines:
+        raise ValueError(
+            "`error_bound` is for inner problems without constraints, but this one has a "
+            "`project_y`: the derivative jumps where a constraint becomes active. Use "
+            "`check_hypergradient`."
+        )
+    if hypergradient.adjoint is None or hypergradient.presumes is None:
+        raise ValueError(
+            "`error_bound` needs the residuals of the inner and the linear solve of an "
+            "implicit hypergradient, which a response such as `Unrolled` does not have. "
+            "Use `Implicit` or `Proximal`, or `check_hypergradient`, which takes any "
+            "response."
+        )
+    x = as_variables(x, "x")
+    return _error_bound(problem, x, hypergradient, _as_curvature(curvature))
+
+
+def _as_curvature(curvature: Any) -> Any:
+    """The name of a method, or a number as data."""
+    if curvature in ("dense", "lanczos"):
         return curvature
     if isinstance(curvature, str):
         raise ValueError(
-            "`hypergradient(curvature=...)` is 'dense', 'lanczos', or a number that the "
-            f"inner Hessian's eigenvalues are not below; it is {curvature!r}."
+            "`error_bound(curvature=...)` must be 'dense', 'lanczos', or a lower bound "
+            f"on the eigenvalues of the inner Hessian; it is {curvature!r}."
         )
-    check_positive(curvature, "curvature", "hypergradient")
+    check_positive(curvature, "curvature", "error_bound")
     return as_rate(curvature)
 
 
-def answered(
-    problem: AbstractBilevelProblem, anchor: PyTree[Array], response: AbstractResponse
-) -> AbstractBilevelProblem:
-    """The problem whose inner minimum the response presumes y to be."""
-    if problem.project_y is not None:
-        raise ValueError(
-            "`hypergradient(curvature=...)` has a bound for inner problems without "
-            "constraints, and this one has a `project_y`: near a bound that is about to "
-            "become active the derivative jumps. Use `check_hypergradient`."
-        )
-    if isinstance(response, Implicit):
-        return problem
-    if isinstance(response, Proximal):
-        return proximal(problem, anchor, response.epsilon)
-    raise ValueError(
-        "`hypergradient(curvature=...)` bounds the error of an implicit hypergradient, "
-        "by the residuals of its inner and its linear solve; "
-        f"`{type(response).__name__}` has no such residuals. Use `Implicit` or "
-        "`Proximal`, or `check_hypergradient`, which takes any response."
-    )
-
-
-def error_bound(
-    problem: AbstractBilevelProblem,
-    x: PyTree[Array],
-    y: PyTree[Array],
-    q: PyTree[Array],
-    curvature: Any,
-) -> ErrorBound:
-    """The bound of a hypergradient whose linear solve returned q."""
+@eqx.filter_jit
+def _error_bound(problem, x, hypergradient: Hypergradient, curvature: Any) -> ErrorBound:
+    assert hypergradient.presumes is not None
+    problem = hypergradient.presumes(problem)
+    y, q = hypergradient.y, hypergradient.adjoint
 
     def gradients(x, y):
-        # Of the Lagrangian: its value is never needed.
+        # The gradients of the Lagrangian. Its value is not needed.
         slope, push = jax.linearize(jax.grad(problem.outer, argnums=(0, 1)), x, y)
         del push
         _, pull = jax.vjp(lambda x, y: inner_gradient(problem, x, y), x, y)
@@ -136,7 +166,7 @@ def error_bound(
     slope = tree_norm(inner_gradient(problem, x, y)).astype(dtype)
 
     here = _measure(problem, gradients, x, y, curvature)
-    # What rounding leaves of a residual that vanishes.
+    # The size of a zero residual after rounding.
     rounding = float(jnp.finfo(dtype).eps) * math.sqrt(
         sum(u.size for u in jax.tree.leaves(y))
     )
@@ -150,8 +180,8 @@ def error_bound(
     if _is_quadratic(problem, gradients, x, y):
         worst = here
     else:
-        # The norms belong to all points that the minimum may be at. They are taken at y
-        # and at that distance from it, and go on changing as they change in between.
+        # The bound needs the norms at all points where the minimum may be. They are taken
+        # at y and at that distance from it, and extrapolated from their change.
         gradient = inner_gradient(problem, x, y)
         length = distance(here.curvature) / nonzero(tree_norm(gradient))
         there = _measure(
@@ -177,7 +207,7 @@ def error_bound(
 
 
 class _Norms(NamedTuple):
-    """Of the operators in the bound, at a point."""
+    """The norms of the operators in the bound, at a point."""
 
     curvature: Scalar
     hessian: Scalar
@@ -200,15 +230,15 @@ def _measure(problem, gradients, x, y, curvature) -> _Norms:
 
 
 def _is_quadratic(problem, gradients, x, y) -> bool:
-    """Whether all operators in the bound are the same at every y."""
+    """Whether the operators in the bound do not depend on y."""
     ones = jax.tree.map(jnp.ones_like, (x, y))
 
     def products(y):
         def at(z):
             return gradients(x, z), inner_gradient(problem, x, z)
 
-        along_y = jax.jvp(at, (y,), (ones[1],))[1]
-        along_x = jax.jvp(lambda x: inner_gradient(problem, x, y), (x,), (ones[0],))[1]
+        along_y = jax.linearize(at, y)[1](ones[1])
+        along_x = jax.linearize(lambda x: inner_gradient(problem, x, y), x)[1](ones[0])
         return along_y, along_x
 
     return not depends_on(products, y)
@@ -239,11 +269,11 @@ _FAILURE = 1e-6
 
 
 def _norm(operator: lx.AbstractLinearOperator) -> Scalar:
-    r"""The spectral norm, from above, except with a probability of a millionth.
+    r"""An upper bound on the spectral norm. It fails with a probability of a millionth.
 
-    Lanczos' method on $A^\top A$ comes from below. From a random vector it is short of
-    the largest of n eigenvalues by a share $\epsilon$ after k steps with a probability of
-    at most $1.648 \sqrt n\, e^{-\sqrt\epsilon (2 k - 1)}$ (Kuczyński and Woźniakowski,
+    Lanczos' method on $A^\top A$ estimates the largest of n eigenvalues from below. From
+    a random vector its relative error after k steps exceeds $\epsilon$ with a probability
+    of at most $1.648 \sqrt n\, e^{-\sqrt\epsilon (2 k - 1)}$ (Kuczyński and Woźniakowski,
     1992).
     """
     if operator.out_size() < operator.in_size():
@@ -254,7 +284,7 @@ def _norm(operator: lx.AbstractLinearOperator) -> Scalar:
     square = operator.T @ operator
     values = lanczos(square, _random(n, dtype), num_steps)[1]
     root = math.log(1.648 * math.sqrt(n) / _FAILURE) / (2 * num_steps - 1)
-    # After n steps there is nothing left to see.
+    # After n steps Lanczos' method is exact.
     share = 0.0 if num_steps == n else min(root**2, 0.9)
     return jnp.sqrt(jnp.maximum(values[-1], 0) / jnp.asarray(1 - share, dtype))
 

@@ -1,4 +1,4 @@
-"""The test for leakage: train the inner variables anew."""
+"""The test for leakage: train the inner variables again from scratch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +29,11 @@ class RetrainGap(eqx.Module):
     - `value`: $F(x, y)$ with the inner variables of the solution.
     - `retrained`: an array of $F(x, y')$ with inner variables trained from scratch, one
         for each initialisation.
-    - `gap`: the mean of `retrained`, minus `value`: what the inner variables knew that
-        x does not say.
+    - `gap`: the mean of `retrained`, minus `value`: the information in the inner
+        variables that is not in x.
     - `spread`: the standard deviation of `retrained`.
-    - `inner_values`: $f(x, y')$ for each; compare with `inner_value`, that of the
-        solution, to see whether they are trained.
+    - `inner_values`: $f(x, y')$ for each. Compare it with `inner_value`, that of the
+        solution, to see whether training has converged.
     - `inner_residuals`: the norm of the inner gradient for each.
     - `y`: the inner variables trained from scratch, stacked.
     """
@@ -75,35 +75,36 @@ def retrain_gap(
     num_initialisations: int = 5,
     key: PRNGKeyArray | None = None,
 ) -> RetrainGap:
-    r"""The paper's test for leakage: how much of the outer objective is due to what the
-    inner variables went through, and not to x.
+    r"""The paper's test for leakage: how much of the outer objective is due to the past
+    of the inner variables, and not to x.
 
-    At the x of a solution the inner variables are trained anew, from one or several
-    initialisations, and F is compared. After a cold start there is no gap; after a warm
-    start the inner variables may know what x does not say.
+    At the x of a solution, the inner variables are trained from scratch from one or
+    several initialisations, and F is compared. A cold start has no gap. After a warm
+    start the inner variables may contain information that is not in x.
 
     **Arguments:**
 
     - `problem`: the bilevel problem.
     - `solution`: what [`bilevel_eqx.solve`][] returned.
-    - `initial`: where training starts: inner variables; or a stack of them, along a
-        leading axis; or a function from a key to them, which is called
-        `num_initialisations` times. By default the $y_0$ of the run.
-    - `response`: how the inner variables are trained: the `y` of any response. By
-        default `Implicit(Projection(), Pseudoinverse())`, to convergence. To train with
-        the optimiser of the run give `Unrolled(optimiser, num_steps)`. Keyword only
+    - `initial`: the start of training: inner variables; or a stack of them, along a
+        leading axis; or a function from a key to inner variables, which is called
+        `num_initialisations` times. A callable model counts as inner variables if its
+        floating-point arrays have their structure. By default the $y_0$ of the run.
+    - `response`: a response whose `y` are the trained inner variables. The default,
+        `Implicit(Projection(), Pseudoinverse())`, trains to convergence. To train with
+        the optimiser of the run, use `Unrolled(optimiser, num_steps)`. Keyword only
         argument.
     - `num_initialisations`, `key`: for an `initial` that is a function. Keyword only
         arguments.
 
     **Returns:**
 
-    A [`bilevel_eqx.RetrainGap`][].
+    A [`bilevel_eqx.reports.RetrainGap`][].
 
     **Raises:**
 
-    A `ValueError` if `initial` does not fit the inner variables, or is missing and the
-    state of the run does not have it.
+    A `ValueError` if `initial` does not fit the inner variables, or if it is missing and
+    the state of the run does not contain it.
     """
     check_type(solution, Solution, "solution", "retrain_gap")
     if response is None:
@@ -119,11 +120,25 @@ def _retrain_gap(problem, x, y, starts, response: AbstractResponse) -> RetrainGa
         residual = tree_norm(inner_gradient(problem, x, y))
         return y, problem.outer(x, y), problem.inner(x, y), residual
 
-    # One after the other: they may be large, and need differently many steps.
+    # One after the other: they may be large, and need different numbers of steps.
     trained, values, inner_values, residuals = jax.lax.map(retrain, starts)
     return RetrainGap(
         problem.outer(x, y), values, problem.inner(x, y), inner_values, residuals, trained
     )
+
+
+def _drawn(initial: Callable, number: int, key: PRNGKeyArray | None) -> PyTree[Array]:
+    """A stack of inner variables from a function of a key."""
+    check_count(number, "num_initialisations", "retrain_gap")
+    keys = jr.split(jr.key(0) if key is None else key, number)
+    try:
+        return jax.vmap(initial)(keys)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`initial` is callable and does not have the structure of the inner "
+            "variables, so `retrain_gap` called it with a key. That raised: "
+            f"{error}"
+        ) from error
 
 
 def _starts(solution: Solution, initial: Any, number: int, key) -> PyTree[Array]:
@@ -132,13 +147,16 @@ def _starts(solution: Solution, initial: Any, number: int, key) -> PyTree[Array]
         initial = getattr(solution.state, "y0", None)
         if initial is None:
             raise ValueError(
-                "This solution does not say where its inner variables started: give "
-                "`retrain_gap(problem, solution, initial)` inner variables to train."
+                "This solution does not contain the start of its inner variables. Pass "
+                "inner variables as `retrain_gap(problem, solution, initial)`."
             )
     if callable(initial):
-        check_count(number, "num_initialisations", "retrain_gap")
-        keys = jr.split(jr.key(0) if key is None else key, number)
-        initial = jax.vmap(initial)(keys)
+        # A model is callable too, but it is inner variables if its arrays fit.
+        arrays = eqx.filter(initial, eqx.is_inexact_array)
+        if jtu.tree_structure(arrays) == jtu.tree_structure(solution.y):
+            initial = arrays
+        else:
+            initial = _drawn(initial, number, key)
     initial = as_variables(initial, "initial")
     if jtu.tree_structure(initial) != jtu.tree_structure(solution.y):
         raise ValueError(
@@ -151,6 +169,7 @@ def _starts(solution: Solution, initial: Any, number: int, key) -> PyTree[Array]
     if all(u.shape[1:] == v.shape and u.ndim == v.ndim + 1 for u, v in pairs):
         return initial
     raise ValueError(
-        "`initial` must have the shapes of the inner variables, or those after a leading "
-        f"axis; it has {[u.shape for u, _ in pairs]} for {[v.shape for _, v in pairs]}."
+        "`initial` must have the shapes of the inner variables, or these shapes after a "
+        f"leading axis. It has {[u.shape for u, _ in pairs]}, and the inner variables "
+        f"have {[v.shape for _, v in pairs]}."
     )

@@ -1,4 +1,4 @@
-"""Pictures with matplotlib, which is imported only with this module."""
+"""Plots with matplotlib, which only this module imports."""
 
 from ._planar import (
     data_points as data_points,

@@ -20,12 +20,12 @@ def decision_regions(
     extent: float,
     resolution: int = 200,
 ) -> None:
-    """Shades the regions that a classifier assigns to each class.
+    """Colours the regions that a classifier assigns to each class.
 
     **Arguments:**
 
     - `axes`: matplotlib axes.
-    - `predict`: from points, of shape `(m, 2)`, to logits, of shape `(m, c)`.
+    - `predict`: a function from points of shape `(m, 2)` to logits of shape `(m, c)`.
     - `extent`: the square shown is from `-extent` to `extent`.
     - `resolution`: the number of grid points along each side.
     """
@@ -82,7 +82,8 @@ def trajectory(
     *,
     label: str | None = None,
 ) -> None:
-    """Draws the path of a point, light where it began and full where it ended.
+    """Draws the path of a point, with a light colour at its start and a full one at its
+    end.
 
     **Arguments:**
 

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib as mpl
 
 
-# Of clearly different lightness, so that they also differ in greyscale.
+# Their lightness differs clearly, so that they differ in greyscale too.
 CLASS_COLOURS = ("#c2185b", "#3fa796", "#1f3b73", "#e3a53b", "#7a7a7a")
 
 
@@ -16,7 +16,7 @@ CLASS_COLOURS = ("#c2185b", "#3fa796", "#1f3b73", "#e3a53b", "#7a7a7a")
 
 @contextlib.contextmanager
 def house_style() -> Iterator[None]:
-    """A context in which figures have the look of a paper's."""
+    """A context in which figures look like those of a paper."""
     style: dict[Any, Any] = {
         "font.family": "serif",
         "mathtext.fontset": "dejavuserif",

@@ -1,5 +1,5 @@
 """Anti-distillation: Figures 3 and 7 of the paper, with the closed form of their
-fixed points, and Figure 8, by a network."""
+fixed points, and Figure 8, with a network."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -14,7 +14,7 @@ from .._problem.least_squares import AbstractLeastSquaresProblem
 
 
 class AntiDistillation(AbstractLeastSquaresProblem[Array, Array]):
-    r"""Learns more targets than there are validation points to fit.
+    r"""Learns more targets than there are validation points.
 
     The outer variables $\lambda$ are the targets of $p$ synthetic points; the inner
     variables $w$ are the weights of a linear regression on fixed features,
@@ -23,8 +23,8 @@ class AntiDistillation(AbstractLeastSquaresProblem[Array, Array]):
     f(\lambda, w) = \tfrac12 \|\Phi w - \lambda\|^2.$$
 
     Both levels are overparameterised: many $w$ fit the targets, and many targets lead
-    to a $w$ that fits the validation points. Which of them is found depends on how the
-    hypergradient is approximated, and on nothing else.
+    to a $w$ that fits the validation points. Only the approximation of the hypergradient
+    determines which of them is found.
 
     **Attributes:**
 
@@ -94,10 +94,9 @@ def anti_distillation(
     validation_inputs: Float[Array, " v"] | None = None,
     validation_targets: Float[Array, " v"] | None = None,
 ) -> tuple[AntiDistillation, Array, Array]:
-    r"""The anti-distillation task of the paper, with as many validation points as you
-    like.
+    r"""The anti-distillation task of the paper, with any number of validation points.
 
-    The paper does not give the interval that the inputs are spread over. It matters: on
+    The paper does not give the interval of the inputs, which matters: on
     $[-\pi, \pi]$ the two ends have the same features, and on $[-1, 1]$ the
     condition number of $\Phi^\top \Phi$ is about $10^{11}$. Use float64.
 
@@ -106,7 +105,8 @@ def anti_distillation(
     - `basis`: `"exponential"` (Figure 3) or `"reciprocal"` (Figure 7).
     - `num_points`: the number $p$ of learned targets.
     - `num_frequencies`: $N$; there are $n = 2 N + 1$ weights.
-    - `interval`: where the inputs of the learned targets lie, equally spaced.
+    - `interval`: the interval of the inputs of the learned targets, which are equally
+        spaced.
     - `validation_inputs`: of shape `(v,)`; by default the single one at 0.
     - `validation_targets`: of shape `(v,)`; by default 2.
 
@@ -132,7 +132,7 @@ Network = dict[str, Array]
 
 
 class AntiDistillationNetwork(AbstractLeastSquaresProblem[Array, Network]):
-    r"""The same with a network of one hidden layer of ReLUs for a regression:
+    r"""The same task with a network of one hidden layer of ReLUs:
 
     $$F(\lambda, w) = \tfrac12 \|n_w(u_v) - t\|^2, \qquad
     f(\lambda, w) = \tfrac12 \|n_w(u) - \lambda\|^2.$$
@@ -151,7 +151,7 @@ class AntiDistillationNetwork(AbstractLeastSquaresProblem[Array, Network]):
     validation_targets: Float[Array, " v"]
 
     def predict(self, y: Network, inputs: Float[Array, " m"]) -> Float[Array, " m"]:
-        """What the network says at some inputs."""
+        """The outputs of the network at some inputs."""
         hidden = inputs[:, None] * y["hidden_weights"][None, :]
         hidden = hidden + y["hidden_biases"][None, :]
         return jax.nn.relu(hidden) @ y["weights"] + y["bias"]
@@ -176,9 +176,9 @@ def anti_distillation_network(
 ) -> tuple[AntiDistillationNetwork, Array, Network]:
     r"""Anti-distillation by a network.
 
-    Neither the interval of the inputs nor the initial weights are in the paper. These
-    are LeCun-normal, with zero biases. At the paper's rate of 1e-2 gradient descent is
-    stable on the default interval, and close to its limit on $[-3, 3]$.
+    The paper gives neither the interval of the inputs nor the initial weights. The
+    weights here are LeCun-normal, with zero biases. At the paper's rate of 1e-2, gradient
+    descent is stable on the default interval, and close to its limit on $[-3, 3]$.
 
     **Arguments:**
 
@@ -209,14 +209,15 @@ def anti_distillation_network(
 
 #
 # The closed form. An approximation of the inverse Hessian is a filter m of its
-# eigenvalues s: the response Jacobian is J = m(H) Phi^T.
+# eigenvalues s, and the response Jacobian is J = m(H) Phi^T.
 #
 
 Filter = Callable[[Float[Array, " r"]], Float[Array, " r"]]
 
 
 def neumann_filter(num_terms: ScalarLike, step_size: ScalarLike) -> Filter:
-    r"""$m_K(s) = (1 - (1 - \alpha s)^K) / s$: K Neumann terms, or K unrolled steps.
+    r"""The filter of K Neumann terms or K unrolled steps,
+    $m_K(s) = (1 - (1 - \alpha s)^K) / s$.
 
     **Arguments:**
 
@@ -229,14 +230,14 @@ def neumann_filter(num_terms: ScalarLike, step_size: ScalarLike) -> Filter:
     """
 
     def filter(s):
-        # Without cancellation where alpha s is small.
+        # Without cancellation if alpha s is small.
         return -jnp.expm1(num_terms * jnp.log1p(-jnp.asarray(step_size) * s)) / s
 
     return filter
 
 
 def proximal_filter(epsilon: ScalarLike) -> Filter:
-    r"""$m_\epsilon(s) = 1 / (s + \epsilon)$: the proximal response.
+    r"""The filter of the proximal response, $m_\epsilon(s) = 1 / (s + \epsilon)$.
 
     **Arguments:**
 
@@ -250,7 +251,7 @@ def proximal_filter(epsilon: ScalarLike) -> Filter:
 
 
 def pseudoinverse_filter() -> Filter:
-    r"""$m(s) = 1 / s$: the pseudoinverse, which is the limit of both others."""
+    r"""The filter of the pseudoinverse, $m(s) = 1 / s$: the limit of the other two."""
     return lambda s: 1 / s
 
 
@@ -258,13 +259,13 @@ def pseudoinverse_filter() -> Filter:
 def fixed_point(
     problem: AntiDistillation, filter: Filter
 ) -> tuple[Float[Array, " p"], Float[Array, " n"]]:
-    r"""Where gradient descent on the targets comes to rest, from zero:
+    r"""The limit of gradient descent on the targets, from zero:
 
     $$\lambda^* = G (\Phi_v \Phi^+ G)^{-1} t, \qquad w^* = \Phi^+ \lambda^*, \qquad
     G = J^\top \Phi_v^\top, \quad J = m(\Phi^\top \Phi) \Phi^\top.$$
 
-    The targets move only within the range of G, whichever optimiser follows the gradient
-    there, and the inner solution is the one of least norm.
+    With any optimiser that moves along the gradients, the targets stay in the range of G.
+    The inner solution is the one of least norm.
 
     **Arguments:**
 

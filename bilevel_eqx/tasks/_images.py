@@ -24,15 +24,15 @@ labels, of shape `(k, c)`."""
 class ImageDistillation(AbstractBilevelProblem[DistilledImages, Weights]):
     r"""Distils a set of images into a few learned ones, with learned soft labels.
 
-    The outer variables are the learned images and their labels; the inner variables are
-    the weights of a network, which takes an image as a row of pixels; both objectives
-    are mean cross-entropies,
+    The outer variables are the learned images and their labels. The inner variables are
+    the weights of a network, which takes an image as a row of pixels. Both objectives are
+    mean cross-entropies,
 
     $$F(x, y) = \text{loss of } y \text{ on the data set}, \qquad
     f(x, y) = \text{loss of } y \text{ on the learned images } x.$$
 
-    x reaches F through the weights alone. As the labels are soft, f has finite minima:
-    its least value is the entropy of the labels.
+    F depends on x only through the weights. The labels are soft, so that f has finite
+    minima: its least value is the entropy of the labels.
 
     **Attributes:**
 
@@ -58,13 +58,13 @@ class ImageDistillation(AbstractBilevelProblem[DistilledImages, Weights]):
         return evaluate(y, images.reshape(images.shape[0], -1), self.activation)
 
     def accuracy(self, y: Weights) -> Scalar:
-        """The share of the data set that the weights `y` classify correctly. For that
-        of other images, ask the problem that has them for its data set."""
+        """The share of the data set that the weights `y` classify correctly. For other
+        images, use a problem whose data set they are."""
         return accuracy(self.predict(y, self.images), self.labels)
 
     def batch(self, key: PRNGKeyArray, size: int) -> "ImageDistillation":
-        """The same problem with `size` images, drawn with replacement, for its data
-        set: an unbiased estimate of the outer objective."""
+        """The same problem, whose data set is `size` images drawn with replacement. Its
+        outer objective is an unbiased estimate."""
         drawn = jr.randint(key, (size,), 0, self.images.shape[0])
         return ImageDistillation(
             self.images[drawn], self.labels[drawn], activation=self.activation
@@ -84,10 +84,10 @@ def image_distillation(
     spread: float = 0.1,
     activation: Callable[[Array], Array] = jnp.tanh,
 ) -> tuple[ImageDistillation, DistilledImages, Weights]:
-    """A set of images, to be distilled into a few learned ones.
+    """A set of images that is distilled into a few learned ones.
 
-    The pixels should be standardised, roughly: zero in the mean, with a standard
-    deviation of one. The initial weights are LeCun-normal, with zero biases.
+    The pixels should have a mean of about zero and a standard deviation of about one. The
+    initial weights are LeCun-normal, with zero biases.
 
     **Arguments:**
 
@@ -98,8 +98,8 @@ def image_distillation(
     - `num_classes`: the number $c$ of classes.
     - `width`: the number of units in each hidden layer.
     - `num_hidden`: the number of hidden layers.
-    - `spread`: the standard deviation of the learned pixels, and of the logits of the
-        learned labels, before training.
+    - `spread`: the initial standard deviation of the learned pixels, and of the logits of
+        the learned labels.
     - `activation`: of the hidden units.
 
     **Returns:**

@@ -1,4 +1,4 @@
-"""One datapoint that moves on a line: Figure 4 of the paper, with its closed forms."""
+"""A datapoint that moves along a line: Figure 4 of the paper, with its closed forms."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
@@ -10,22 +10,22 @@ from .._problem.least_squares import AbstractLeastSquaresProblem
 class MovingDatapoint(AbstractLeastSquaresProblem[Array, Array]):
     r"""A linear regression on a single datapoint, which moves along a line.
 
-    The outer variable $x$ is how far the datapoint has gone, and the inner variables $w$
-    are the weights,
+    The outer variable $x$ is the position of the datapoint on the line, and the inner
+    variables $w$ are the weights,
 
     $$(\varphi, t)(x) = \text{origin} + x \cdot \text{direction}, \qquad
     F(x, w) = \tfrac{1}{2 v} \|\Phi_v w - t_v\|^2, \qquad
     f(x, w) = \tfrac12 (\varphi(x)^\top w - t(x))^2.$$
 
-    One datapoint leaves all weights but one free: $S(x)$ is a hyperplane, with normal
-    $\varphi(x)$. All of them, for every $x$, meet where $w$ fits the whole line.
+    One datapoint is one equation for all weights: $S(x)$ is a hyperplane with the normal
+    $\varphi(x)$. The hyperplanes of all $x$ meet where $w$ fits the whole line.
 
     **Attributes:**
 
-    - `origin`: where the datapoint is at $x = 0$, of shape `(n + 1,)`: its features and
-        then its target.
-    - `direction`: which way it moves, of the same shape. If it is zero but for the last
-        entry, only the target moves, and the hyperplanes are parallel.
+    - `origin`: the datapoint at $x = 0$, of shape `(n + 1,)`: its features, then its
+        target.
+    - `direction`: the direction of the line, of the same shape. If only its last entry is
+        nonzero, only the target moves, and the hyperplanes are parallel.
     - `validation_features`: $\Phi_v$, of shape `(v, n)`.
     - `validation_targets`: $t_v$, of shape `(v,)`.
     """
@@ -60,19 +60,18 @@ def line(
     """The toy regression of the paper's Figure 4.
 
     The paper says that there are two weights, that both start at zero and that the
-    datapoint moves along a line in data space. The line and the validation data are
-    chosen here, and so is the model: $w_1 u + w_2$ of an input $u$, whose features are
+    datapoint moves along a line in data space. It does not give the line, the validation
+    data or the model. The model here is $w_1 u + w_2$ for an input $u$ with the features
     $(u, 1)$.
 
     **Arguments:**
 
-    - `origin`: features and target at $x = 0$. By default the input 0, at which the
-        target is .8.
-    - `direction`: which way the datapoint moves. By default one input to the right
-        raises the target by 1.2, so that the weights that fit the line are (1.2, .8).
+    - `origin`: features and target at $x = 0$. By default the input is 0 and the target
+        .8.
+    - `direction`: the direction of the line. By default the target rises by 1.2 if the
+        input rises by one, so that the weights that fit the line are (1.2, .8).
     - `validation_features`: by default those of five inputs from -2 to 2.
-    - `validation_targets`: by default close to a line of slope -.3 through 1.5, which no
-        datapoint is on.
+    - `validation_targets`: by default close to another line, of slope -.3 through 1.5.
 
     **Returns:**
 
@@ -105,7 +104,7 @@ def kaczmarz_step(
     *,
     epsilon: ScalarLike = 0.0,
 ) -> Float[Array, " n"]:
-    r"""The step of a full warm start, or of a partial one:
+    r"""One step of a full or of a partial warm start:
 
     $$w + \varphi\, \frac{t - \varphi^\top w}{\|\varphi\|^2 + \epsilon}.$$
 
@@ -113,7 +112,7 @@ def kaczmarz_step(
 
     - `problem`: the problem.
     - `x`: the outer variable.
-    - `y`: the weights $w$ to start from. From the initial weights it is a cold start.
+    - `y`: the weights $w$ to start from. With the initial weights it is a cold start.
     - `epsilon`: 0, the default, projects on $S(x)$; a positive one is the proximal
         response.
 
@@ -128,22 +127,22 @@ def kaczmarz_step(
 
 @typechecked
 def meeting_point(problem: MovingDatapoint, y: Float[Array, " n"]) -> Float[Array, " n"]:
-    r"""The point nearest to `y` of those where $S(x)$ meet for all $x$: what cycling
-    through two or more of them converges to.
+    r"""The point nearest to `y` in the intersection of all $S(x)$, to which cyclic
+    projections on two or more of them converge.
 
-    Two hyperplanes determine where all meet, since datapoints on a line are mixtures of
-    two. With two weights it is a single point, whatever `y`.
+    Two hyperplanes determine the intersection of all, since every datapoint on the line
+    is a mixture of two. With two weights it is a single point for every `y`.
 
     **Arguments:**
 
-    - `problem`: the problem. Its features must move.
+    - `problem`: the problem. Its features must depend on x.
     - `y`: the weights to start from.
 
     **Returns:**
 
-    The weights, which fit the datapoint wherever it is.
+    The weights, which fit the datapoint for every $x$.
     """
     rows = jnp.stack([problem.origin, problem.direction])
     features, targets = rows[:, :-1], rows[:, -1]
-    # The least change of y that fits both.
+    # The smallest change of y that fits both.
     return y + jnp.linalg.lstsq(features, targets - features @ y)[0]

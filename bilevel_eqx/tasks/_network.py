@@ -29,7 +29,7 @@ def initial_weights(key: PRNGKeyArray, sizes: Sequence[int], dtype: Any) -> Weig
 def evaluate(
     y: Weights, inputs: Float[Array, "m n"], activation: Callable[[Array], Array]
 ) -> Float[Array, "m c"]:
-    """The outputs of the network, with no activation after the last layer."""
+    """The outputs of the network, without an activation after the last layer."""
     *hidden, (last_weight, last_bias) = y
     activations = inputs
     for weight, bias in hidden:
@@ -38,10 +38,10 @@ def evaluate(
 
 
 def accuracy(logits: Float[Array, "m c"], labels: Int[Array, " m"]) -> Scalar:
-    """The share of rows whose largest entry is at the label."""
+    """The share of rows whose largest entry is that of the label."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
 def cross_entropy(logits: Float[Array, "m c"], targets: Float[Array, "m c"]) -> Scalar:
-    """In the mean over the rows."""
+    """The mean cross-entropy of the rows."""
     return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))

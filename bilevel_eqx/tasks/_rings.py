@@ -23,7 +23,7 @@ if the labels are learned."""
 
 
 class _Rings(eqx.Module):
-    """The data set, and the network that is trained on its distillate."""
+    """The data set, and the network that is trained on the learned points."""
 
     points: eqx.AbstractVar[Float[Array, "n 2"]]
     labels: eqx.AbstractVar[Int[Array, " n"]]
@@ -48,15 +48,15 @@ class _Rings(eqx.Module):
 class ConcentricRings(AbstractBilevelProblem[Distilled, Weights], _Rings):
     r"""Distils a data set of concentric rings into a few points.
 
-    The outer variables are the learned points; the inner variables are the weights of
-    a network; both objectives are mean cross-entropies,
+    The outer variables are the learned points. The inner variables are the weights of a
+    network. Both objectives are mean cross-entropies,
 
     $$F(x, y) = \text{loss of } y \text{ on the rings}, \qquad
     f(x, y) = \text{loss of } y \text{ on the points } x.$$
 
-    x reaches F through the weights alone. With a handful of points and tens of
-    thousands of weights, S(x) is enormous. With fixed labels its points lie at infinity:
-    the loss falls for as long as one trains.
+    F depends on x only through the weights. With a few points and tens of thousands of
+    weights, S(x) has a very high dimension. With fixed labels its points lie at infinity:
+    the loss falls as long as training continues.
 
     **Attributes:**
 
@@ -82,11 +82,10 @@ class ConcentricRings(AbstractBilevelProblem[Distilled, Weights], _Rings):
 
 
 class SquaredRings(AbstractLeastSquaresProblem[Distilled, Weights], _Rings):
-    r"""The same with half the mean square of output minus label for a loss.
+    r"""The same with half the mean square of output minus label as its loss.
 
-    S(x) is then a surface of weights that fit the learned points exactly, within reach
-    and of as many dimensions as there are weights beyond outputs: everything that is
-    said of inner minima holds to the last digit.
+    S(x) is then the set of weights that fit the learned points exactly. It lies at finite
+    weights, and its dimension is the number of weights minus the number of outputs.
 
     **Attributes:** as for [`bilevel_eqx.tasks.ConcentricRings`][].
     """
@@ -126,29 +125,29 @@ def rings(
     loss: Literal["cross-entropy", "squared"] = "cross-entropy",
     activation: Callable[[Array], Array] = jax.nn.relu,
 ) -> tuple[ConcentricRings | SquaredRings, Distilled, Weights]:
-    """Concentric rings, a class each, to be distilled into a few points.
+    """Concentric rings, one for each class, that are distilled into a few points.
 
-    The paper gives the number of points, the network and the learning rates. What it
-    does not give is chosen here: the radii and the noise (the outcome depends on their
-    scale), and the initial weights, which are LeCun-normal with zero biases.
+    The paper gives the number of points, the network and the learning rates. It does not
+    give the radii and the noise (the result depends on their scale) or the initial
+    weights, which are here LeCun-normal with zero biases.
 
     **Arguments:**
 
     - `key`: a key for the data and the initial values.
     - `num_classes`: the number $c$ of rings.
-    - `points_per_class`: how many points lie on each.
+    - `points_per_class`: the number of points on each ring.
     - `radii`: the radius of each ring. By default .25, .5, .75, ...
     - `noise`: the standard deviation of the noise on each coordinate.
     - `num_distilled`: the number $k$ of learned points, one for each class by default.
     - `learn_labels`: whether each learned point has a learned soft label, as logits
-        that start near zero; otherwise the classes are dealt out in turn.
+        that start near zero. Otherwise the points have the classes in turn.
     - `width`: the number of units in each hidden layer.
     - `num_hidden`: the number of hidden layers.
-    - `spread`: the standard deviation of the learned points before training.
+    - `spread`: the initial standard deviation of the learned points.
     - `loss`: `"cross-entropy"`, as in the paper, whose inner minima lie at infinity if
-        the labels are fixed; or `"squared"`, whose do not.
-    - `activation`: of the hidden units. With ReLUs S(x) has kinks, and with a smooth one
-        (`jnp.tanh`) it has not.
+        the labels are fixed; or `"squared"`, whose inner minima are finite.
+    - `activation`: of the hidden units. With ReLUs S(x) has kinks; with a smooth
+        activation (`jnp.tanh`) it has none.
 
     **Returns:**
 
@@ -156,11 +155,11 @@ def rings(
 
     **Raises:**
 
-    A `ValueError` if there is not one radius for each class, or the loss is neither.
+    A `ValueError` if there is not one radius for each class, or if the loss is unknown.
     """
     kinds = {"cross-entropy": ConcentricRings, "squared": SquaredRings}
     if loss not in kinds:
-        raise ValueError(f"`rings(loss=...)` is one of {list(kinds)}, and not {loss!r}.")
+        raise ValueError(f"`rings(loss=...)` must be one of {list(kinds)}, not {loss!r}.")
     if radii is None:
         radii = [0.25 * (i + 1) for i in range(num_classes)]
     if len(radii) != num_classes:

@@ -1,0 +1,228 @@
+"""Everything that this package uses of its dependencies beyond their public interfaces.
+
+Each function says why it is needed, and has a test in `tests/test_compat.py` that fails
+if a new release changes it. The upper bounds in `pyproject.toml` are there for this file.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, Literal
+
+import beartype
+import equinox as eqx
+import equinox._errors
+import equinox._jit
+import equinox.internal as eqxi
+import jax
+import jax.core
+import jax.extend.core
+import jax.numpy as jnp
+import jaxtyping
+import lineax as lx
+from jaxtyping import Array, PyTree, Shaped
+
+
+#
+# JAX
+#
+
+
+def is_traced(value: Any) -> bool:
+    """Whether `value` is known only when the program runs.
+
+    JAX has no public function for this. It advises a test for its class of tracers.
+    """
+    return isinstance(value, jax.core.Tracer)
+
+
+def is_literal(variable: Any) -> bool:
+    """Whether an input of an equation of a jaxpr is a literal constant.
+
+    JAX may change jaxprs and their classes in any minor release.
+    """
+    return isinstance(variable, jax.extend.core.Literal)
+
+
+def as_function(program: Any, constants: list[Any]) -> Callable[..., list[Array]]:
+    """The function of the arrays that a jaxpr, changed by hand, computes."""
+    closed = jax.extend.core.ClosedJaxpr(program, constants)
+    return jax.extend.core.jaxpr_as_fun(closed)
+
+
+def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """`decompose`; under `vmap` on a CPU it takes the matrices of a batch in turn.
+
+    On a CPU, jaxlib (0.10) gives a batch of decompositions to the threads of a pool, runs
+    in a thread of the same pool, and waits for the others. If a program has as many
+    independent batches as there are threads, they all wait for each other: under `vmap`,
+    a program that decomposes two matrices hangs on two cores. On machines with many cores
+    such a batch corrupts memory: https://github.com/jax-ml/jax/issues/39292.
+
+    `jax.custom_batching` is public, but labelled experimental.
+    """
+    in_turn = jax.custom_batching.sequential_vmap(decompose)
+
+    def safe(matrix: Array) -> Any:
+        return jax.lax.platform_dependent(matrix, cpu=in_turn, default=decompose)
+
+    return safe
+
+
+#
+# Equinox
+#
+
+
+def any_of_batch(pred: Shaped[Array, "..."]) -> Shaped[Array, ""]:
+    """Whether `pred` holds for any element of the batch, as one unbatched value.
+
+    A `lax.cond` with a batched condition computes both branches for every element. With
+    this condition it stays a branch. That needs a primitive with its own batching rule,
+    which Equinox has.
+    """
+    return eqxi.unvmap_any(pred)
+
+
+def closure_to_pytree(fn: Any) -> Any:
+    """`fn`, with the arrays that it closes over as its leaves.
+
+    The optimisers of optax are closures. JAX and optax have no such function:
+    `jax.closure_convert` is for one call.
+    """
+    return eqxi.closure_to_pytree(fn)
+
+
+def checkpointed_while_loop(
+    cond_fn: Callable, body_fn: Callable, init: PyTree, *, checkpoints: int
+) -> PyTree:
+    """A `lax.while_loop` that has a reverse-mode derivative, for which it stores at most
+    `checkpoints` of its states. JAX has no such loop.
+    """
+    return eqxi.while_loop(
+        cond_fn, body_fn, init, kind="checkpointed", checkpoints=checkpoints
+    )
+
+
+def nondifferentiable(tree: PyTree, *, name: str) -> PyTree:
+    """`tree`. A derivative with respect to it raises an error with its `name`.
+
+    `jax.lax.stop_gradient` would silently make that derivative zero.
+    """
+    return eqxi.nondifferentiable(tree, name=name)
+
+
+def static(value: Any) -> PyTree:
+    """`value` as a pytree without leaves, for the state of a lineax solver, which must be
+    a pytree.
+    """
+    return eqxi.Static(value)
+
+
+#
+# Equinox's errors. `eqx.error_if` fixes its message when the program is traced. Our
+# messages contain numbers of the run.
+#
+
+
+def on_error() -> Literal["raise", "breakpoint", "nan", "off"]:
+    """What the environment variable `EQX_ON_ERROR` says, as `eqx.error_if` reads it."""
+    return equinox._errors.EQX_ON_ERROR  # pyright: ignore
+
+
+_RULE = "\n\n\n--------------------\n"
+
+
+_FROM = "In the program, this was called from:\n"
+
+
+_UNWRAPPED = (
+    "This error occurred in a JAX program that is not wrapped in `equinox.filter_jit`. "
+    "(You probably see a very long and uninformative error message.) If you wrap it, "
+    "only the text above is shown."
+)
+
+
+def raise_on_host(sentence: str, stack: str) -> None:
+    """Raises an error in a callback, from which `eqx.filter_jit` makes an
+    `eqx.EquinoxRuntimeError`.
+
+    XLA passes on the text of a Python exception, not the exception. `eqx.filter_jit`
+    looks for the name of Equinox's error in that text, and then shows the message that it
+    finds in a global variable. Another thread may have changed that variable in the
+    meantime. So this stores an object there that reads the message from the text.
+    """
+    equinox._jit.last_error_info = _IN_FLIGHT  # pyright: ignore
+    raise equinox._errors._EquinoxRuntimeError(
+        f"{sentence}{_RULE}{_FROM}{stack}{_RULE}{_UNWRAPPED}{_RULE}"
+    )
+
+
+class _InFlight:
+    """The message and the stack of the error that this thread handles."""
+
+    def __iter__(self):
+        text = str(sys.exc_info()[1])
+        _, _, text = text.partition(f"{equinox._errors._EquinoxRuntimeError.__name__}: ")
+        # Equinox's own messages end with the same rule.
+        sentence, _, rest = text.partition(_RULE)
+        ours = rest.startswith(_FROM)
+        stack = rest.removeprefix(_FROM).partition(_RULE)[0] if ours else ""
+        return iter((sentence, [stack]))
+
+
+_IN_FLIGHT = _InFlight()
+
+
+def stack_inside() -> str:
+    """The lines of the user's code that led here; inside `eqx.filter_jit`, those after
+    it. They are read when the program is traced.
+    """
+    frames, end = [], None
+    # Not `None`, which skips frames; how many depends on the version of Python.
+    for frame, line in traceback.walk_stack(sys._getframe()):
+        if "__equinox_jit_id__" in frame.f_locals:
+            end = len(frames)
+        if not frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+            frames.append((frame, line))
+    summary = traceback.StackSummary.extract(frames[:end])
+    summary.reverse()
+    return "".join(summary.format())
+
+
+_NOT_THE_USERS = (
+    os.path.dirname(__file__) + os.sep,
+    *(m.__path__[0] + os.sep for m in (beartype, eqx, jax, jaxtyping)),
+    "<@beartype",
+)
+
+
+#
+# lineax
+#
+
+
+def lsmr(
+    operator: lx.AbstractLinearOperator,
+    vector: PyTree[Array],
+    *,
+    rtol: float,
+    conlim: float,
+    max_steps: int,
+) -> tuple[PyTree[Array], dict[str, Array]]:
+    """The solution of `lineax.LSMR`, and its statistics `num_steps`, `norm_A`, `norm_r`,
+    `norm_Ar`, `norm_x`, which are not documented.
+
+    This calls the method of the solver, whose state is the operator itself.
+    `lx.linear_solve` would solve again for a derivative, but the caller is a solver that
+    lineax differentiates already.
+
+    `lineax.LSMR` (0.1.1) has Python floats in the carry of its loop. They are float64 if
+    64-bit types are enabled, and it then refuses data in float32.
+    """
+    solver = lx.LSMR(rtol=rtol, atol=0.0, max_steps=max_steps, conlim=conlim)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(vector)}
+    with jax.enable_x64(jnp.dtype(jnp.float64) in dtypes):
+        solution, _, stats = solver.compute(operator, vector, {})
+    return solution, stats

@@ -1,0 +1,57 @@
+"""The direction of a truncated Newton step."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, ScalarLike
+
+from .._tree import nonzero
+
+
+_NUM_STEPS = 100
+
+
+def newton_direction(
+    hessian: lx.AbstractLinearOperator,
+    downhill: Float[Array, " n"],
+    rtol: ScalarLike = 0.0,
+) -> Float[Array, " n"]:
+    r"""A direction of descent: $H^{-1}$ applied to `downhill` by conjugate gradients,
+    as far as the curvature is positive.
+
+    Where the curvature along `downhill` is not positive, `downhill` itself, divided by
+    the size of that curvature.
+
+    Not [`bilevel_eqx.TruncatedCG`][], which goes on along directions without curvature: a
+    direction of descent has no use for them, and the program is a third as long.
+    """
+    eps = jnp.finfo(downhill.dtype).eps
+    # Of order one, so that no square below overflows or underflows.
+    scale = jnp.max(jnp.abs(downhill))
+    b = downhill / nonzero(scale)
+    square = jnp.vdot(b, b)
+    enough = jnp.maximum(jnp.asarray(rtol, b.dtype), eps) ** 2 * square
+    most = min(_NUM_STEPS, 2 * b.size + 1)
+
+    def unfinished(carry):
+        count, _, _, _, rr, _, stop = carry
+        return (count < most) & (rr > enough) & ~stop
+
+    def step(carry):
+        count, q, r, p, rr, largest, _ = carry
+        Hp = hessian.mv(p)
+        pp, pHp = jnp.vdot(p, p), jnp.vdot(p, Hp)
+        curvature = pHp / nonzero(pp)
+        largest = jnp.maximum(largest, jnp.abs(curvature))
+        # Negated, so that NaN is bad too.
+        bad = ~(curvature > eps ** (2 / 3) * largest)
+        # At the first step steepest descent is what there is.
+        length = rr / nonzero(jnp.abs(pHp))
+        length = jnp.where(bad & (count > 0), 0, length)
+        q, r = q + length * p, r - length * Hp
+        new_rr = jnp.vdot(r, r)
+        return count + 1, q, r, r + new_rr / nonzero(rr) * p, new_rr, largest, bad
+
+    zero = jnp.zeros((), b.dtype)
+    carry = jnp.array(0), jnp.zeros_like(b), b, b, square, zero, jnp.array(False)
+    return scale * jax.lax.while_loop(unfinished, step, carry)[1]

@@ -1,0 +1,135 @@
+"""What moves the outer variables: an optax optimiser, or a search for a better point."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, PyTree, Scalar
+
+from .._arguments import as_pytree
+from .step import optimiser_step
+
+
+class Point(eqx.Module):
+    """An evaluated point."""
+
+    x: PyTree[Array]
+    value: Scalar
+    gradient: PyTree[Array]
+    failed: Bool[Array, ""]
+    """Whether the evaluation failed, so that the value means nothing."""
+    answer: Any
+    """What else the evaluation found."""
+
+
+Evaluate = Callable[[PyTree[Array]], Point]
+
+
+class AbstractDescent(eqx.Module):
+    """Proposes points and judges them once they are evaluated.
+
+    An evaluation is as costly as an inner solve, and as long a program. So it stands in
+    one place, the loop of `advance`, and the point accepted is not evaluated again.
+    """
+
+    searches: eqx.AbstractClassVar[bool]
+    """Whether a proposal may be rejected."""
+
+    @abc.abstractmethod
+    def init(self, x: PyTree[Array]) -> Any:
+        """The state before the first point is evaluated."""
+
+    @abc.abstractmethod
+    def propose(
+        self,
+        state: Any,
+        base: Point,
+        project: Callable[[PyTree], PyTree],
+        value_fn: Callable[[PyTree[Array]], Scalar],
+    ) -> tuple[PyTree[Array], Any]:
+        """The next point to evaluate, after the last accepted one, `base`."""
+
+    @abc.abstractmethod
+    def judge(self, state: Any, base: Point, trial: Point) -> tuple[Any, Bool[Array, ""]]:
+        """Whether the evaluated proposal becomes the next base."""
+
+
+class OptaxDescent(AbstractDescent):
+    """The steps of an optax optimiser, each of which is accepted."""
+
+    optimiser: optax.GradientTransformation
+
+    searches: ClassVar[bool] = False
+
+    def init(self, x):
+        return self.optimiser.init(x)
+
+    def propose(self, state, base, project, value_fn):
+        return optimiser_step(
+            self.optimiser,
+            base.x,
+            state,
+            value=base.value,
+            gradient=base.gradient,
+            value_fn=value_fn,
+            project=project,
+        )
+
+    def judge(self, state, base, trial):
+        return state, jnp.array(True)
+
+
+def as_optimiser(optimiser: Any) -> Any:
+    """What a pipeline keeps of its optimiser: one of optax as a pytree."""
+    is_optax = isinstance(optimiser, optax.GradientTransformation)
+    return as_pytree(optimiser) if is_optax else optimiser
+
+
+def as_descent(optimiser: Any) -> AbstractDescent:
+    """An optax optimiser as a descent; a descent as it is."""
+    is_optax = isinstance(optimiser, optax.GradientTransformation)
+    return OptaxDescent(optimiser) if is_optax else optimiser
+
+
+def advance(
+    descent: AbstractDescent,
+    state: Any,
+    base: Point,
+    evaluate: Evaluate,
+    project: Callable[[PyTree], PyTree],
+    value_fn: Callable[[PyTree[Array]], Scalar],
+    started: Bool[Array, ""],
+) -> tuple[Any, Point]:
+    """Moves to the next accepted point; if not `started`, evaluates the first one."""
+    rest = eqx.filter(state, eqx.is_array, inverse=True)
+
+    def attempt(state):
+        def propose():
+            x, new = descent.propose(state, base, project, value_fn)
+            return x, eqx.filter(new, eqx.is_array)
+
+        kept = eqx.filter(state, eqx.is_array)
+        x, moved = jax.lax.cond(started, propose, lambda: (base.x, kept))
+        trial = evaluate(x)
+        new, accepted = descent.judge(eqx.combine(moved, rest), base, trial)
+        return new, trial, accepted
+
+    if not descent.searches:
+        state, trial, _ = attempt(state)
+        return state, trial
+
+    structure = eqx.filter(base, eqx.is_array, inverse=True)
+
+    def body(carry):
+        arrays, _, _ = carry
+        state, trial, accepted = attempt(eqx.combine(arrays, rest))
+        return eqx.filter(state, eqx.is_array), eqx.filter(trial, eqx.is_array), accepted
+
+    arrays = eqx.filter(state, eqx.is_array)
+    carry = arrays, eqx.filter(base, eqx.is_array), jnp.array(False)
+    arrays, trial, _ = jax.lax.while_loop(lambda carry: ~carry[2], body, carry)
+    return eqx.combine(arrays, rest), eqx.combine(trial, structure)

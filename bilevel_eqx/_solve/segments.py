@@ -1,0 +1,202 @@
+"""A run from outside of its program: in segments, between which the host has its say."""
+
+import contextlib
+import functools as ft
+import sys
+import time
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .._compat import is_traced
+from .._tree import tree_struct
+from .checkpoint import Checkpoint
+from .interrupt import heed_interruption
+from .loop import advance, begin, empty_history, Progress, Run, Start
+from .report import Reporter
+
+
+# How long a segment should take: Ctrl-C and the next line wait for its end.
+SECONDS = 1.0
+
+
+# By how much a segment may be longer than the one before: the first steps of a run can
+# be much cheaper than the later ones. Not less, since each segment costs some
+# milliseconds (a program allocates its memory anew), and short runs would feel it.
+_GROWTH = 100
+
+
+# A history that is shorter than this has room for a round number of entries, so that
+# runs of various lengths are one program.
+_ROUNDED_BYTES = 2**20
+
+
+class End(NamedTuple):
+    """Where a run has ended."""
+
+    progress: Progress
+    history: PyTree[Array]
+    interrupted: bool
+
+
+_begin = eqx.filter_jit(begin)
+
+
+# A segment writes over the progress and the history that it is given. They are the run's
+# own: see `begin`.
+@eqx.filter_jit(donate="all-except-first")
+def _segment(given, carry, room: int | None):
+    (run_arrays, until), run_rest, progress_rest = given
+    run = _whole(run_arrays, run_rest)
+    progress = _whole(carry[0], progress_rest)
+    progress, history, kept = advance(run, progress, carry[1], until, keep_metrics=room)
+    return (_arrays(progress), history), kept, progress.stopped, progress.num_steps
+
+
+class _Rest:
+    """All of a pytree but its arrays, to be hashed once a run and not once a segment:
+    that of an optax optimiser, whose closures are compared by their source, takes
+    milliseconds.
+    """
+
+    def __init__(self, treedef: Any, leaves: tuple, types: tuple[type, ...]):
+        self.treedef = treedef
+        self.leaves = leaves
+        # Part of what tells one from another, since 1 == 1.0 == True.
+        self.types = types
+
+
+# The same for what is equal, so that two of them can be compared by identity.
+_interned = ft.lru_cache(maxsize=128)(_Rest)
+
+
+def _rest(tree: PyTree) -> _Rest:
+    leaves, treedef = jtu.tree_flatten(tree)
+    others = tuple(None if eqx.is_array(u) else u for u in leaves)
+    return _interned(treedef, others, tuple(map(type, others)))
+
+
+def _arrays(tree: PyTree) -> list:
+    return [u if eqx.is_array(u) else None for u in jtu.tree_leaves(tree)]
+
+
+def _whole(arrays: list, rest: _Rest) -> Any:
+    leaves = [u if v is None else v for u, v in zip(arrays, rest.leaves)]
+    return jtu.tree_unflatten(rest.treedef, leaves)
+
+
+def run_in_segments(
+    run: Run,
+    start: Start,
+    num_steps: int,
+    *,
+    checkpoint: Checkpoint | None,
+    reporter: Reporter,
+) -> End | None:
+    """The whole run, from its start or from where the checkpoint says.
+
+    Returns `None` if its values are not known now: something that the problem closes
+    over is being transformed.
+    """
+    save_every = int(run.save_every)
+    if checkpoint is not None and checkpoint.exists():
+        shapes, blank = eqx.filter_eval_shape(begin, run, start)
+        progress, entries = checkpoint.read(shapes, blank)
+    else:
+        with reporter.compiling():
+            progress, blank = _begin(run, start)
+        entries = None
+        if _is_unknown(progress):
+            return None
+    saved = int(progress.num_steps)
+    entry = tree_struct(blank)
+    room = _room(entry, max(num_steps, saved) // save_every)
+    history = _empty_history(entry, room)
+    if entries is not None:
+        history = jtu.tree_map(lambda h, e: h.at[: len(e)].set(e), history, entries)
+
+    first = done = saved
+    stopped = bool(progress.stopped)
+    run_arrays, run_rest = _arrays(run), _rest(run)
+    arrays, progress_rest = _arrays(progress), _rest(progress)
+    pace = _Pace()
+    with heed_interruption() as interruption:
+        while done < num_steps and not stopped and not interruption.requested:
+            until = pace.end(done, save_every)
+            # What would be left over for a short segment is taken now.
+            if num_steps - until < (until - done) // 2:
+                until = num_steps
+            if checkpoint is not None:
+                until = min(until, checkpoint.next(done))
+            began = time.perf_counter()
+            # A segment without a step is the time that compiling takes.
+            compiling = reporter.compiling if until == done else contextlib.nullcontext
+            with compiling():
+                (arrays, history), kept, stopped, num_steps_now = _segment(
+                    ((run_arrays, np.asarray(until)), run_rest, progress_rest),
+                    (arrays, history),
+                    None if reporter.report is None else room,
+                )
+            if is_traced(stopped):
+                return None
+            before, done = done, int(num_steps_now)
+            pace.took(until - before, time.perf_counter() - began)
+            stopped = bool(stopped)
+            reporter.entries(kept, before, done)
+            if checkpoint is not None and checkpoint.next(saved) <= done and not stopped:
+                progress = _whole(arrays, progress_rest)
+                checkpoint.write(progress, _first(history, done // save_every))
+                saved = done
+    progress = _whole(arrays, progress_rest)
+    reporter.end(progress, first, done)
+    history = _first(history, done // save_every)
+    if checkpoint is not None and saved < done and not bool(progress.verdict.failed):
+        checkpoint.write(progress, history)
+    return End(progress, history, interruption.requested)
+
+
+class _Pace:
+    """How many steps take about `SECONDS`."""
+
+    def __init__(self):
+        # The first segment has no steps: it is there to be compiled.
+        self.length = 0
+
+    def end(self, done: int, save_every: int) -> int:
+        """Where a segment ends that starts after `done` steps: where an entry of the
+        history does, if there is one within."""
+        # All processes of a distributed run must cut it in the same way, and each has a
+        # clock of its own.
+        if jax.process_count() > 1:
+            return sys.maxsize
+        end = done + self.length
+        aligned = end - end % save_every
+        return aligned if aligned > done else end
+
+    def took(self, num_steps: int, seconds: float) -> None:
+        if num_steps == 0:
+            self.length = 1
+            return
+        length = num_steps * SECONDS / max(seconds, 1e-9)
+        self.length = max(1, int(min(length, _GROWTH * num_steps)))
+
+
+_empty_history = eqx.filter_jit(empty_history)
+
+
+def _room(entry: PyTree[jax.ShapeDtypeStruct], num_entries: int) -> int:
+    rounded = 2 ** max(4, (num_entries - 1).bit_length())
+    size = sum(e.size * e.dtype.itemsize for e in jtu.tree_leaves(entry))
+    return rounded if rounded * size <= _ROUNDED_BYTES else num_entries
+
+
+def _first(history: PyTree[Array], length: int) -> PyTree[Array]:
+    return jtu.tree_map(lambda h: h[:length], history)
+
+
+def _is_unknown(tree: PyTree) -> bool:
+    return any(is_traced(leaf) for leaf in jtu.tree_leaves(tree))

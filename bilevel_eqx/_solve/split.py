@@ -1,0 +1,86 @@
+"""A function cut in two: what is needed at every step, and what is asked for later."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._compat import as_function, is_literal
+
+
+class Halves(NamedTuple):
+    """The two halves of a function. See `split`.
+
+    - `first`: from the argument to `state`, `facts` and `rest`.
+    - `second`: from `state` and `rest` to `later`.
+    - `rest`: the shapes and types of the intermediate values that `second` needs.
+    - `later`: the shapes and types of what `second` returns.
+    """
+
+    first: Callable[[PyTree[Array]], tuple[PyTree[Array], PyTree[Array], list[Array]]]
+    second: Callable[[PyTree[Array], list[Array]], PyTree[Array]]
+    rest: list[jax.ShapeDtypeStruct]
+    later: PyTree[jax.ShapeDtypeStruct]
+
+
+def split(fn: Callable[[PyTree[Array]], tuple[Any, Any, Any]], at: PyTree) -> Halves:
+    """Cuts `fn`, which returns `(state, facts, later)`, behind what `state` and `facts`
+    need. `fn` is traced once, and each of its equations ends up in one of the halves.
+
+    `at` is an argument, or the shapes of one.
+    """
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(at)
+    program, later = closed.jaxpr, shapes[2]
+    num_state = len(jtu.tree_leaves(shapes[0]))
+    num_now = num_state + len(jtu.tree_leaves(shapes[1]))
+    now, wanted_later = program.outvars[:num_now], program.outvars[num_now:]
+
+    # What has an effect happens at every step.
+    early, others, _ = _needed(program.eqns, now, lambda e: len(e.effects) > 0)
+    late, _, wanted = _needed(others, wanted_later, lambda e: False)
+    made = {v for equation in late for v in equation.outvars}
+    inputs = [v for v in wanted if v not in made and v not in set(program.constvars)]
+    in_state = {v: i for i, v in enumerate(now[:num_state]) if _is_variable(v)}
+    rest = [v for v in inputs if v not in in_state]
+
+    def function(**parts):
+        return as_function(program.replace(**parts), closed.consts)
+
+    run_first = function(eqns=early, outvars=[*now, *rest])
+    run_second = function(eqns=late, invars=inputs, outvars=wanted_later)
+
+    def first(argument):
+        out = run_first(*jtu.tree_leaves(argument))
+        state, facts = jtu.tree_unflatten(jtu.tree_structure(shapes[:2]), out[:num_now])
+        return state, facts, list(out[num_now:])
+
+    def second(state, rest):
+        leaves, rest = jtu.tree_leaves(state), iter(rest)
+        values = [leaves[in_state[v]] if v in in_state else next(rest) for v in inputs]
+        return jtu.tree_unflatten(jtu.tree_structure(later), run_second(*values))
+
+    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in rest]
+    return Halves(first, second, structs, later)
+
+
+def _is_variable(atom: Any) -> bool:
+    # Literals are constants, and not hashable.
+    return not is_literal(atom)
+
+
+def _needed(equations: Iterable, outputs: Iterable, always: Callable[[Any], bool]):
+    """The equations that `outputs` need, the others, and all variables that they read.
+
+    The variables are in an order that does not change from run to run.
+    """
+    wanted = {v: None for v in outputs if _is_variable(v)}
+    needed, others = [], []
+    for equation in reversed(list(equations)):
+        if always(equation) or any(v in wanted for v in equation.outvars):
+            wanted |= {v: None for v in equation.invars if _is_variable(v)}
+            needed.append(equation)
+        else:
+            others.append(equation)
+    return needed[::-1], others[::-1], list(wanted)

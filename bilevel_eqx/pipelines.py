@@ -1,0 +1,18 @@
+"""Pipelines that serve one concept each, and the optimiser that they share.
+
+[`bilevel_eqx.solve`][] finds them in the registry. They are here for users who need other
+settings. [`bilevel_eqx.GradientPipeline`][], which serves most concepts, is in the
+top-level package.
+"""
+
+from ._optimiser.lbfgs import LBFGS as LBFGS
+from ._optimiser.spectral_projected_gradient import (
+    spectral_projected_gradient as spectral_projected_gradient,
+)
+from ._pipeline.null_space import (
+    NullSpaceAscent as NullSpaceAscent,
+    NullSpaceDescent as NullSpaceDescent,
+)
+from ._pipeline.penalty import PenaltyAscent as PenaltyAscent
+from ._pipeline.play import GradientPlay as GradientPlay, ProximalPlay as ProximalPlay
+from ._pipeline.value_function import ValueFunctionDescent as ValueFunctionDescent

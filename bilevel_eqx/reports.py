@@ -1,0 +1,15 @@
+"""The classes that the audits return.
+
+Users do not construct them: they come from [`bilevel_eqx.check_hypergradient`][],
+[`bilevel_eqx.compare`][], [`bilevel_eqx.diagnose`][], [`bilevel_eqx.error_bound`][] and
+[`bilevel_eqx.retrain_gap`][]. They are here for the docs and for type annotations.
+"""
+
+from ._trust.check_hypergradient import (
+    CheckedResponse as CheckedResponse,
+    HypergradientCheck as HypergradientCheck,
+)
+from ._trust.compare import Comparison as Comparison
+from ._trust.diagnose import Diagnosis as Diagnosis
+from ._trust.error_bound import ErrorBound as ErrorBound
+from ._trust.retrain_gap import RetrainGap as RetrainGap

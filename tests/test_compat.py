@@ -1,0 +1,260 @@
+"""What the package uses of its dependencies beyond what they promise: a new release that
+changes it is noticed here, and not by a user.
+"""
+
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import equinox as eqx
+import equinox._errors
+import equinox._jit
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+from helpers import tree_allclose
+
+import bilevel_eqx as blx
+from bilevel_eqx import _compat
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_nothing_private_is_used_elsewhere():
+    private = re.compile(
+        r"equinox\.(internal|_)|eqxi?\._|eqxi\.|jax\.(core|extend|_src|custom_batching)"
+        r"|(lineax|lx|optimistix|optx|optax|jaxtyping|beartype)\._[a-z]"
+    )
+    package = Path(blx.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.name != "_compat.py":
+            assert private.findall(path.read_text()) == [], path
+
+
+def test_what_is_pinned_has_an_upper_bound():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = {}
+    for requirement in project["dependencies"]:
+        found = re.fullmatch(r"(\w+)>=[\d.]+,<([\d.]+)", requirement)
+        if found is not None:
+            bounds[found[1]] = tuple(int(part) for part in found[2].split("."))
+    assert {"jax", "jaxlib", "equinox", "lineax", "optimistix"} <= set(bounds)
+    for name, bound in bounds.items():
+        version = importlib.metadata.version(name).split(".")[: len(bound)]
+        assert tuple(int(part) for part in version) < bound
+
+
+#
+# JAX
+#
+
+
+def test_is_traced():
+    seen = []
+
+    def look(x):
+        seen.append(_compat.is_traced(x))
+        return x
+
+    for transform in (jax.jit, jax.vmap, jax.grad):
+        transform(look)(jnp.ones(3) if transform is jax.vmap else 1.0)
+    assert seen == [True, True, True]
+    for known in (1, 1.0, np.ones(3), jnp.ones(3), None):
+        assert not _compat.is_traced(known)
+
+
+def test_is_literal():
+    equation = jax.make_jaxpr(lambda x: x * 2.0)(jnp.ones(())).jaxpr.eqns[0]
+    assert [_compat.is_literal(v) for v in equation.invars] == [False, True]
+
+
+def test_one_matrix_at_a_time():
+    eigvalsh = _compat.one_matrix_at_a_time(lambda matrix: jnp.linalg.eigvalsh(matrix))
+    matrices = jr.normal(jr.key(0), (5, 3, 3))
+    matrices = matrices + jnp.swapaxes(matrices, 1, 2)
+    expected = np.linalg.eigvalsh(np.asarray(matrices))
+    assert tree_allclose(jax.vmap(eigvalsh)(matrices), expected, rtol=1e-10)
+    # The program for a CPU decomposes single matrices.
+    traced = jax.jit(jax.vmap(eigvalsh)).trace(matrices)
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    shapes = re.findall(r"@lapack_dsyevd.*? : \((.*?)\) ->", text)
+    assert len(shapes) == 1 and shapes[0].startswith("tensor<3x3xf64>")
+
+
+#
+# Equinox
+#
+
+
+def test_any_of_batch():
+    pred = jnp.array([False, True, False])
+    assert jax.vmap(_compat.any_of_batch, out_axes=None)(pred)
+    assert not jax.vmap(_compat.any_of_batch, out_axes=None)(jnp.zeros(3, bool))
+
+    def branch(pred, x):
+        return jax.lax.cond(_compat.any_of_batch(pred), jnp.sin, jnp.cos, x)
+
+    # It remains a branch.
+    batched = jax.make_jaxpr(jax.vmap(branch))(pred, jnp.ones(3))
+    names = [equation.primitive.name for equation in batched.jaxpr.eqns]
+    assert "cond" in names and "select_n" not in names
+
+
+def test_closure_to_pytree():
+    rate = jnp.array(0.1)
+    optimiser = _compat.closure_to_pytree(optax.sgd(rate))
+    leaves = [leaf for leaf in jax.tree.leaves(optimiser) if eqx.is_array(leaf)]
+    assert tree_allclose(leaves, [-rate], rtol=1e-12)
+
+    @eqx.filter_jit
+    def update(optimiser, gradient):
+        return optimiser.update(gradient, optimiser.init(gradient))[0]
+
+    # Data, of which a derivative can be taken.
+    def length(rate):
+        return update(_compat.closure_to_pytree(optax.sgd(rate)), jnp.array(2.0))
+
+    assert tree_allclose(jax.grad(length)(rate), np.array(-2.0), rtol=1e-12)
+
+    # What `as_pytree` expects of closures that refer to themselves.
+    def recursive(n):
+        return recursive(n - 1) if n else 0
+
+    with pytest.raises((RecursionError, ValueError)):
+        _compat.closure_to_pytree(recursive)
+
+
+def test_checkpointed_while_loop():
+    def power(x):
+        return _compat.checkpointed_while_loop(
+            lambda carry: carry[0] < 20,
+            lambda carry: (carry[0] + 1, carry[1] * x),
+            (jnp.array(0), jnp.ones(())),
+            checkpoints=3,
+        )[1]
+
+    x = jnp.array(1.1)
+    assert tree_allclose(power(x), x**20, rtol=1e-12)
+    assert tree_allclose(jax.grad(power)(x), 20 * x**19, rtol=1e-12)
+
+
+def test_nondifferentiable():
+    def square(x):
+        return jnp.sum(_compat.nondifferentiable(x, name="The solver of the test") ** 2)
+
+    x = jnp.ones(3)
+    assert square(x) == 3
+    with pytest.raises(Exception, match="The solver of the test"):
+        jax.grad(square)(x)
+
+
+def test_static():
+    state = _compat.static(None)
+    assert jax.tree.leaves(state) == []
+    assert eqx.tree_equal(state, _compat.static(None)) is True
+
+
+def test_on_error_is_what_equinox_reads(monkeypatch):
+    assert _compat.on_error() == "raise"
+    x = jnp.ones(())
+    monkeypatch.setattr(equinox._errors, "EQX_ON_ERROR", "off")
+    assert _compat.on_error() == "off"
+    assert eqx.error_if(x, x > 0, "It must be off for Equinox too.") == 1
+
+
+def test_raise_on_host():
+    """`eqx.filter_jit` recognises the error, and finds message and stack in its text."""
+
+    @eqx.filter_jit
+    def fail(x):
+        struct = jax.ShapeDtypeStruct((), x.dtype)
+        return jax.pure_callback(
+            lambda x: _compat.raise_on_host(f"It is {x}.", "  where it was\n"), struct, x
+        )
+
+    with pytest.raises(eqx.EquinoxRuntimeError) as info:
+        fail(jnp.array(2.5))
+    stack, _, message = str(info.value).partition("equinox.EquinoxRuntimeError: ")
+    assert message.startswith("It is 2.5.\n\n")
+    assert stack.endswith("Below is the stack inside of JIT:\n  where it was\n\n")
+
+
+def test_errors_of_equinox_are_left_as_they_are():
+    # Its variable holds ours from before, as it would after a failure in another thread.
+    fail = eqx.filter_jit(lambda x: eqx.error_if(x, x > 0, "It must not be positive."))
+
+    class Ours(Exception):
+        pass
+
+    original = equinox._jit.last_error_info
+    with pytest.raises(eqx.EquinoxRuntimeError, match="It must not be positive."):
+        fail(jnp.ones(()))
+    error = f"..._EquinoxRuntimeError: It must not be positive.{_compat._RULE}And more."
+    try:
+        raise Ours(error)
+    except Ours:
+        assert list(_compat._IN_FLIGHT) == ["It must not be positive.", [""]]
+    equinox._jit.last_error_info = original
+
+
+def test_stack_inside():
+    stacks = []
+
+    def inside(x):
+        stacks.append(_compat.stack_inside())
+        return x
+
+    eqx.filter_jit(inside)(jnp.ones(()))
+    inside(1)
+    jitted, plain = stacks
+    assert "in inside\n" in jitted and "in test_stack_inside\n" not in jitted
+    assert "in inside\n" in plain and "in test_stack_inside\n" in plain
+    assert str(Path(sys.modules["jax"].__path__[0])) not in jitted + plain
+
+
+#
+# lineax
+#
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_lsmr(dtype):
+    matrix = jr.normal(jr.key(0), (5, 3), dtype)
+    b = jr.normal(jr.key(1), (5,), dtype)
+    eps = float(jnp.finfo(dtype).eps)
+
+    def solve(b):
+        operator = lx.MatrixLinearOperator(matrix)
+        return _compat.lsmr(operator, b, rtol=10 * eps, conlim=0.1 / eps, max_steps=50)
+
+    q, stats = jax.jit(solve)(b)
+    expected = np.linalg.lstsq(np.asarray(matrix), np.asarray(b))[0]
+    assert q.dtype == dtype
+    assert tree_allclose(q, expected, rtol=1e3 * eps)
+    residual = np.asarray(matrix @ q - b)
+    assert tree_allclose(
+        stats["norm_r"].astype(dtype), np.linalg.norm(residual), rtol=1e3 * eps
+    )
+    assert tree_allclose(
+        stats["norm_x"].astype(dtype), np.linalg.norm(expected), rtol=1e3 * eps
+    )
+    # At the end it is about zero; and this is an estimate, of the Frobenius norm.
+    assert 0 <= stats["norm_Ar"] <= 1e3 * eps
+    assert 0.3 < stats["norm_A"] / np.linalg.norm(np.asarray(matrix)) < 3
+    assert 1 <= stats["num_steps"] <= 10
+
+
+def test_lsmr_mixes_types():
+    """The fault of lineax that is worked around. When it is mended this fails, and the
+    work-around can go."""
+    operator = lx.MatrixLinearOperator(jnp.eye(3, dtype=jnp.float32))
+    solver = lx.LSMR(rtol=1e-6, atol=0.0)
+    with pytest.raises(Exception):
+        solver.compute(operator, jnp.ones(3, jnp.float32), {})
