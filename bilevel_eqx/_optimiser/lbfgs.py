@@ -152,8 +152,8 @@ class LBFGS(AbstractDescent):
         zero, one = jnp.zeros_like(slope), jnp.ones_like(slope)
         none, yes = jnp.zeros_like(state.num_trials), jnp.array(True)
         # Where a search has found nothing, as within rounding of a minimum, the next one
-        # is half as long.
-        shorter = jnp.maximum(2, state.max_trials // 2)
+        # is a quarter as long.
+        shorter = jnp.maximum(2, state.max_trials // 4)
         max_trials = jnp.where(found | ~state.started, self.max_trials, shorter)
         trials = none, max_trials.astype(none.dtype), jnp.array(False)
         return _LBFGSState(
