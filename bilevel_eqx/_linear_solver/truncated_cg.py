@@ -49,8 +49,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
 
     All tests are relative, so that scaling $H$ or $b$ changes nothing. `stats` contains
     `num_steps`; the relative `residual`, including possible rounding error;
-    `negative_curvature`; the `curvature` along the last direction; and `first_curvature`,
-    that along $b$.
+    `negative_curvature`; and the `curvature` along the last direction.
 
     !!! warning
 
@@ -96,12 +95,11 @@ class TruncatedCG(lx.AbstractLinearSolver):
             return ~stop & (num_steps < self.num_steps)
 
         def step(carry):
-            num_steps, q, r, p, rr, largest, longest, first, _, _ = carry
+            num_steps, q, r, p, rr, largest, longest, _, _ = carry
             Hp = operator.mv(p)
             pp = tree_dot(p, p)
             curvature = tree_dot(p, Hp) / pp
             largest = jnp.maximum(largest, jnp.abs(curvature))
-            first = jnp.where(num_steps == 0, curvature, first)
             # Not <, because the largest curvature of the zero operator is zero.
             flat = jnp.abs(curvature) <= flatness * largest
             # Negated, so that NaN is bad too.
@@ -117,7 +115,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
             p = tree_axpy(jnp.where(flat, 0, new_rr / rr), p, r)
             converged = new_rr <= rtol**2 * rr0
             stop = bad | converged
-            figures = largest, longest, first, curvature
+            figures = largest, longest, curvature
             return num_steps + 1, q, r, p, new_rr, *figures, stop
 
         zero = jnp.zeros((), dtype)
@@ -130,11 +128,10 @@ class TruncatedCG(lx.AbstractLinearSolver):
             zero,
             zero,
             zero,
-            zero,
             rr0 == 0,
         )
         out = jax.lax.while_loop(unfinished, step, carry)
-        num_steps, q, r, _, _, largest, longest, first, curvature, _ = out
+        num_steps, q, r, _, _, largest, longest, curvature, _ = out
         bad = ~(curvature >= -flatness * largest)
         # Rounding error of a long step, which the recursion of the residual does not see.
         rounding = eps * largest * longest / nonzero(tree_norm(b))
@@ -143,7 +140,6 @@ class TruncatedCG(lx.AbstractLinearSolver):
             "num_steps": num_steps,
             "residual": residual,
             "curvature": curvature,
-            "first_curvature": first,
             "negative_curvature": bad,
         }
         # With a singular H and too few steps the residual grows.

@@ -341,10 +341,10 @@ def _expansion(problem, x, y, dense: bool, tags):
     _, H = gradient_and_hessian(problem, x, y, tags)
     matrix = as_operator(product, y, True, tags)
     if isinstance(H, LeastSquaresHessian):
-        A = H.residual_jacobian
-        A = lx.MatrixLinearOperator(jax.vmap(A.mv)(jnp.eye(y.size, dtype=y.dtype)).T)
+        A = as_operator(H.residual_jacobian.mv, y, True, ())
         if not H.curved:
-            matrix = lx.MatrixLinearOperator(A.matrix.T @ A.matrix, tags)
+            factor = A.as_matrix()
+            matrix = lx.MatrixLinearOperator(factor.T @ factor, tags)
         return value, gradient, LeastSquaresHessian(matrix, A, H.curved)
     return value, gradient, matrix
 
