@@ -54,7 +54,7 @@ class Aggregated(AbstractResponse):
 
     def __call__(self, problem, x, anchor, state=None):
         def unroll(x):
-            return self._unroll(problem, x, anchor), None
+            return self._unroll(problem, x, anchor), (None, None)
 
         return differentiated(unroll, x)
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Generic, NamedTuple
 
 import equinox as eqx
 import lineax as lx
-from jaxtyping import PyTree
+from jaxtyping import PyTree, Scalar
 
 from .._custom_types import X, Y
 from .._failure.results import RESULTS
@@ -47,6 +47,8 @@ class Response(eqx.Module, Generic[X, Y]):
         of an unrolled one), or `None`.
     - `presumes`: a map from the bilevel problem to the problem whose inner minimum `y` is
         assumed to be; or `None` if the response does not assume a minimum.
+    - `slope`: the norm of $\nabla_y f$, less what a set takes from it, where the last
+        inner step began; or `None` if that is not at hand.
     """
 
     y: Y
@@ -58,6 +60,7 @@ class Response(eqx.Module, Generic[X, Y]):
     # A map and not the problem, because a returned or batched response should not contain
     # a copy of the problem's data.
     presumes: Callable[[AbstractBilevelProblem], AbstractBilevelProblem] | None = None
+    slope: Scalar | None = None
 
 
 class TransposedJacobian(eqx.Module):

@@ -98,13 +98,16 @@ class Implicit(AbstractResponse):
         anchor = layout.ravel(anchor)
         v, result, stats = self.minimum(problem, x, anchor)
         at, cross_transposed = self._expansion(problem, x, v)
-        B = at.applied_to(cross_derivative_operator(problem, x, v))
-        J = at.applied_to(-(lx.invert(at.hessian, self.linear_solver) @ B))
         result = self.judge(result, anchor, v, at.residual, at.free_hessian)
         stats["inner_residual"] = tree_norm(at.residual)
-        jacobian = lx.FunctionLinearOperator(
-            lambda tangent: layout.unravel(J.mv(tangent)), tree_struct(x)
-        )
+
+        # Nothing of it is in a program that does not ask for it.
+        def push(tangent):
+            B = at.applied_to(cross_derivative_operator(problem, x, v))
+            J = at.applied_to(-(lx.invert(at.hessian, self.linear_solver) @ B))
+            return layout.unravel(J.mv(tangent))
+
+        jacobian = lx.FunctionLinearOperator(push, tree_struct(x))
         pullback = _Pullback(at, cross_transposed, self.linear_solver, layout)
         y = layout.unravel(v)
         return Response(y, jacobian, result, stats, pullback, presumes=_Itself())

@@ -95,8 +95,20 @@ class Picture(eqx.Module):
 
     @property
     def computed(self) -> tuple:
-        """What is costly in it, for a loop to carry."""
+        """What is costly in it."""
         return self.value, self.gradient, self.at.free_hessian, self.inverse
+
+    @property
+    def carried(self) -> Any:
+        """The arrays of that, for a loop to carry; `None` where they are as cheap to
+        compute anew."""
+        return eqx.filter(self.computed, eqx.is_array) if self.is_dense else None
+
+    def computed_as(self, carried: Any) -> tuple | None:
+        """`computed` at another point of the same problem, where it is `carried`."""
+        if carried is None:
+            return None
+        return eqx.combine(carried, eqx.filter(self.computed, eqx.is_array, inverse=True))
 
     def solve(self, vector: Float[Array, " n"]) -> tuple[Float[Array, " n"], RESULTS]:
         r"""$H^+ v$, and whether the solver found it. In a set, $K^+ v$."""
