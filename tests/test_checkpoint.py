@@ -59,17 +59,28 @@ def test_saved_is_loaded(tmp_path):
         "old key": jr.PRNGKey(5),
         "count": jnp.array(7),
         "numpy": np.arange(2),
+        "scalar": np.float32(1.5),
+        "half": jnp.array([1.5, jnp.nan], jnp.bfloat16),
+        "complex": jnp.array([1 + 2j]),
+        "empty": jnp.zeros((0, 3)),
+        "yes": jnp.array([True, False]),
         "result": blx.RESULTS.successful,
         "function": jnp.sin,
         "nothing": None,
         "number": 2.5,
+        "whole number": -(2**62) - 1,
+        "truth": True,
+        "complex number": 1j,
     }
+    numbers = ("number", "whole number", "truth", "complex number", "scalar")
     file = tmp_path / "state.blx"
     blx.save(file, state)
-    zeros = {**state, "x": jnp.zeros(3), "key": jr.key(0), "number": 0.0}
+    zeros = {**state, "x": jnp.zeros(3), "key": jr.key(0), "half": 0 * state["half"]}
+    zeros |= {name: type(state[name])(0) for name in numbers}
     loaded = blx.load(file, zeros)
     assert tree_identical(loaded, state)
-    assert loaded["number"] == 2.5
+    for name in numbers:
+        assert loaded[name] == state[name] and type(loaded[name]) is type(state[name])
     assert loaded["function"] is jnp.sin
     assert jr.key_impl(loaded["keys"]) == jr.key_impl(state["keys"])
     # No other file is left beside it.
@@ -777,6 +788,43 @@ def test_a_state_is_no_checkpoint_and_the_other_way_round(tmp_path, whole_file):
     with pytest.raises(ValueError, match="too large"):
         blx.save(file, {"number": 2**70})
     assert file.read_bytes() == whole_file
+
+
+@pytest.mark.parametrize("exists", (False, True))
+def test_data_that_are_traced(tmp_path, whole_file, exists):
+    """What the problem closes over is not known, though all arguments are."""
+    file = tmp_path / "run"
+    if exists:
+        file.write_bytes(whole_file)
+    for transformation in (jax.jit, jax.grad, lambda fn: lambda t: jax.vmap(fn)(t[None])):
+
+        @transformation
+        def run(target):
+            return jnp.sum(_small(file, outer=_outer(target)).x)
+
+        with pytest.raises(ValueError, match="cannot do so under `jax.jit`, `jax.vmap`"):
+            run(jnp.array(1.0))
+    assert list(tmp_path.iterdir()) == [file] * exists
+
+
+def test_lines_of_a_run_that_fails(tmp_path, capsys):
+    """Each once, also the last one, and of a resumed run those that it has taken."""
+    rates = jnp.array([0.1] * 9 + [jnp.inf])
+    options = {
+        "outer": lambda x, y: jnp.sum(jnp.sin(y)),
+        "pipeline": _moves(None, optax.sgd(lambda count: rates[jnp.minimum(count, 9)])),
+        "num_steps": 20,
+        "progress": True,
+        "throw": False,
+        "checkpoint_every": 4,
+    }
+    lines = []
+    for _ in range(2):
+        failed = _small(tmp_path / "run", **options)
+        assert failed.result == blx.RESULTS.nonfinite_step
+        said = re.findall(r"^step +(\d+)/20  ", capsys.readouterr().out, re.MULTILINE)
+        lines.append(list(map(int, said)))
+    assert lines == [[*range(1, 10)], [9]]
 
 
 #

@@ -141,9 +141,9 @@ def read(
             "damaged. Give another name, or remove it."
         )
     # Before the checksum, so that a file of another version is not called damaged.
-    line, _, _ = data[len(_MAGIC) :].partition(b"\n")
+    start = data.find(b"\n", len(_MAGIC)) + 1
     try:
-        header = json.loads(line)
+        header = json.loads(data[len(_MAGIC) : start])
     except (ValueError, RecursionError) as error:
         raise _damaged(path, "its header cannot be read") from error
     if not isinstance(header, dict) or "format" not in header:
@@ -154,16 +154,17 @@ def read(
             f"bilevel_eqx reads format {_FORMAT}. Load it with the version that "
             "wrote it, or start anew."
         )
-    size = _CHECKSUM().digest_size
-    if _CHECKSUM(data[:-size]).digest() != data[-size:]:
+    end = len(data) - _CHECKSUM().digest_size
+    # Not a slice of `data`, which would be a copy.
+    whole = memoryview(data)
+    if _CHECKSUM(whole[:end]).digest() != data[end:]:
         raise _damaged(path, "it is cut off, or some of its bytes have changed")
     expected = like(header)
-    _compare(path, field(path, header, "leaves", list), _description(expected))
-    start = len(_MAGIC) + len(line) + 1
-    return _from_bytes(path, data[start:-size], expected), header
+    _compare(path, _field(path, header, "leaves", list), _description(expected))
+    return _from_bytes(path, whole[start:end], expected), header
 
 
-def field(path: Any, header: dict[str, Any], name: str, kind: type) -> Any:
+def _field(path: Any, header: dict[str, Any], name: str, kind: type) -> Any:
     """A field of a header: of a type, and if it is a number, not negative."""
     value = header.get(name)
     if type(value) is not kind or (isinstance(value, int) and value < 0):
@@ -250,14 +251,14 @@ class Checkpoint:
                     f"{'; '.join(changed)}. Remove it to start anew, or give another "
                     "name."
                 )
-            done = field(self.path, header, "done", int)
+            done = _field(self.path, header, "done", int)
             if done > num_steps:
                 raise ValueError(
                     f"`solve(num_steps={num_steps})`: the run in `{self.path}` has taken "
                     f"{done} steps already. Ask for at least as many, or give another "
                     "name to start anew."
                 )
-            saved = field(self.path, header, "saved", int)
+            saved = _field(self.path, header, "saved", int)
             history = jtu.tree_map(
                 lambda e: jax.ShapeDtypeStruct((saved, *e.shape), e.dtype), entry
             )
@@ -299,7 +300,7 @@ def _bytes(tree: PyTree) -> Iterator[memoryview]:
         yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _from_bytes(path: Any, data: bytes, like: T) -> T:
+def _from_bytes(path: Any, data: memoryview, like: T) -> T:
     """A pytree like `like`, with the numbers that are in `data`."""
     leaves, treedef = jtu.tree_flatten(like)
     structs = [_struct(leaf) if _is_saved(leaf) else None for leaf in leaves]
