@@ -4,6 +4,7 @@ Each function says why it is needed, and has a test in `tests/test_compat.py` th
 if a new release changes it. The upper bounds in `pyproject.toml` are there for this file.
 """
 
+import functools as ft
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ import equinox as eqx
 import equinox._errors
 import equinox._jit
 import equinox.internal as eqxi
+import equinox.internal._primitive
 import jax
 import jax.core
 import jax.extend.core
@@ -43,6 +45,11 @@ def is_literal(variable: Any) -> bool:
     JAX may change jaxprs and their classes in any minor release.
     """
     return isinstance(variable, jax.extend.core.Literal)
+
+
+def is_program(value: Any) -> bool:
+    """Whether `value` is a jaxpr, with its constants or without."""
+    return isinstance(value, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
 
 
 def as_function(program: Any, constants: list[Any]) -> Callable[..., list[Array]]:
@@ -92,6 +99,25 @@ def closure_to_pytree(fn: Any) -> Any:
     `jax.closure_convert` is for one call.
     """
     return eqxi.closure_to_pytree(fn)
+
+
+def hidden_program(equation: Any) -> Any:
+    """The jaxpr of an operation that Equinox has defined, such as the linear solves of
+    lineax; `None` for all others.
+
+    The parameters of such an operation are any Python objects, and its program is none of
+    them. It is traced again here.
+    """
+    if not isinstance(
+        equation.params.get("flatten"), equinox.internal._primitive.Flatten
+    ):
+        return None
+    implementation = ft.partial(equation.primitive.impl, **equation.params)
+    try:
+        return jax.make_jaxpr(implementation)(*(v.aval for v in equation.invars))
+    except jax.errors.ConcretizationTypeError:
+        # That of `equinox.internal.noinline` runs on the host.
+        return None
 
 
 def checkpointed_while_loop(

@@ -11,6 +11,7 @@ from pathlib import Path
 import equinox as eqx
 import equinox._errors
 import equinox._jit
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -129,6 +130,39 @@ def test_closure_to_pytree():
 
     with pytest.raises((RecursionError, ValueError)):
         _compat.closure_to_pytree(recursive)
+
+
+def _equations(program):
+    """Of a jaxpr, and of those within."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation
+        for part in jax.tree.leaves(equation.params, is_leaf=_compat.is_program):
+            if _compat.is_program(part):
+                yield from _equations(part)
+
+
+def _operations(program):
+    return {equation.primitive.name for equation in _equations(program)}
+
+
+def test_hidden_program():
+    """That of a linear solve is found, and operations of JAX itself hide nothing."""
+
+    def solve(v):
+        struct = jax.eval_shape(lambda: v)
+        tags = lx.positive_semidefinite_tag
+        operator = lx.FunctionLinearOperator(lambda u: 2 * u.at[0].mul(3), struct, tags)
+        return lx.linear_solve(operator, jnp.sin(v), lx.CG(1e-8, 1e-8)).value
+
+    program = jax.make_jaxpr(solve)(jnp.ones(3))
+    assert "scatter-mul" not in _operations(program)
+    hidden = {e.primitive.name: _compat.hidden_program(e) for e in _equations(program)}
+    assert "scatter-mul" in _operations(hidden.pop("linear_solve"))
+    assert "sin" in hidden and set(hidden.values()) == {None}
+    # This one runs on the host.
+    program = jax.make_jaxpr(eqxi.noinline(jnp.sin))(jnp.ones(3))
+    hidden = {e.primitive.name: _compat.hidden_program(e) for e in _equations(program)}
+    assert hidden["noinline"] is None
 
 
 def test_checkpointed_while_loop():

@@ -68,10 +68,13 @@ class Progress(eqx.Module):
         return self.converged | self.verdict.failed
 
 
-def begin(run: Run, start: Start) -> tuple[Progress, PyTree[Array]]:
-    """The progress before the first step, and an entry of the history, which is blank."""
-    state = _initial_state(run, start)
-    return _first_progress(run, state, _halves(run, state))
+def begin(run: Run, start: Start) -> tuple[Progress, PyTree[Array], Any]:
+    """The progress before the first step; an entry of the history, which is blank; and
+    the program of a step.
+    """
+    state = initial_state(run, start)
+    halves = _halves(run, state)
+    return *_first_progress(run, state, halves), halves.whole
 
 
 def advance(
@@ -114,7 +117,7 @@ def run_in_one(
     """A whole run as one program, which calls `report` at each entry and at the end with
     whether there was a step since, the number of steps and the metrics.
     """
-    state = _initial_state(run, start)
+    state = initial_state(run, start)
     halves = _halves(run, state)
     progress, blank = _first_progress(run, state, halves)
     history = empty_history(blank, num_entries)
@@ -126,7 +129,8 @@ def empty_history(entry: PyTree, length: int) -> PyTree[Array]:
     return jtu.tree_map(lambda e: jnp.broadcast_to(_blank(e), (length, *e.shape)), entry)
 
 
-def _initial_state(run: Run, start: Start) -> Any:
+def initial_state(run: Run, start: Start) -> Any:
+    """The state before the first step."""
     state = start.state
     if state is None:
         state = run.pipeline.init(

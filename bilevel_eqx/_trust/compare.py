@@ -104,7 +104,7 @@ def compare(
     **Raises:**
 
     A `ValueError` for an invalid problem, or for a key of `pipelines` that is none of the
-    equilibria.
+    equilibria. A `KeyboardInterrupt` after Ctrl-C, which ends the whole comparison.
     """
     if equilibria is None:
         equilibria = (Optimistic(), WarmStart(), ColdStart())
@@ -135,6 +135,8 @@ def compare(
         except ValueError as error:
             refused[name] = str(error)
             continue
+        if bool(solution.result == RESULTS.interrupted):
+            raise KeyboardInterrupt(f"`compare` was interrupted at `{name}`.")
         if bool(solution.result != RESULTS.successful):
             step = int(solution.stats["num_steps"])
             refused[name] = f"stopped after step {step}. {RESULTS[solution.result]}"
