@@ -8,6 +8,7 @@ import functools as ft
 import os
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ import jax
 import jax.core
 import jax.extend.core
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import jaxtyping
 import lineax as lx
 from jaxtyping import Array, PyTree, Shaped
@@ -98,7 +100,45 @@ def closure_to_pytree(fn: Any) -> Any:
     The optimisers of optax are closures. JAX and optax have no such function:
     `jax.closure_convert` is for one call.
     """
-    return eqxi.closure_to_pytree(fn)
+    return jtu.tree_map(_told_apart, eqxi.closure_to_pytree(fn))
+
+
+def _told_apart(leaf: Any) -> Any:
+    function = getattr(leaf, "fn", None)
+    return Function(function) if isinstance(function, types.FunctionType) else leaf
+
+
+class Function:
+    """A function without what it closes over, equal to another if both do the same.
+
+    Equinox compares the text of the sources. But two functions of one text differ if
+    their defaults or the globals that they read do.
+    """
+
+    def __init__(self, fn: types.FunctionType):
+        self.fn = fn
+        values = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+        values += [fn.__globals__.get(name) for name in _global_names(fn.__code__)]
+        # Kept, so that no other object takes an address that is compared.
+        self._values = values
+        self._key = fn.__code__, id(fn.__globals__), *map(_by_value, values)
+
+    def __hash__(self):
+        return hash(self._key)
+
+    def __eq__(self, other):
+        return isinstance(other, Function) and self._key == other._key
+
+
+def _global_names(code: types.CodeType) -> list[str]:
+    nested = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return [*code.co_names, *(name for c in nested for name in _global_names(c))]
+
+
+def _by_value(value: Any) -> Any:
+    """Numbers and strings as they are, and anything else by its identity."""
+    simple = isinstance(value, bool | int | float | complex | str | bytes | None)
+    return (type(value), repr(value)) if simple else (type(value), id(value))
 
 
 def hidden_program(equation: Any) -> Any:

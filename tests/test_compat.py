@@ -108,6 +108,29 @@ def test_any_of_batch():
     assert "cond" in names and "select_n" not in names
 
 
+RATE = 0.0
+
+
+def _by_default(r):
+    return lambda count, r=r: r
+
+
+def _by_keyword(r):
+    return lambda count, *, r=r: r
+
+
+def _by_global(r):
+    global RATE
+    RATE = r
+    return lambda count: RATE
+
+
+def _by_nested_global(r):
+    global RATE
+    RATE = r
+    return lambda count: (lambda: RATE)()
+
+
 def test_closure_to_pytree():
     rate = jnp.array(0.1)
     optimiser = _compat.closure_to_pytree(optax.sgd(rate))
@@ -123,6 +146,18 @@ def test_closure_to_pytree():
         return update(_compat.closure_to_pytree(optax.sgd(rate)), jnp.array(2.0))
 
     assert tree_allclose(jax.grad(length)(rate), np.array(-2.0), rtol=1e-12)
+
+    # Functions of one text are not one function.
+    for rates in (_by_default, _by_keyword, _by_global, _by_nested_global):
+        steps = []
+        for r in (0.1, 0.2):
+            optimiser = _compat.closure_to_pytree(optax.sgd(rates(r)))
+            steps.append(update(optimiser, jnp.array(2.0)))
+        assert tree_allclose(steps, [np.array(-0.2), np.array(-0.4)], rtol=1e-6)
+    # And those of optax are one program.
+    first, second = (_compat.closure_to_pytree(optax.adam(0.1)) for _ in range(2))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert jax.tree.leaves(first) == jax.tree.leaves(second)
 
     # What `as_pytree` expects of closures that refer to themselves.
     def recursive(n):
