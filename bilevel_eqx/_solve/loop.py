@@ -11,7 +11,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, ScalarLike
 
 from .._compat import any_of_batch
-from .._custom_types import typechecked
 from .._equilibrium.base import AbstractEquilibrium
 from .._failure.results import (
     figures_of,
@@ -31,7 +30,6 @@ from .split import Halves, split
 _ROUND = 64
 
 
-@typechecked
 class Run(eqx.Module):
     """What a run is of. None of it changes while the run goes on."""
 
@@ -44,7 +42,6 @@ class Run(eqx.Module):
     save_every: Int[Any, ""]
 
 
-@typechecked
 class Start(eqx.Module):
     """Where a run starts: at a `state`, or at the one that the pipeline makes."""
 
