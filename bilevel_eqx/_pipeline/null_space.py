@@ -198,7 +198,7 @@ class NullSpaceDescent(_AbstractValueDescent):
             self.linear_solver,
             self.selection_steps,
         )
-        result = implicit.judge(result, anchor, here.y, here.gradient, here.at.hessian)
+        result = implicit.judge(result, anchor, here.y, here.at)
         outer = here.outer()
         value, gradient = outer.value, outer.hypergradient
         result = first_failure(
