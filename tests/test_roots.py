@@ -323,6 +323,22 @@ def test_truncated_series_is_that_of_unrolled_steps():
     assert np.allclose(unrolled.y, powers @ as_numpy(B) @ X, rtol=1e-12)
 
 
+def test_root_within_a_root():
+    # z + z^3 = x + y within y + z / 2 = 1, at y = 0, z = 2, x = 10.
+    inner = blx.RootProblem(lambda x, y: y, lambda x, y: y + y**3 - x)
+    response = blx.Implicit(blx.Projection(), lx.LU())
+
+    def root(x, y):
+        return y + 0.5 * blx.best_response(inner, x + y, jnp.array(1.0), response) - 1
+
+    problem = blx.RootProblem(lambda x, y: 3 * y, root)
+    out = blx.hypergradient(problem, jnp.array(10.0), jnp.array(0.5), response)
+    slope = 1 / 13  # dz / dx = 1 / (1 + 3 z^2)
+    assert np.allclose(out.y, 0, atol=1e-12)
+    expected = -3 * 0.5 * slope / (1 + 0.5 * slope)
+    assert np.allclose(out.gradient, expected, rtol=1e-10)
+
+
 #
 # Pytrees
 #
@@ -448,7 +464,7 @@ def test_certificate_of_a_root_that_is_not_isolated():
         lambda x, y: (jnp.sum(y) - x) * jnp.array([1.0, 2.0]),
     )
     residuals, _ = _residuals(problem, blx.Stackelberg(), 1.0, [0.5, 0.5])
-    assert residuals["inner"] == 0 and residuals["uniqueness"] > 0.9
+    assert residuals["inner"] == 0 and residuals["uniqueness"] == 1
     with pytest.raises(ValueError, match="isolated root, but dr/dy is singular"):
         blx.solve(
             problem, blx.Stackelberg(), jnp.array(1.0), jnp.array([0.5, 0.5]), num_steps=3
@@ -484,6 +500,21 @@ def test_solve_alternating():
     assert solution.certificate.largest < 1e-6
 
 
+def test_solve_under_vmap():
+    problem, x, _ = linear_game()
+    other = eqx.tree_at(lambda p: p.target, problem, 2 * problem.target)
+
+    @jax.vmap
+    def solved(target):
+        moved = eqx.tree_at(lambda p: p.target, problem, target)
+        x0, y0 = jnp.zeros(2), jnp.zeros(4)
+        return blx.solve(moved, blx.Stackelberg(), x0, y0, num_steps=25)
+
+    solutions = solved(jnp.stack([problem.target, other.target]))
+    assert np.allclose(solutions.x[0], x, rtol=1e-8)
+    assert np.max(solutions.certificate.largest) < 1e-8
+
+
 def test_solve_confines_x():
     problem, x, _ = linear_game()
     bounded = blx.RootProblem(
@@ -509,6 +540,9 @@ def test_certificate_beyond_the_dense_size():
     x = float(total @ as_numpy(c) / (total @ total))
     at, certificate = _residuals(problem, blx.Stackelberg(), x, x * total)
     assert max(at.values()) < 1e-6 and certificate.accuracy < 1e-6
+    arguments = problem, blx.Stackelberg(), jnp.asarray(x), jnp.asarray(x * total)
+    rough = blx.certify(*arguments, max_products=12)
+    assert 1e-6 < rough.accuracy < 1
     off, _ = _residuals(problem, blx.Stackelberg(), x + 0.1, x * total)
     assert off["inner"] > 1e-3 and off["uniqueness"] == 0
 
@@ -675,6 +709,10 @@ REFUSALS = {
         "The root does not depend on",
     ),
     "confined": (_respond(blx.Implicit(newton, lx.LU()), _Confined()), "a `project_y`"),
+    "bounds": (
+        _respond(blx.Implicit(optx.Bisection(1e-8, 1e-8), lx.LU())),
+        "needs bounds of the root",
+    ),
     "minimum": (
         _respond(blx.Implicit(newton, lx.LU()), minimum),
         "`Newton` finds a root",

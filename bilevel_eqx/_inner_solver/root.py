@@ -49,6 +49,11 @@ def find_root(
     if isinstance(solver, optx.AbstractMinimiser):
         squares = LeastSquaresProblem(problem.outer, _InOneVector(problem))
         return minimise_inner(squares, x, y, solver, max_steps)
+    if isinstance(solver, optx.Bisection):
+        raise ValueError(
+            "`optx.Bisection` needs bounds of the root, which a response has no place "
+            "for. Use `optx.Newton(rtol, atol)` or `Projection()`."
+        )
     arguments: dict = dict(args=(problem, x), max_steps=max_steps, throw=False)
     if isinstance(solver, optx.AbstractFixedPointSolver):
         return optx.fixed_point(_fixed_point, solver, y, **arguments)

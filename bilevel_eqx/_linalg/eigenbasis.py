@@ -63,18 +63,20 @@ def eigenbasis(
     return Eigenbasis(values, basis.T @ rotation)
 
 
-def singular_values(operator: lx.AbstractLinearOperator) -> Float[Array, " k"]:
+def singular_values(
+    operator: lx.AbstractLinearOperator, num_steps: int = _LANCZOS_STEPS
+) -> Float[Array, " k"]:
     """The singular values of an operator, or Ritz values of them.
 
-    A Ritz value below the root of machine precision, relative to the largest, may be
-    zero: it is the root of one of the square.
+    The latter are roots of those of the square. So they count as zero below the root of
+    machine precision, relative to the largest.
     """
     if operator.in_size() <= DENSE_SIZE:
         return svd(operator.as_matrix())[1]
     square = operator.T @ operator
     tagged = lx.TaggedLinearOperator(square, lx.symmetric_tag)
-    values = eigenbasis(tagged).values
-    floor = 100 * jnp.finfo(values.dtype).eps * jnp.max(values)
+    values = eigenbasis(tagged, num_steps=num_steps).values
+    floor = jnp.finfo(values.dtype).eps * jnp.max(values)
     return jnp.sqrt(jnp.where(values > floor, values, 0))
 
 

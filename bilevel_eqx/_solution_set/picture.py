@@ -87,7 +87,8 @@ class Picture(eqx.Module):
     inverse: Any
     """The state of the linear solver that stands for the pseudoinverse."""
     spectrum: Float[Array, " k"] | None
-    """All Ritz values of K, where the pseudoinverse is made of some of them."""
+    """All Ritz values of K, where the pseudoinverse is made of some of them; the singular
+    values of a root's H."""
     max_products: int | None = eqx.field(static=True)
     """How many products with H may be taken, if that is bounded."""
     is_plane: bool = eqx.field(static=True)
@@ -234,8 +235,6 @@ class Picture(eqx.Module):
         beyond the dense size."""
         if self.spectrum is not None:
             return self.spectrum
-        if self.is_root:
-            return singular_values(self.at.hessian)
         return eigenbasis(self.at.definite_hessian()).values
 
     def share_of_products(self, share: float, most: int) -> int:
@@ -321,9 +320,13 @@ def flat_picture(
     if bounded and inverse is None:
         assert max_products is not None
         num_products = max(1, int(share * max_products) - _FURTHER_PRODUCTS)
-        if isinstance(at.hessian, LeastSquaresHessian) or not lx.is_symmetric(at.hessian):
-            # Each step is a product with A and one with its transpose. There are two
-            # solves; for a root there is one, and its singular values.
+        if isinstance(problem, AbstractRootProblem):
+            # Each step is a product with H and one with its transpose.
+            linear_solver = Pseudoinverse(max_steps=max(1, 3 * num_products // 8))
+            spectrum = singular_values(at.hessian, max(2, num_products // 8))
+        elif isinstance(at.hessian, LeastSquaresHessian):
+            # Each step is a product with A and one with its transpose, and there are two
+            # solves.
             linear_solver = Pseudoinverse(max_steps=max(1, num_products // 2))
         else:
             start = at.along(jax.grad(problem.outer, argnums=1)(x, y))
@@ -337,7 +340,9 @@ def flat_picture(
         # not go through the factors.
         dynamic, static = eqx.partition(at.hessian, eqx.is_array)
         fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
-        inverse = linear_solver.init(fixed, options={})
+        inverse: Any = linear_solver.init(fixed, options={})
+    if isinstance(problem, AbstractRootProblem) and spectrum is None:
+        spectrum = inverse.values if dense else singular_values(at.hessian)
     return Picture(
         problem=problem,
         x=x,

@@ -29,7 +29,7 @@ from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_y
-from .._problem.root import AbstractRootProblem
+from .._problem.root import AbstractRootProblem, FixedPointProblem
 from .._response.base import AbstractResponse
 from .._response.implicit import Implicit
 from .._response.minimum_displacement import MinimumDisplacement
@@ -145,7 +145,9 @@ def check_hypergradient(
     - `y0`: the inner variables to start from, a pytree of floating-point arrays.
     - `responses`: the responses to check, as a dictionary from names or as a sequence. By
         default one of each kind: implicit at the inner minimum, with a pseudoinverse,
-        conjugate gradients and a Neumann series; the nearest minimum; and unrolled.
+        conjugate gradients and a Neumann series; the nearest minimum; and unrolled. At
+        a root: implicit, with a pseudoinverse and GMRES; for a fixed point also with a
+        Neumann series, and unrolled.
     - `num_directions`, `num_coordinates`: the numbers of random directions and of entries
         of x. Keyword only arguments.
     - `key`: for the random choice of these. Keyword only argument.
@@ -223,7 +225,7 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
     if not smooth:
         findings.append(
             "finite differences of two step sizes disagree: F(x, y(x)) has a kink close "
-            "to this x, or the inner minimum jumps."
+            "to this x, or the inner solution jumps."
         )
     references = {kind: d.slopes for kind, d in differences.items()}
     if singular and set_y(problem).confines:
@@ -309,13 +311,16 @@ def _named(problem, responses, y0, y, largest) -> dict[str, _Started]:
     # of the time.
     if isinstance(problem, AbstractRootProblem):
         gmres = lx.GMRES(rtol=1e-8, atol=1e-8)
-        return {
+        named: dict[str, _Started] = {
             "Implicit, Pseudoinverse": (Implicit(None, Pseudoinverse()), y),
             "Implicit, GMRES": (Implicit(None, gmres), y),
-            "Implicit, Neumann(100, 1)": (Implicit(None, Neumann(100, 1.0)), y),
-            "Unrolled, 100 steps": (Unrolled(optax.sgd(1.0), 100), y0),
         }
-    named: dict[str, _Started] = {
+        if isinstance(problem, FixedPointProblem):
+            series, steps = Neumann(100, 1.0), Unrolled(optax.sgd(1.0), 100)
+            named["Implicit, Neumann(100, 1)"] = (Implicit(None, series), y)
+            named["Unrolled, 100 steps"] = (steps, y0)
+        return named
+    named = {
         "Implicit, Pseudoinverse": (Implicit(None, Pseudoinverse()), y),
         "Implicit, TruncatedCG(20)": (Implicit(None, TruncatedCG(20)), y),
         "Implicit, Neumann(20)": (Implicit(None, Neumann(20, safe)), y),
