@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree, Scalar
 from .._depends_on import depends_on
 from .._problem.base import AbstractBilevelProblem
 from .._problem.least_squares import AbstractLeastSquaresProblem
+from .._problem.root import AbstractRootProblem
 from .._tree import tree_struct
 from .first import inner_gradient
 from .operators import CrossDerivative, LeastSquaresHessian
@@ -60,7 +61,14 @@ def gradient_and_hessian(
 def expansion(
     problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array], tags: Any = ()
 ) -> tuple[PyTree[Array], lx.AbstractLinearOperator, Callable[[PyTree], PyTree]]:
-    r"""f_y, H and the map $q \mapsto B^\top q$, from one linearisation in y."""
+    r"""f_y, H and the map $q \mapsto B^\top q$, from one linearisation in y.
+
+    For a root they are r, dr/dy and $q \mapsto (\partial r / \partial x)^\top q$.
+    """
+    if isinstance(problem, AbstractRootProblem):
+        residual, jacobian = _linearised(lambda y: problem.root(x, y), y, tags)
+        _, pull = jax.vjp(lambda x: problem.root(x, y), x)
+        return residual, jacobian, _Component(pull, 0)
     # `positive_semidefinite_tag` alone does not make an operator symmetric to lineax.
     tags = frozenset(tags) | {lx.symmetric_tag}
 

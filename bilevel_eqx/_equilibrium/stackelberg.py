@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from .._compat import is_traced
 from .._derivatives.second import gradient_and_hessian
-from .._linalg.eigenbasis import eigenbasis
+from .._linalg.eigenbasis import eigenbasis, singular_values
 from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
+from .._problem.root import AbstractRootProblem
 from .._solution_set.picture import picture
 from .._tree import nonzero, tree_size
-from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
+from .base import AbstractEquilibrium, Certificate, outer_residual, solution_residual
 
 
 class Stackelberg(AbstractEquilibrium):
@@ -25,6 +26,10 @@ class Stackelberg(AbstractEquilibrium):
     that makes it unique. A problem with a singular H is refused, since the concepts
     [`bilevel_eqx.Optimistic`][], [`bilevel_eqx.ColdStart`][] and the others then differ.
 
+    If y is a root ([`bilevel_eqx.AbstractRootProblem`][]) the conditions are
+    $r(x, y) = 0$, a nonsingular $\partial r / \partial y$, and
+    $F_x - (\partial r / \partial x)^\top (\partial r / \partial y)^{-\top} F_y = 0$.
+
     ??? cite "Reference"
 
         von Stackelberg, *Marktform und Gleichgewicht*, 1934.
@@ -33,6 +38,7 @@ class Stackelberg(AbstractEquilibrium):
     bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     admits_constraints: ClassVar[bool] = True
+    admits_roots: ClassVar[bool] = True
 
     def check(self, problem, x, y):
         if set_y(problem).confines:
@@ -44,6 +50,10 @@ class Stackelberg(AbstractEquilibrium):
             raise _singular(f"{why} variables")
         lowest, largest = _extreme_eigenvalues(problem, x, y)
         if is_traced(lowest):
+            return
+        if isinstance(problem, AbstractRootProblem):
+            if lowest <= _threshold(largest):
+                raise _singular_root(lowest, largest)
             return
         # If some are negative, y is not a minimum yet. The certificate then decides.
         if abs(lowest) <= _threshold(largest):
@@ -59,20 +69,22 @@ class Stackelberg(AbstractEquilibrium):
         lowest, largest = jnp.min(values), jnp.max(jnp.abs(values))
         threshold = _threshold(largest)
         share = lowest / nonzero(threshold)
+        unique = "there is no other inner minimum nearby: H is positive definite"
+        through = "B^T H^-1"
+        if here.is_root:
+            unique = "there is no other root nearby: dr/dy is nonsingular"
+            through = "(dr/dx)^T (dr/dy)^-T"
         return Certificate(
             "a Stackelberg equilibrium",
             {
-                **inner_residual(here.problem, x, here.y, here.value, here.gradient),
-                "uniqueness": (
-                    1 - jnp.clip(share, 0, 1),
-                    "there is no other inner minimum nearby: H is positive definite",
-                ),
+                **solution_residual(here),
+                "uniqueness": (1 - jnp.clip(share, 0, 1), unique),
                 **outer_residual(
                     problem,
                     x,
                     outer.hypergradient,
                     outer.value,
-                    "x is stationary: F_x - B^T H^-1 F_y = 0",
+                    f"x is stationary: F_x - {through} F_y = 0",
                 ),
             },
             accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
@@ -96,6 +108,9 @@ def _too_few_squares(problem, x, y) -> tuple[int, int] | None:
 @eqx.filter_jit
 def _extreme_eigenvalues(problem, x, y):
     _, H = gradient_and_hessian(problem, x, y)
+    if isinstance(problem, AbstractRootProblem):
+        values = singular_values(H)
+        return jnp.min(values), jnp.max(values)
     values = eigenbasis(H).values
     return jnp.min(values), jnp.max(jnp.abs(values))
 
@@ -106,4 +121,13 @@ def _singular(why: str) -> ValueError:
         f"of this problem is singular: {why}. Choose an equilibrium that selects one of "
         "the inner minima (`Optimistic()`, `Pessimistic(radius)`, `ColdStart()`, "
         "`WarmStart()`), or make the minimum unique with a penalty on y."
+    )
+
+
+def _singular_root(lowest, largest) -> ValueError:
+    return ValueError(
+        "A `Stackelberg` equilibrium needs an isolated root, but dr/dy is singular at "
+        f"(x0, y0): its singular values lie between {float(lowest):.2g} and "
+        f"{float(largest):.2g}. Start from another y0; or, if there are many roots, use "
+        "`WarmStart()`, which follows the one nearest to the last."
     )

@@ -198,7 +198,7 @@ class NullSpaceDescent(_AbstractValueDescent):
             self.linear_solver,
             self.selection_steps,
         )
-        result = implicit.judge(result, anchor, here.y, here.gradient, here.at.hessian)
+        result = implicit.judge(result, anchor, here.y, here.at)
         outer = here.outer()
         value, gradient = outer.value, outer.hypergradient
         result = first_failure(
@@ -251,7 +251,7 @@ class NullSpaceAscent(_AbstractValueDescent):
         )
         here, value, gradient = worst.picture, worst.value, worst.gradient
         implicit = Implicit(self.solver, self.linear_solver)
-        result = implicit.judge(result, anchor, here.y, here.gradient, here.at.hessian)
+        result = implicit.judge(result, anchor, here.y, here.at)
         finite = finite_or_not((value, gradient, here.y))
         figures = figures_of(x, stats, value=value, gradient=gradient)
         verdict = Verdict(first_failure(result, finite), figures)

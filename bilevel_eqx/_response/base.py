@@ -39,8 +39,9 @@ class Response(eqx.Module, Generic[X, Y]):
         from pytrees like `x` to pytrees like `y`. It raises if its linear solve fails.
     - `result`: whether the inner solve succeeded, one of `bilevel_eqx.RESULTS`.
     - `stats`: statistics of the inner solve. `stats["inner_residual"]` is the norm of the
-        gradient that the response assumes to be zero: $\nabla_y f$ for an implicit one,
-        that of the proximal objective for a proximal one. An unrolled one has none.
+        gradient that the response assumes to be zero: $\nabla_y f$ for an implicit one
+        (or r, if y is a root), that of the proximal objective for a proximal one. An
+        unrolled one has none.
     - `pullback`: the map from cotangents $u$ to a tuple of $J^\top u$, `result`, `stats`
         and `adjoint`. It does not raise.
     - `state`: what the response carries from one call to the next (the optimiser state

@@ -19,6 +19,7 @@ from .._derivatives.first import inner_gradient
 from .._failure.results import RESULTS
 from .._optimiser.step import optimiser_step
 from .._problem.constraints import set_y
+from .._problem.root import AbstractRootProblem
 from .._tree import tree_dtype, tree_norm, tree_struct
 from .base import AbstractResponse, Response, TransposedJacobian
 
@@ -38,6 +39,11 @@ class Unrolled(AbstractResponse):
 
     $y$ need not be a minimum. With gradient descent on a fixed quadratic, $K$ steps have
     the Jacobian of exactly $K$ Neumann terms.
+
+    If y is a root ([`bilevel_eqx.AbstractRootProblem`][]), $r$ takes the place of
+    $\nabla_y f$. For a fixed point, `Unrolled(optax.sgd(1.0), num_steps)` takes
+    fixed-point steps, $y \leftarrow \varphi(x, y)$, and a smaller rate damps them. An
+    optimiser with a line search needs an objective, and is refused.
 
     ??? cite "References"
 
@@ -93,7 +99,7 @@ class Unrolled(AbstractResponse):
 
         def step(carry, _):
             y, state, _ = carry
-            value, gradient = jax.value_and_grad(objective)(y)
+            value, gradient = _value_and_gradient(problem, x, y)
             slope = tree_norm(y_set.remaining_step(gradient, y))
             y, state = optimiser_step(
                 self.optimiser,
@@ -108,6 +114,14 @@ class Unrolled(AbstractResponse):
 
         carry = anchor, state, jnp.zeros((), tree_dtype(anchor))
         return repeat(step, carry, self.num_steps, mode)
+
+
+def _value_and_gradient(problem, x, y):
+    """f and f_y. A root has no f, and r takes the place of f_y."""
+    if isinstance(problem, AbstractRootProblem):
+        # NaN, so that an optimiser that does ask for the value cannot do so silently.
+        return jnp.full((), jnp.nan, tree_dtype(y)), problem.root(x, y)
+    return jax.value_and_grad(problem.inner, argnums=1)(x, y)
 
 
 Unrolled.__init__.__doc__ = """**Arguments:**

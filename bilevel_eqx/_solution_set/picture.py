@@ -26,13 +26,14 @@ from .._derivatives.second import (
     value_gradient_and_product,
 )
 from .._failure.results import RESULTS
-from .._linalg.eigenbasis import eigenbasis
+from .._linalg.eigenbasis import eigenbasis, singular_values
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linear_solver.misc import explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import flat
+from .._problem.root import AbstractRootProblem
 from .._tree import Layout, nonzero, tree_axpy, tree_waves, vector_norm
 
 
@@ -45,7 +46,8 @@ class Outer(NamedTuple):
     y: Float[Array, " n"]
     """F_y."""
     adjoint: Float[Array, " n"]
-    r"""$q = H^+ F_y$; in a set, $K^+ D F_y$."""
+    r"""$q = H^{+\top} F_y$, where H is symmetric at a minimum; in a set,
+    $K^+ D F_y$."""
     multiplier: Float[Array, " n"]
     r"""$\mu = -H^+ F_y$, the multiplier of $\nabla_y f = 0$."""
     hypergradient: PyTree[Array]
@@ -66,13 +68,16 @@ class Lagrangian(NamedTuple):
 
 
 class Picture(eqx.Module):
-    """The inner problem at (x, y) to second order. Its vectors are flat."""
+    """The inner problem at (x, y) to second order. Its vectors are flat.
+
+    For a root, the residual r stands for f_y and dr/dy for H; there is no f.
+    """
 
     problem: AbstractBilevelProblem
     """With the inner variables in one vector."""
     x: PyTree[Array]
     y: Float[Array, " n"]
-    value: Scalar
+    value: Scalar | None
     """f."""
     gradient: Float[Array, " n"]
     """f_y."""
@@ -82,7 +87,8 @@ class Picture(eqx.Module):
     inverse: Any
     """The state of the linear solver that stands for the pseudoinverse."""
     spectrum: Float[Array, " k"] | None
-    """All Ritz values of K, where the pseudoinverse is made of some of them."""
+    """All Ritz values of K, where the pseudoinverse is made of some of them; the singular
+    values of a root's H."""
     max_products: int | None = eqx.field(static=True)
     """How many products with H may be taken, if that is bounded."""
     is_plane: bool = eqx.field(static=True)
@@ -110,19 +116,31 @@ class Picture(eqx.Module):
             return None
         return eqx.combine(carried, eqx.filter(self.computed, eqx.is_array, inverse=True))
 
+    @property
+    def is_root(self) -> bool:
+        return isinstance(self.problem, AbstractRootProblem)
+
     def solve(self, vector: Float[Array, " n"]) -> tuple[Float[Array, " n"], RESULTS]:
         r"""$H^+ v$, and whether the solver found it. In a set, $K^+ v$."""
+        return self._solve(self.at.hessian, self.inverse, vector)
+
+    def solve_adjoint(
+        self, vector: Float[Array, " n"]
+    ) -> tuple[Float[Array, " n"], RESULTS]:
+        r"""$H^{+\top} v$: the same at a minimum, where H is symmetric."""
+        if not self.is_root:
+            return self.solve(vector)
+        transposed, _ = self.linear_solver.transpose(self.inverse, {})
+        return self._solve(self.at.hessian.T, transposed, vector)
+
+    def _solve(self, H, inverse, vector):
         if self.differentiable:
             out = lx.linear_solve(
-                self.at.hessian,
-                vector,
-                self.linear_solver,
-                state=self.inverse,
-                throw=False,
+                H, vector, self.linear_solver, state=inverse, throw=False
             )
             q, result = out.value, out.result
         else:
-            q, result, _ = self.linear_solver.compute(self.inverse, vector, {})
+            q, result, _ = self.linear_solver.compute(inverse, vector, {})
         return q, explain(self.linear_solver, result)
 
     def pinv(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -159,6 +177,10 @@ class Picture(eqx.Module):
         derivative of it where an objective has a `jax.custom_vjp`.
         """
 
+        if isinstance(self.problem, AbstractRootProblem):
+            _, pull = jax.vjp(self.problem.root, self.x, y)
+            return pull(multiplier)
+
         def gradients(y):
             return jax.grad(self.problem.inner, argnums=(0, 1))(self.x, y)
 
@@ -167,7 +189,7 @@ class Picture(eqx.Module):
     def outer(self) -> Outer:
         """The outer objective and its hypergradient."""
         value, outer_x, outer_y = outer_gradients(self.problem, self.x, self.y)
-        q, result = self.solve(self.at.along(outer_y))
+        q, result = self.solve_adjoint(self.at.along(outer_y))
         mu = -self.at.along(q)
         hypergradient = tree_axpy(1.0, self.cross_transposed(mu), outer_x)
         return Outer(value, outer_x, outer_y, q, mu, hypergradient, result)
@@ -221,7 +243,8 @@ class Picture(eqx.Module):
         return lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
 
     def eigenvalues(self) -> Float[Array, " k"]:
-        """Those of H where y can move; Ritz values beyond the dense size."""
+        """Those of H where y can move; its singular values if y is a root; Ritz values
+        beyond the dense size."""
         if self.spectrum is not None:
             return self.spectrum
         return eigenbasis(self.at.definite_hessian()).values
@@ -236,13 +259,13 @@ class Picture(eqx.Module):
     def accuracy(
         self, vector: Float[Array, " n"], solution: Float[Array, " n"]
     ) -> Scalar:
-        r"""How far $q = H^+ v$ is from solving $H H q = H v$, relative to the size of
-        $v$ and of $H$.
+        r"""How far the adjoint $q = H^{+\top} v$ is from solving $H H^\top q = H v$,
+        relative to the size of $v$ and of $H$.
 
         Asked of $H$ itself, and not of the solver.
         """
         H = self.at.hessian
-        remainder = H.mv(solution) - vector
+        remainder = H.T.mv(solution) - vector
         # Not relative to H v alone: at an equilibrium v may lie in the null space.
         waves = tree_waves(vector)
         waves_image, image = H.mv(waves), H.mv(vector)
@@ -299,7 +322,7 @@ def flat_picture(
     """
     dense = y.size <= DENSE_SIZE and not differentiable
     is_plane = not hessian_depends_on_y(problem, x, y)
-    tags = tags_for(linear_solver, not is_plane)
+    tags = tags_for(problem, linear_solver, not is_plane)
     if computed is None:
         computed = (*_expansion(problem, x, y, dense, tags), None)
     value, gradient, H, inverse = computed
@@ -309,7 +332,11 @@ def flat_picture(
     if bounded and inverse is None:
         assert max_products is not None
         num_products = max(1, int(share * max_products) - _FURTHER_PRODUCTS)
-        if isinstance(at.hessian, LeastSquaresHessian):
+        if isinstance(problem, AbstractRootProblem):
+            # Each step is a product with H and one with its transpose.
+            linear_solver = Pseudoinverse(max_steps=max(1, 3 * num_products // 8))
+            spectrum = singular_values(at.hessian, max(2, num_products // 8))
+        elif isinstance(at.hessian, LeastSquaresHessian):
             # Each step is a product with A and one with its transpose, and there are two
             # solves.
             linear_solver = Pseudoinverse(max_steps=max(1, num_products // 2))
@@ -325,7 +352,9 @@ def flat_picture(
         # not go through the factors.
         dynamic, static = eqx.partition(at.hessian, eqx.is_array)
         fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
-        inverse = linear_solver.init(fixed, options={})
+        inverse: Any = linear_solver.init(fixed, options={})
+    if isinstance(problem, AbstractRootProblem) and spectrum is None:
+        spectrum = inverse.values if dense else singular_values(at.hessian)
     return Picture(
         problem=problem,
         x=x,
@@ -344,6 +373,10 @@ def flat_picture(
 
 def _expansion(problem, x, y, dense: bool, tags):
     """f, f_y and H, from one linearisation."""
+    if isinstance(problem, AbstractRootProblem):
+        residual, jacobian = gradient_and_hessian(problem, x, y, tags)
+        jacobian = as_operator(jacobian.mv, y, True, tags) if dense else jacobian
+        return None, residual, jacobian
     if not dense:
         gradient, H = gradient_and_hessian(problem, x, y, tags)
         return problem.inner(x, y), gradient, H

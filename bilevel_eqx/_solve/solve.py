@@ -216,7 +216,7 @@ def _check(
 ) -> None:
     """Asks of the shapes alone, and so once for all that have the same."""
     check_problem(problem, x0, y0)
-    equilibrium.check_constraints(problem)
+    equilibrium.check_kind(problem)
 
 
 def _conclude(
