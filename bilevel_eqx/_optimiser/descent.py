@@ -59,8 +59,11 @@ class AbstractDescent(eqx.Module):
         return False
 
     @abc.abstractmethod
-    def judge(self, state: Any, base: Point, trial: Point) -> tuple[Any, Bool[Array, ""]]:
-        """Whether the evaluated proposal becomes the next base."""
+    def judge(
+        self, state: Any, base: Point, trial: Point
+    ) -> tuple[Any, Bool[Array, ""], Bool[Array, ""]]:
+        """Whether the evaluated proposal becomes the next base, and whether the search
+        ends at the last one."""
 
 
 class OptaxDescent(AbstractDescent):
@@ -109,7 +112,7 @@ class OptaxDescent(AbstractDescent):
         return asked
 
     def judge(self, state, base, trial):
-        return state, jnp.array(True)
+        return state, jnp.array(True), jnp.array(False)
 
 
 def as_optimiser(optimiser: Any) -> Any:
@@ -144,21 +147,23 @@ def advance(
         kept = eqx.filter(state, eqx.is_array)
         x, moved = jax.lax.cond(started, propose, lambda: (base.x, kept))
         trial = evaluate(x)
-        new, accepted = descent.judge(eqx.combine(moved, rest), base, trial)
-        return new, trial, accepted
+        new, moves, stays = descent.judge(eqx.combine(moved, rest), base, trial)
+        return new, trial, moves, stays
 
     if not descent.searches:
-        state, trial, _ = attempt(state)
+        state, trial, *_ = attempt(state)
         return state, trial
 
     structure = eqx.filter(base, eqx.is_array, inverse=True)
 
     def body(carry):
-        arrays, _, _ = carry
-        state, trial, accepted = attempt(eqx.combine(arrays, rest))
-        return eqx.filter(state, eqx.is_array), eqx.filter(trial, eqx.is_array), accepted
+        state, trial, *end = attempt(eqx.combine(carry[0], rest))
+        return eqx.filter(state, eqx.is_array), eqx.filter(trial, eqx.is_array), *end
 
-    arrays = eqx.filter(state, eqx.is_array)
-    carry = arrays, eqx.filter(base, eqx.is_array), jnp.array(False)
-    arrays, trial, _ = jax.lax.while_loop(lambda carry: ~carry[2], body, carry)
-    return eqx.combine(arrays, rest), eqx.combine(trial, structure)
+    last, no = eqx.filter(base, eqx.is_array), jnp.array(False)
+    carry = eqx.filter(state, eqx.is_array), last, no, no
+    arrays, trial, _, stays = jax.lax.while_loop(
+        lambda carry: ~(carry[2] | carry[3]), body, carry
+    )
+    point = jax.lax.cond(stays, lambda: last, lambda: trial)
+    return eqx.combine(arrays, rest), eqx.combine(point, structure)

@@ -25,8 +25,6 @@ class _LBFGSState(eqx.Module):
     high: Scalar
     num_trials: Int[Array, ""]
     max_trials: Int[Array, ""]
-    # Whether an evaluation of this search has not failed.
-    evaluated: Bool[Array, ""]
     started: Bool[Array, ""]
 
 
@@ -43,7 +41,7 @@ class LBFGS(AbstractDescent):
     $\phi$ enough and flattens it enough (the weak conditions of Wolfe). Like gradient
     descent it moves x only within the span of the gradients, which is what selects
     among many outer solutions. A point at which the inner or the linear solve fails is
-    too far away, and the search comes back from it.
+    too far away, and the search comes back from it. If it finds no better point, x stays.
 
     Unlike `optax.lbfgs` it takes the hypergradient of an accepted point from the search,
     so that a step costs one evaluation where the first trial is good, and its program
@@ -58,7 +56,7 @@ class LBFGS(AbstractDescent):
     """
 
     memory: int = 10
-    max_trials: int = 20
+    max_trials: int = 10
 
     searches: ClassVar[bool] = True
 
@@ -72,7 +70,7 @@ class LBFGS(AbstractDescent):
         history = jnp.zeros((self.memory, layout.size), layout.dtype)
         zero, one = jnp.zeros((), layout.dtype), jnp.ones((), layout.dtype)
         no, none = jnp.array(False), jnp.array(0)
-        trials = none, jnp.array(self.max_trials), no
+        trials = none, jnp.array(self.max_trials)
         return _LBFGSState(history, history, zeros, zero, one, zero, zero, *trials, no)
 
     def propose(self, state, base, project, value_fn):
@@ -94,25 +92,30 @@ class LBFGS(AbstractDescent):
         decreases = (decreases | within_rounding) & ~trial.failed
         flattens = new_slope >= _FLATTENING * slope
         num_trials = state.num_trials + 1
-        # Once no better one is to be had, what there is must do.
-        last = num_trials >= state.max_trials
-        eps = jnp.finfo(base.value.dtype).eps
-        last = last | (length * jnp.abs(slope) <= eps * jnp.abs(value))
-        accepted = ~state.started | (decreases & flattens) | last
         low = jnp.where(decreases, length, state.low)
         high = jnp.where(decreases, state.high, length)
         searching = eqx.tree_at(
-            lambda s: (s.low, s.high, s.num_trials, s.evaluated),
-            state,
-            (low, high, num_trials, state.evaluated | ~trial.failed),
+            lambda s: (s.low, s.high, s.num_trials), state, (low, high, num_trials)
         )
-        length = self._next(searching, value, new_value)
-        searching = eqx.tree_at(lambda s: s.length, searching, length)
-        found = (decreases & (length > 0)) | (low > 0)
-        gained = found & (new_value < value - slack)
-        moved = self._turn(state, base, trial, layout, found, gained)
-        chosen = jax.tree.map(lambda u, v: jnp.where(accepted, u, v), moved, searching)
-        return chosen, accepted
+        searching = eqx.tree_at(
+            lambda s: s.length, searching, self._next(searching, value, new_value)
+        )
+        # Once no better one is to be had, one that decreases will do. The last trial is
+        # the best that is known. If none is, x stays: anew it might be worse.
+        eps = jnp.finfo(base.value.dtype).eps
+        last = num_trials >= state.max_trials
+        last = last | (length * jnp.abs(slope) <= eps * jnp.abs(value))
+        hopeless = (num_trials >= state.max_trials - 1) & (low == 0)
+        moves = ~state.started | (decreases & (flattens | last))
+        stays = ~moves & (last | hopeless)
+        x = jnp.where(stays, layout.ravel(base.x), layout.ravel(trial.x))
+        gradient = layout.ravel(base.gradient), layout.ravel(trial.gradient)
+        gradient = jnp.where(stays, *gradient)
+        gained = moves & (new_value < value - slack)
+        turned = self._turn(state, base, x, gradient, layout, moves, gained)
+        done = moves | stays
+        chosen = jax.tree.map(lambda u, v: jnp.where(done, u, v), turned, searching)
+        return chosen, moves, stays
 
     def _next(self, state, value, new_value):
         """The next trial, in or beyond the interval that is known to have a good one."""
@@ -122,16 +125,13 @@ class LBFGS(AbstractDescent):
         usable = (low == 0) & (least >= 0.1 * length) & (least <= 0.5 * length)
         inside = jnp.where(usable, least, 0.5 * (low + high))
         following = jnp.where(high == 0, 2 * length, inside)
-        # The last trial is the best that is known, if need be where the search began. It
-        # goes elsewhere only if all evaluations failed, so that the failure is seen.
-        last = (state.num_trials >= state.max_trials - 1) & state.evaluated
+        last = state.num_trials >= state.max_trials - 1
         return jnp.where(last, low, following)
 
-    def _turn(self, state, base, trial, layout: Layout, found, gained):
-        """The state at an accepted point, with a new direction. What has led nowhere is
-        forgotten."""
-        gradient = layout.ravel(trial.gradient)
-        step = layout.ravel(trial.x) - layout.ravel(base.x)
+    def _turn(self, state, base, x, gradient, layout: Layout, found, gained):
+        """The state at the end of a search, with a new direction. What has led nowhere
+        is forgotten."""
+        step = x - layout.ravel(base.x)
         change = gradient - layout.ravel(base.gradient)
         eps = jnp.finfo(layout.dtype).eps
         curved = jnp.vdot(step, change) > eps * jnp.vdot(change, change)
@@ -156,7 +156,7 @@ class LBFGS(AbstractDescent):
         # is a quarter as long.
         shorter = jnp.maximum(2, state.max_trials // 4)
         max_trials = jnp.where(gained | ~state.started, self.max_trials, shorter)
-        trials = none, max_trials.astype(none.dtype), jnp.array(False)
+        trials = none, max_trials.astype(none.dtype)
         return _LBFGSState(
             steps, changes, direction, slope, one, zero, zero, *trials, yes
         )
@@ -165,8 +165,7 @@ class LBFGS(AbstractDescent):
 LBFGS.__init__.__doc__ = """**Arguments:**
 
 - `memory`: how many of the last changes of x and of the gradient are kept.
-- `max_trials`: the largest number of points that one line search evaluates. The last of
-    them is accepted in any case.
+- `max_trials`: the largest number of points that one line search evaluates.
 """
 
 
