@@ -3,7 +3,8 @@
 - `judges_itself` (False): its `result` can be trusted. The solutions of other solvers are
   checked: a factorisation of a singular matrix may return finite numbers.
 - `breakdown`: the name of the failure that `lineax.RESULTS.breakdown` means here.
-- `heeds_curved_tag` (False): it uses `curved_tag`.
+- `heeds_curved_tag` (False): it uses `curved_tag` and `CurvedHessian`.
+- `splits_squares` (False): it solves with an `AugmentedHessian`.
 """
 
 import equinox as eqx
@@ -12,7 +13,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._arguments import says
-from .._derivatives.operators import curved_tag
+from .._derivatives.operators import curved_tag, LeastSquaresHessian
 from .._failure.results import RESULTS
 from .._tree import nonzero, tree_norm
 
@@ -49,6 +50,12 @@ def tags_for(solver: lx.AbstractLinearSolver, is_curved: bool) -> frozenset[obje
     if is_curved and says(solver, "heeds_curved_tag", False):
         tags.add(curved_tag)
     return frozenset(tags)
+
+
+def splits(solver: lx.AbstractLinearSolver, hessian: lx.AbstractLinearOperator) -> bool:
+    """Whether to solve with the augmented form of this Hessian."""
+    squares = isinstance(hessian, LeastSquaresHessian)
+    return squares and says(solver, "splits_squares", False)
 
 
 def explain(solver: lx.AbstractLinearSolver, result: lx.RESULTS) -> RESULTS:

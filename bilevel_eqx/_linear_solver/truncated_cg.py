@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 import lineax as lx
 
 from .._arguments import check_count
+from .._linalg.zero_curvature import rounding_of
 from .._tree import (
     nonzero,
     tree_axpy,
@@ -16,6 +17,7 @@ from .._tree import (
     tree_max,
     tree_norm,
     tree_scale,
+    tree_size,
     tree_where,
     tree_zeros_like,
 )
@@ -80,10 +82,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
         dtype = tree_dtype(vector)
         # The rounding of the narrowest type among the leaves, which limits the residual.
         eps = max(float(jnp.finfo(u.dtype).eps) for u in jtu.tree_leaves(vector))
-        # Curvature below this, relative to the largest, counts as zero. It is above the
-        # rounding error of a zero curvature. A step along a smaller one would spoil the
-        # last digits of the residual.
-        flatness = eps ** (2 / 3)
+        size = tree_size(vector)
         rtol = jnp.maximum(jnp.asarray(options.get("rtol", 0), dtype), eps)
         # b scaled to order one, so that no square below overflows or underflows.
         scale = tree_max(vector)
@@ -101,7 +100,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
             curvature = tree_dot(p, Hp) / pp
             largest = jnp.maximum(largest, jnp.abs(curvature))
             # Not <, because the largest curvature of the zero operator is zero.
-            flat = jnp.abs(curvature) <= flatness * largest
+            flat = jnp.abs(curvature) <= rounding_of(largest, size)
             # Negated, so that NaN is bad too.
             bad = ~flat & ~(curvature > 0)
             step_size = jnp.where(flat | bad, 0, rr / (pp * curvature))
@@ -132,7 +131,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
         )
         out = jax.lax.while_loop(unfinished, step, carry)
         num_steps, q, r, _, _, largest, longest, curvature, _ = out
-        bad = ~(curvature >= -flatness * largest)
+        bad = ~(curvature >= -rounding_of(largest, size))
         # Rounding error of a long step, which the recursion of the residual does not see.
         rounding = eps * largest * longest / nonzero(tree_norm(b))
         residual = jnp.maximum(relative(r, b), rounding)

@@ -14,14 +14,17 @@ from .._arguments import check_count, check_positive, check_type, says
 from .._compat import nondifferentiable
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
+from .._derivatives.operators import AugmentedHessian
 from .._derivatives.second import (
     cross_derivative_operator,
+    derivative_in_x,
     expansion,
     hessian_depends_on_y,
+    squares_gradient,
 )
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.minimum import minimise_inner
-from .._linear_solver.misc import explain, judges_itself, relative, tags_for
+from .._linear_solver.misc import explain, judges_itself, relative, splits, tags_for
 from .._problem.closure import closure_converted
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import AsItIs, flat_if_uniform
@@ -29,10 +32,12 @@ from .._tree import (
     Layout,
     nonzero,
     tree_dot,
+    tree_materialised,
     tree_norm,
     tree_scale,
     tree_struct,
     tree_sub,
+    tree_zeros_like,
 )
 from .base import AbstractResponse, Pulled, Response
 
@@ -98,13 +103,20 @@ class Implicit(AbstractResponse):
         anchor = layout.ravel(anchor)
         v, result, stats = self.minimum(problem, x, anchor)
         at, cross_transposed = self._expansion(problem, x, v)
-        B = at.applied_to(cross_derivative_operator(problem, x, v))
-        J = at.applied_to(-(lx.invert(at.hessian, self.linear_solver) @ B))
+
+        def push(tangent):
+            if splits(self.linear_solver, at.hessian):
+                w = problem.inner_residual(x, v)
+                B = derivative_in_x(lambda x: squares_gradient(problem, x, v, w), x)
+                K = lx.invert(AugmentedHessian(at.hessian), self.linear_solver)
+                return layout.unravel(tree_scale(-1, K.mv(B.mv(tangent))[1]))
+            B = at.applied_to(cross_derivative_operator(problem, x, v))
+            J = at.applied_to(-(lx.invert(at.hessian, self.linear_solver) @ B))
+            return layout.unravel(J.mv(tangent))
+
         result = self.judge(result, anchor, v, at.residual, at.free_hessian)
         stats["inner_residual"] = tree_norm(at.residual)
-        jacobian = lx.FunctionLinearOperator(
-            lambda tangent: layout.unravel(J.mv(tangent)), tree_struct(x)
-        )
+        jacobian = lx.FunctionLinearOperator(push, tree_struct(x))
         pullback = _Pullback(at, cross_transposed, self.linear_solver, layout)
         y = layout.unravel(v)
         return Response(y, jacobian, result, stats, pullback, presumes=_Itself())
@@ -198,15 +210,24 @@ class _Pullback(eqx.Module):
     layout: Layout | AsItIs = eqx.field(static=True)
 
     def __call__(self, u):
-        q, result, stats = self._adjoint(self.layout.ravel(u))
-        cotangent = tree_scale(-1, self.cross_transposed(self.at.along(q)))
-        return Pulled(cotangent, result, stats, self.layout.unravel(q))
+        q, pulled, result, stats = self._adjoint(self.layout.ravel(u))
+        return Pulled(tree_scale(-1, pulled), result, stats, self.layout.unravel(q))
 
     def _adjoint(self, u):
-        """The linear solver's $q = H^{-1} u$, whether it is right, and statistics."""
+        r"""The linear solver's $q = H^{-1} u$, $B^\top q$, whether q is right, and
+        statistics."""
         H, u = self.at.hessian, self.at.along(u)
-        solve = lx.linear_solve(H, u, self.linear_solver, throw=False)
-        q, stats = solve.value, solve.stats
+        if splits(self.linear_solver, H):
+            K = AugmentedHessian(H)
+            none = tree_zeros_like(K.in_structure()[0])
+            solve = lx.linear_solve(K, (none, u), self.linear_solver, throw=False)
+            image, q = solve.value
+            pulled = self.cross_transposed(q, image)
+        else:
+            solve = lx.linear_solve(H, u, self.linear_solver, throw=False)
+            q = solve.value
+            pulled = self.cross_transposed(self.at.along(q))
+        stats = solve.stats
         result = explain(self.linear_solver, solve.result)
         if not judges_itself(self.linear_solver):
             # Times H once more, because u need not be in its range.
@@ -219,7 +240,7 @@ class _Pullback(eqx.Module):
         # Some solvers report a missing bound as `None`.
         arrays = eqx.filter(stats, eqx.is_array)
         stats = {f"linear_{k}": v for k, v in arrays.items() if v is not None}
-        return q, result, stats
+        return q, pulled, result, stats
 
 
 # Large: it only has to separate a solution from a wrong one.
@@ -248,15 +269,22 @@ def _argmin_jvp(primals, tangents):
     y, result = _argmin(response, problem, x, anchor)
     at, _ = response._expansion(problem, x, y)
 
+    split = splits(response.linear_solver, at.hessian)
+    w = problem.inner_residual(x, y) if split else None
+
+    def gradient(problem, x):
+        if split:
+            return squares_gradient(problem, x, y, w)
+        return inner_gradient(problem, x, y)
+
     def solve(vector):
-        return lx.linear_solve(at.hessian, vector, response.linear_solver).value
+        if not split:
+            return lx.linear_solve(at.hessian, vector, response.linear_solver).value
+        K = AugmentedHessian(at.hessian)
+        vector = tree_materialised(vector, K.in_structure())
+        return lx.linear_solve(K, vector, response.linear_solver).value[1]
 
     t_y = set_y(problem).minimum_tangent(
-        at,
-        y,
-        lambda problem, x: inner_gradient(problem, x, y),
-        (problem, x),
-        (t_problem, t_x),
-        solve,
+        at, y, gradient, (problem, x), (t_problem, t_x), solve
     )
     return (y, result), (t_y, jtu.tree_map(lambda _: None, result))

@@ -19,21 +19,34 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._arguments import says
 from .._derivatives.first import inner_gradient, outer_gradients
-from .._derivatives.operators import LeastSquaresHessian
+from .._derivatives.operators import AugmentedHessian, LeastSquaresHessian
 from .._derivatives.second import (
+    curved_hessian,
     gradient_and_hessian,
     hessian_depends_on_y,
+    squares_gradient,
+    tells_change,
     value_gradient_and_product,
 )
 from .._failure.results import RESULTS
 from .._linalg.eigenbasis import eigenbasis
 from .._linalg.power_iteration import DENSE_SIZE
-from .._linear_solver.misc import explain, tags_for
+from .._linalg.zero_curvature import clearance, uncertainty
+from .._linear_solver.misc import explain, splits, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import flat
-from .._tree import Layout, nonzero, tree_axpy, tree_waves, vector_norm
+from .._problem.least_squares import AbstractLeastSquaresProblem
+from .._tree import (
+    Layout,
+    nonzero,
+    tree_axpy,
+    tree_dot,
+    tree_waves,
+    tree_zeros_like,
+    vector_norm,
+)
 
 
 class Outer(NamedTuple):
@@ -52,6 +65,15 @@ class Outer(NamedTuple):
     r"""$F_x + B^\top \mu = F_x - B^\top H^+ F_y$."""
     result: RESULTS
     """Whether the linear solver found the multiplier."""
+
+
+class Adjoint(NamedTuple):
+    r"""$q = H^+ v$."""
+
+    q: Float[Array, " n"]
+    image: PyTree[Array] | None
+    """For a sum of squares A q, without the rounding of that product; else `None`."""
+    result: RESULTS
 
 
 class Lagrangian(NamedTuple):
@@ -81,8 +103,6 @@ class Picture(eqx.Module):
     linear_solver: lx.AbstractLinearSolver
     inverse: Any
     """The state of the linear solver that stands for the pseudoinverse."""
-    spectrum: Float[Array, " k"] | None
-    """All Ritz values of K, where the pseudoinverse is made of some of them."""
     max_products: int | None = eqx.field(static=True)
     """How many products with H may be taken, if that is bounded."""
     is_plane: bool = eqx.field(static=True)
@@ -98,11 +118,20 @@ class Picture(eqx.Module):
         """What is costly in it, for a loop to carry."""
         return self.value, self.gradient, self.at.free_hessian, self.inverse
 
+    @property
+    def is_split(self) -> bool:
+        """Whether a sum of squares is solved with by its augmented Hessian."""
+        return splits(self.linear_solver, self.at.hessian)
+
     def solve(self, vector: Float[Array, " n"]) -> tuple[Float[Array, " n"], RESULTS]:
         r"""$H^+ v$, and whether the solver found it. In a set, $K^+ v$."""
+        q, _, result = self.adjoint(vector)
+        return q, result
+
+    def _solved(self, vector):
         if self.differentiable:
             out = lx.linear_solve(
-                self.at.hessian,
+                _system(self.linear_solver, self.at.hessian),
                 vector,
                 self.linear_solver,
                 state=self.inverse,
@@ -112,6 +141,30 @@ class Picture(eqx.Module):
         else:
             q, result, _ = self.linear_solver.compute(self.inverse, vector, {})
         return q, explain(self.linear_solver, result)
+
+    @property
+    def _no_image(self):
+        return tree_zeros_like(self.at.hessian.residual_jacobian.out_structure())
+
+    def residual(self, y: Float[Array, " n"]) -> PyTree[Array]:
+        r"""What is zero at a minimum, for `step_of`: $\nabla_y f$; for a sum of squares
+        $(r, 0)$, which then stands for $A^\top r$."""
+        if self.is_split:
+            return self.problem.inner_residual(self.x, y), jnp.zeros_like(y)
+        return inner_gradient(self.problem, self.x, y)
+
+    def condition(self, problem: AbstractBilevelProblem, x: PyTree) -> PyTree[Array]:
+        r"""$\nabla_y f$ at this y, as a function of the problem and of x; for a sum of
+        squares that of its augmented form."""
+        if self.is_split:
+            w = self.problem.inner_residual(self.x, self.y)
+            return squares_gradient(problem, x, self.y, w)
+        return inner_gradient(problem, x, self.y)
+
+    def step_of(self, residual: PyTree[Array]) -> Float[Array, " n"]:
+        r"""$H^+ v$ for values or tangents of `residual` and `condition`."""
+        solution, _ = self._solved(residual)
+        return solution[1] if self.is_split else solution
 
     def pinv(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         r"""$H^+ v$."""
@@ -133,43 +186,73 @@ class Picture(eqx.Module):
         r"""$\mu = -D K^+ D \phi_y$: that of $\nabla_y f = 0$ for an objective $\phi$."""
         return -self.at.along(self.pinv(self.at.along(slope)))
 
+    def adjoint(self, vector: Float[Array, " n"]) -> "Adjoint":
+        r"""$q = H^+ v$, for a sum of squares with $A q$, and whether it was found."""
+        if self.is_split:
+            (image, q), result = self._solved((self._no_image, vector))
+            return Adjoint(q, image, result)
+        q, result = self._solved(vector)
+        return Adjoint(q, None, result)
+
     def cross_transposed(
-        self, multiplier: Float[Array, " n"], y: Float[Array, " n"] | None = None
+        self,
+        multiplier: Float[Array, " n"],
+        y: Float[Array, " n"] | None = None,
+        image: PyTree[Array] | None = None,
     ) -> PyTree[Array]:
         r"""$B^\top \mu = \nabla_x \langle \mu, \nabla_y f \rangle$, at another y if one
-        is given."""
-        return self._constraint(self.y if y is None else y, multiplier)[0]
+        is given. For a sum of squares, `image` is $A \mu$ where it is known better."""
+        return self._constraint(self.y if y is None else y, multiplier, image)[0]
 
-    def _constraint(self, y, multiplier):
+    def _constraint(self, y, multiplier, image=None):
         """The gradients of <mu, f_y> in x and y, which are B^T mu and H mu.
 
         They are those of f, differentiated along mu. Not `jax.jvp`: JAX takes no second
         derivative of it where an objective has a `jax.custom_vjp`.
         """
 
+        if image is not None:
+            return self._constraint_of_squares(y, multiplier, image)
+
         def gradients(y):
             return jax.grad(self.problem.inner, argnums=(0, 1))(self.x, y)
 
         return jax.linearize(gradients, y)[1](multiplier)
 
+    def _constraint_of_squares(self, y, multiplier, image):
+        r"""The gradients of $\langle A \mu, r \rangle$, from $A \mu$ apart: those of
+        $\langle A \mu, r(x, y) \rangle + \langle w, A(x, y)\, \mu \rangle$ for a fixed
+        image and a fixed $w = r$."""
+        residual = self.problem.inner_residual
+        w = residual(self.x, y)
+
+        def total(x, y):
+            r, A_mu = jax.jvp(lambda y: residual(x, y), (y,), (multiplier,))
+            return tree_dot(image, r) + tree_dot(w, A_mu)
+
+        return jax.grad(total, argnums=(0, 1))(self.x, y)
+
     def outer(self) -> Outer:
         """The outer objective and its hypergradient."""
         value, outer_x, outer_y = outer_gradients(self.problem, self.x, self.y)
-        q, result = self.solve(self.at.along(outer_y))
-        mu = -self.at.along(q)
-        hypergradient = tree_axpy(1.0, self.cross_transposed(mu), outer_x)
-        return Outer(value, outer_x, outer_y, q, mu, hypergradient, result)
+        q, image, result = self.adjoint(self.at.along(outer_y))
+        along = self.at.along(q)
+        pulled = self.cross_transposed(along, image=image)
+        hypergradient = tree_axpy(-1.0, pulled, outer_x)
+        return Outer(value, outer_x, outer_y, q, -along, hypergradient, result)
 
     def lagrangian(
         self,
         objective: Callable[[PyTree, Float[Array, " n"]], Scalar],
         multiplier: Float[Array, " n"],
+        image: PyTree[Array] | None = None,
     ) -> Lagrangian:
-        """The Lagrangian of an objective on S(x), linearised in y."""
+        """The Lagrangian of an objective on S(x), linearised in y; `image` as for
+        `cross_transposed`, where S(x) is a plane."""
 
         def gradients(y):
             slopes = jax.grad(objective, argnums=(0, 1))(self.x, y)
-            return tree_axpy(1.0, self._constraint(y, multiplier), slopes)
+            return tree_axpy(1.0, self._constraint(y, multiplier, image), slopes)
 
         (slope_x, slope_y), push = jax.linearize(gradients, self.y)
         return Lagrangian(slope_x, slope_y, push)
@@ -208,11 +291,16 @@ class Picture(eqx.Module):
         structure = jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
         return lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
 
-    def eigenvalues(self) -> Float[Array, " k"]:
-        """Those of H where y can move; Ritz values beyond the dense size."""
-        if self.spectrum is not None:
-            return self.spectrum
-        return eigenbasis(self.at.definite_hessian()).values
+    def clearance(self) -> Float[Array, " n"]:
+        """The eigenvalues of H, in units of their uncertainty; for the dense size only.
+
+        Those that count as zero here are those that the pseudoinverse does not invert.
+        """
+        if not set_y(self.problem).confines:
+            return self.inverse.clearance
+        values = eigenbasis(self.at.definite_hessian()).values
+        uncertain = uncertainty(values, values.size, curved=not self.is_plane)
+        return clearance(values, uncertain)
 
     def share_of_products(self, share: float, most: int) -> int:
         """A number of steps, each as costly as three products with H, that takes no more
@@ -292,7 +380,6 @@ def flat_picture(
         computed = (*_expansion(problem, x, y, dense, tags), None)
     value, gradient, H, inverse = computed
     at = set_y(problem).stationarity(gradient, H, y, tags)
-    spectrum = None
     bounded = max_products is not None and y.size > DENSE_SIZE
     if bounded and inverse is None:
         assert max_products is not None
@@ -305,7 +392,7 @@ def flat_picture(
             start = at.along(jax.grad(problem.outer, argnums=1)(x, y))
             if anchor is not None:
                 start = _unit(start) + _unit(y - anchor)
-            inverse, spectrum = krylov_inverse(
+            inverse = krylov_inverse(
                 at.definite_hessian(), start, num_products, not is_plane
             )
     if inverse is None:
@@ -313,7 +400,8 @@ def flat_picture(
         # not go through the factors.
         dynamic, static = eqx.partition(at.hessian, eqx.is_array)
         fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
-        inverse = linear_solver.init(fixed, options={})
+        system = _system(linear_solver, fixed)
+        inverse = linear_solver.init(system, options={})
     return Picture(
         problem=problem,
         x=x,
@@ -323,30 +411,33 @@ def flat_picture(
         at=at,
         linear_solver=linear_solver,
         inverse=inverse,
-        spectrum=spectrum,
         max_products=max_products if bounded else None,
         is_plane=is_plane,
         differentiable=differentiable,
     )
 
 
+def _system(linear_solver, hessian):
+    """What the linear solver solves with."""
+    return AugmentedHessian(hessian) if splits(linear_solver, hessian) else hessian
+
+
 def _expansion(problem, x, y, dense: bool, tags):
     """f, f_y and H, from one linearisation."""
+    if tells_change(problem, y, tags):
+        return curved_hessian(problem, x, y, tags)
     if not dense:
         gradient, H = gradient_and_hessian(problem, x, y, tags)
         return problem.inner(x, y), gradient, H
+    if isinstance(problem, AbstractLeastSquaresProblem):
+        gradient, H = gradient_and_hessian(problem, x, y, tags)
+        A = as_operator(H.residual_jacobian.mv, y, True, ())
+        C = None if H.curvature is None else as_operator(H.curvature.mv, y, True)
+        return problem.inner(x, y), gradient, LeastSquaresHessian(A, C, H.tags)
     value, gradient, product = value_gradient_and_product(
         lambda y: problem.inner(x, y), y
     )
-    _, H = gradient_and_hessian(problem, x, y, tags)
-    matrix = as_operator(product, y, True, tags)
-    if isinstance(H, LeastSquaresHessian):
-        A = as_operator(H.residual_jacobian.mv, y, True, ())
-        if not H.curved:
-            factor = A.as_matrix()
-            matrix = lx.MatrixLinearOperator(factor.T @ factor, tags)
-        return value, gradient, LeastSquaresHessian(matrix, A, H.curved)
-    return value, gradient, matrix
+    return value, gradient, as_operator(product, y, True, tags)
 
 
 def picture(
@@ -398,7 +489,7 @@ def restore(
     def body(carry):
         count, y, before, _, _ = carry
         gradient = inner_gradient(here.problem, here.x, y)
-        step = here.pinv(gradient)
+        step = here.step_of(here.residual(y) if here.is_split else gradient)
         length = vector_norm(step)
         # A step that is longer than the last leads away.
         y = jnp.where(length < before, y - step, y)

@@ -19,7 +19,7 @@ from .._derivatives.first import inner_gradient
 from .._derivatives.second import cross_derivative_operator, gradient_and_hessian
 from .._hypergradient import Hypergradient
 from .._linalg.decompositions import eigvalsh
-from .._linalg.eigenbasis import lanczos
+from .._linalg.eigenbasis import extreme_eigenvalues, lanczos
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
 from .._tree import nonzero, tree_axpy, tree_dtype, tree_norm, tree_struct
@@ -265,28 +265,14 @@ _LANCZOS_STEPS = 64
 _NORM_STEPS = 20
 
 
-_FAILURE = 1e-6
-
-
 def _norm(operator: lx.AbstractLinearOperator) -> Scalar:
-    r"""An upper bound on the spectral norm. It fails with a probability of a millionth.
-
-    Lanczos' method on $A^\top A$ estimates the largest of n eigenvalues from below. From
-    a random vector its relative error after k steps exceeds $\epsilon$ with a probability
-    of at most $1.648 \sqrt n\, e^{-\sqrt\epsilon (2 k - 1)}$ (Kuczyński and Woźniakowski,
-    1992).
-    """
+    r"""An upper bound on the spectral norm, by Lanczos' method on $A^\top A$. It fails
+    with a probability of a millionth."""
     if operator.out_size() < operator.in_size():
         operator = operator.T
-    n = operator.in_size()
-    num_steps = min(n, _NORM_STEPS)
-    dtype = tree_dtype(operator.in_structure())
-    square = operator.T @ operator
-    values = lanczos(square, _random(n, dtype), num_steps)[1]
-    root = math.log(1.648 * math.sqrt(n) / _FAILURE) / (2 * num_steps - 1)
-    # After n steps Lanczos' method is exact.
-    share = 0.0 if num_steps == n else min(root**2, 0.9)
-    return jnp.sqrt(jnp.maximum(values[-1], 0) / jnp.asarray(1 - share, dtype))
+    _, largest, error = extreme_eigenvalues(operator.T @ operator, _NORM_STEPS)
+    share = jnp.asarray(1 - error, largest.dtype)
+    return jnp.sqrt(jnp.maximum(largest, 0) / share)
 
 
 def _random(n: int, dtype) -> Array:
