@@ -95,8 +95,8 @@ def _share_of(max_products: int | None) -> int:
 
 
 def _missing_uniqueness(here: Picture, num_products: int) -> tuple[Scalar, float]:
-    """By how much the smallest eigenvalue of a large H fails to be shown positive, and the
-    smallest share of the largest one that can be."""
+    """How far the smallest eigenvalue of a large H is from being shown positive, and the
+    smallest share of the largest one that can be shown."""
     operator = here.at.definite_hessian()
     lowest, highest, error = extreme_eigenvalues(operator, num_products)
     resolved = error * (highest - lowest)

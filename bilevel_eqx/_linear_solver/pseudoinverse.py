@@ -106,11 +106,11 @@ class Pseudoinverse(lx.AbstractLinearSolver):
 Pseudoinverse.__init__.__doc__ = """**Arguments:**
 
 - `rcond`: singular values below `rcond` times the largest count as zero. Defaults to
-    machine precision times the larger dimension, which counts up to 1,024. If $H$ depends
-    on y, the responses and certificates of this package also count as zero what a step
-    towards the minimum changes by half of itself: eigenvalues that are zero at an inner minimum are
-    only small near it. In `stats`, `margin` is the factor by which the closest of these
-    decisions was clear.
+    machine precision times the larger dimension, which counts from 16 up to 1,024. If $H$
+    depends on y, the responses and certificates of this package also count as zero what a
+    step towards the minimum changes by half of itself: eigenvalues that are zero at an
+    inner minimum are only small near it. In `stats`, `margin` is the factor by which the
+    closest of these decisions was clear.
 - `dense_size`: a matrix whose smaller dimension is at most this is decomposed. A larger
     one is only multiplied with.
 - `max_steps`: the largest number of steps of a matrix-free solve, each of which is two

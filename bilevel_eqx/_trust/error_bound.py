@@ -1,6 +1,5 @@
 r"""A bound on the error of a hypergradient, from its two residuals."""
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -16,7 +15,11 @@ from .._compat import is_traced
 from .._custom_types import X, Y
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
-from .._derivatives.second import cross_derivative_operator, gradient_and_hessian
+from .._derivatives.second import (
+    cross_derivative_operator,
+    gradient_and_hessian,
+    hessian_depends_on_y,
+)
 from .._hypergradient import Hypergradient
 from .._linalg.decompositions import eigvalsh
 from .._linalg.eigenbasis import extreme_eigenvalues, lanczos
@@ -37,14 +40,18 @@ class ErrorBound(eqx.Module):
     \bigl(\|\Lambda_y\| + \|\Lambda_{yy}\|\, \delta\bigr), \qquad
     \delta = \frac{\|\nabla_y f\|}{\mu} \ge \|y - y^*\|.$$
 
-    This follows from an identity for $g^*$ around $y$. Both residuals include rounding.
+    This follows from an identity for $g^*$ around $y$. The rounding of both residuals,
+    and that of $\Lambda_x$, are added: as much as these change when each number among the
+    data is moved by one unit in its last place, a few times over.
 
     **Attributes:**
 
     - `bound`: the right side, an upper bound on the norm of the error. Infinite if
         $\mu \le 0$.
-    - `verified`: whether $\mu$ comes from a decomposition of H or from the user. If not,
-        it is an *estimate* from above by Lanczos' method.
+    - `verified`: whether $\mu$ comes from a decomposition of H or from the user, and
+        holds wherever the minimum may be: f is quadratic in y. If not, the bound is
+        *estimated*: $\mu$ comes from above, by Lanczos' method, or it is extrapolated
+        from two points.
     - `curvature`: $\mu$.
     - `distance`: $\delta$, a bound on the distance of y from the inner minimum.
     - `inner_residual`: $\|\nabla_y f\|$.
@@ -98,7 +105,8 @@ def error_bound(
         [`bilevel_eqx.Implicit`][] or [`bilevel_eqx.Proximal`][].
     - `curvature`: a lower bound on the eigenvalues of the inner Hessian. A number that is
         right at every y, or `"dense"`, which decomposes that Hessian, makes the bound
-        *verified*. `"lanczos"` *estimates* it with 64 products.
+        *verified* if f is quadratic in y. `"lanczos"` *estimates* it
+        with 64 products.
 
     The norms in the bound need about a hundred more products with second derivatives.
 
@@ -135,6 +143,10 @@ def error_bound(
     return _error_bound(problem, x, hypergradient, _as_curvature(curvature))
 
 
+def _is_named(curvature: Any, name: str) -> bool:
+    return isinstance(curvature, str) and curvature == name
+
+
 def _as_curvature(curvature: Any) -> Any:
     """The name of a method, or a number as data."""
     if curvature in ("dense", "lanczos"):
@@ -161,18 +173,16 @@ def _error_bound(problem, x, hypergradient: Hypergradient, curvature: Any) -> Er
         _, pull = jax.vjp(lambda x, y: inner_gradient(problem, x, y), x, y)
         return jax.tree.map(jnp.subtract, slope, pull(q))
 
+    def measured(x, y):
+        return *gradients(x, y), inner_gradient(problem, x, y)
+
     dtype = tree_dtype(y)
-    residual = tree_norm(gradients(x, y)[1]).astype(dtype)
-    slope = tree_norm(inner_gradient(problem, x, y)).astype(dtype)
+    _, linear, inner = measured(x, y)
+    residual, slope = tree_norm(linear).astype(dtype), tree_norm(inner).astype(dtype)
+    # What of these three is rounding. A residual below that says nothing.
+    direct, residual_floor, slope_floor = _rounding(measured, x, y)
 
     here = _measure(problem, gradients, x, y, curvature)
-    # The size of a zero residual after rounding.
-    rounding = float(jnp.finfo(dtype).eps) * math.sqrt(
-        sum(u.size for u in jax.tree.leaves(y))
-    )
-    outer_y = jax.grad(problem.outer, argnums=1)(x, y)
-    slope_floor = rounding * here.hessian * jnp.maximum(tree_norm(y), 1)
-    residual_floor = rounding * (tree_norm(outer_y) + here.hessian * tree_norm(q))
 
     def distance(curvature):
         return (slope + slope_floor) / nonzero(curvature)
@@ -182,11 +192,8 @@ def _error_bound(problem, x, hypergradient: Hypergradient, curvature: Any) -> Er
     else:
         # The bound needs the norms at all points where the minimum may be. They are taken
         # at y and at that distance from it, and extrapolated from their change.
-        gradient = inner_gradient(problem, x, y)
-        length = distance(here.curvature) / nonzero(tree_norm(gradient))
-        there = _measure(
-            problem, gradients, x, tree_axpy(-length, gradient, y), curvature
-        )
+        length = distance(here.curvature) / nonzero(slope)
+        there = _measure(problem, gradients, x, tree_axpy(-length, inner, y), curvature)
         low, high = (jax.tree.map(f, here, there) for f in (jnp.minimum, jnp.maximum))
         change = jax.tree.map(jnp.subtract, high, low)
         worst = jax.tree.map(jnp.add, high, change)
@@ -196,14 +203,53 @@ def _error_bound(problem, x, hypergradient: Hypergradient, curvature: Any) -> Er
     delta = distance(worst.curvature)
     indirect = residual + residual_floor + worst.inner * delta
     bound = worst.mixed * delta + worst.cross / nonzero(worst.curvature) * indirect
+    bound = bound + direct
     return ErrorBound(
         bound=jnp.where(worst.curvature > 0, bound, jnp.inf),
         curvature=worst.curvature,
         distance=jnp.where(worst.curvature > 0, delta, jnp.inf),
         inner_residual=slope,
         linear_residual=residual,
-        verified=not (isinstance(curvature, str) and curvature == "lanczos"),
+        # Where H depends on y, its curvature at the minimum is only extrapolated.
+        verified=not (
+            _is_named(curvature, "lanczos") or hessian_depends_on_y(problem, x, y)
+        ),
     )
+
+
+def _rounding(measured, x, y) -> tuple[Scalar, Scalar, Scalar]:
+    """How much of each value is rounding: its change when all data are rounded anew.
+
+    The data are x, y, and every array that the objectives contain or close over. Each
+    number is moved by one unit in its last place, up or down at random. That is what a
+    rounded sum amounts to: an exact sum of data that are off by so much.
+    """
+    values = measured(x, y)
+    data = eqx.filter_closure_convert(measured, x, y), x, y
+    numbers, rest = eqx.partition(data, eqx.is_inexact_array)
+    leaves, treedef = jax.tree.flatten(numbers)
+
+    def change(key):
+        keys = jr.split(key, max(1, len(leaves)))
+        moved = [
+            u * (1 + jnp.finfo(u.dtype).eps * jr.rademacher(k, u.shape, u.dtype))
+            for u, k in zip(leaves, keys)
+        ]
+        fn, x, y = eqx.combine(treedef.unflatten(moved), rest)
+        return [
+            tree_norm(jax.tree.map(jnp.subtract, new, old))
+            for new, old in zip(fn(x, y), values)
+        ]
+
+    changes = jax.lax.map(change, jr.split(jr.PRNGKey(2), _ROUNDINGS))
+    dtype = tree_dtype(y)
+    direct, linear, inner = (_SAFETY * jnp.max(c).astype(dtype) for c in changes)
+    return direct, linear, inner
+
+
+# Of so many roundings of the data the largest change counts. The errors of a sum may add
+# up as those of its data do not, hence the factor.
+_ROUNDINGS, _SAFETY = 4, 4.0
 
 
 class _Norms(NamedTuple):
@@ -247,7 +293,7 @@ def _is_quadratic(problem, gradients, x, y) -> bool:
 def _extremes(H, curvature) -> tuple[Scalar, Scalar]:
     """A lower bound on the eigenvalues of H, and their largest magnitude."""
     dtype = tree_dtype(H.in_structure())
-    if isinstance(curvature, str) and curvature == "dense":
+    if _is_named(curvature, "dense"):
         matrix = H.as_matrix()
         values = eigvalsh(0.5 * (matrix + matrix.T))
         largest = jnp.max(jnp.abs(values))
