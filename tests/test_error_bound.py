@@ -143,7 +143,9 @@ def test_never_violated_and_not_far_off(kind, linear):
         problem, x = kind.draw(key)
         gradient, found = run(problem, x, jnp.asarray(vouched(problem, x)))
         for source, error in found.items():
-            assert error.verified == (source != "lanczos")
+            # A decomposition is right at one point only.
+            sure = source == "vouched" or (source == "dense" and kind is Quadratic)
+            assert error.verified == sure
         errors.append(np.linalg.norm(np.asarray(gradient) - problem.truth(x)))
         bounds.append({source: float(error.bound) for source, error in found.items()})
     assert np.median(errors) > 1e-6, "an error that is none proves nothing"

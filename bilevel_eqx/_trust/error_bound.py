@@ -48,9 +48,9 @@ class ErrorBound(eqx.Module):
 
     - `bound`: the right side, an upper bound on the norm of the error. Infinite if
         $\mu \le 0$.
-    - `verified`: whether $\mu$ comes from a decomposition of H or from the user, and
-        holds wherever the minimum may be: f is quadratic in y. If not, the bound is
-        *estimated*: $\mu$ comes from above, by Lanczos' method, or it is extrapolated
+    - `verified`: whether $\mu$ holds wherever the minimum may be: it comes from the
+        user, or from a decomposition of H where f is quadratic in y. If not, the bound is
+        *estimated*: $\mu$ is one from above by Lanczos' method, or it is extrapolated
         from two points.
     - `curvature`: $\mu$.
     - `distance`: $\delta$, a bound on the distance of y from the inner minimum.
@@ -104,9 +104,8 @@ def error_bound(
     - `hypergradient`: what [`bilevel_eqx.hypergradient`][] returned for `x`, by
         [`bilevel_eqx.Implicit`][] or [`bilevel_eqx.Proximal`][].
     - `curvature`: a lower bound on the eigenvalues of the inner Hessian. A number that is
-        right at every y, or `"dense"`, which decomposes that Hessian, makes the bound
-        *verified* if f is quadratic in y. `"lanczos"` *estimates* it
-        with 64 products.
+        right at every y makes the bound *verified*; so does `"dense"`, which decomposes
+        that Hessian, if f is quadratic in y. `"lanczos"` *estimates* it with 64 products.
 
     The norms in the bound need about a hundred more products with second derivatives.
 
@@ -210,10 +209,9 @@ def _error_bound(problem, x, hypergradient: Hypergradient, curvature: Any) -> Er
         distance=jnp.where(worst.curvature > 0, delta, jnp.inf),
         inner_residual=slope,
         linear_residual=residual,
-        # Where H depends on y, its curvature at the minimum is only extrapolated.
-        verified=not (
-            _is_named(curvature, "lanczos") or hessian_depends_on_y(problem, x, y)
-        ),
+        # A number is said to be right at every y. A decomposition is right at one.
+        verified=not isinstance(curvature, str)
+        or (curvature == "dense" and not hessian_depends_on_y(problem, x, y)),
     )
 
 
