@@ -97,7 +97,7 @@ def tree_zeros_like(a: PyTree) -> PyTree[Array]:
     return jtu.tree_map(lambda u: jnp.zeros(u.shape, u.dtype), a)
 
 
-def tree_materialised(tangent: PyTree, like: PyTree) -> PyTree[Array]:
+def tree_materialised(tangent: Any, like: Any) -> PyTree[Array]:
     """A tangent with zeros where Equinox has `None`."""
     return jtu.tree_map(
         lambda v, t: jnp.zeros(v.shape, v.dtype) if t is None else t, like, tangent

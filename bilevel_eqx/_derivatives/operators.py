@@ -6,9 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array, Float, PyTree, ScalarLike
 
-from .._tree import tree_axpy
+from .._tree import tree_axpy, tree_zeros_like
 
 
 class _CurvedTag:
@@ -153,6 +153,10 @@ class AugmentedHessian(_Symmetric):
     def in_structure(self):
         A = self.hessian.residual_jacobian
         return A.out_structure(), A.in_structure()
+
+    def right_side(self, u: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        """(0, u), with which this is $H q = u$."""
+        return tree_zeros_like(self.in_structure()[0]), u
 
 
 def _each_part(transform, operator):

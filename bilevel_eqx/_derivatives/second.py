@@ -133,16 +133,18 @@ class _CrossTransposedOfSquares(eqx.Module):
         return self.push(self.jacobian.mv(q) if image is None else image, q)[1]
 
 
-def squares_gradient(
-    problem: AbstractLeastSquaresProblem,
-    x: PyTree[Array],
-    y: PyTree[Array],
-    w: PyTree[Array],
-) -> tuple[PyTree[Array], PyTree[Array]]:
-    r"""$(r - w, A^\top w)$, the gradient in $(w, y)$ of
-    $\langle w, r(x, y) \rangle - \|w\|^2 / 2$; its Hessian is `AugmentedHessian`."""
-    residual, pull = jax.vjp(lambda y: problem.inner_residual(x, y), y)
-    return tree_sub(residual, w), pull(w)[0]
+def squares_condition(
+    problem: Any, x: PyTree[Array], y: PyTree[Array]
+) -> Callable[[Any, PyTree], tuple[PyTree, PyTree]]:
+    r"""$(r - w, A^\top w)$ at this y for $w = r$, as a function of a sum of squares and
+    of x. Its derivative in $(w, y)$ is `AugmentedHessian`."""
+    w = problem.inner_residual(x, y)
+
+    def condition(problem, x):
+        residual, pull = jax.vjp(lambda y: problem.inner_residual(x, y), y)
+        return tree_sub(residual, w), pull(w)[0]
+
+    return condition
 
 
 def curved_hessian(

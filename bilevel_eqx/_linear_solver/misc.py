@@ -13,7 +13,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._arguments import says
-from .._derivatives.operators import curved_tag, LeastSquaresHessian
+from .._derivatives.operators import AugmentedHessian, curved_tag, LeastSquaresHessian
 from .._failure.results import RESULTS
 from .._tree import nonzero, tree_norm
 
@@ -52,10 +52,14 @@ def tags_for(solver: lx.AbstractLinearSolver, is_curved: bool) -> frozenset[obje
     return frozenset(tags)
 
 
-def splits(solver: lx.AbstractLinearSolver, hessian: lx.AbstractLinearOperator) -> bool:
-    """Whether to solve with the augmented form of this Hessian."""
+def augmented(
+    solver: lx.AbstractLinearSolver, hessian: lx.AbstractLinearOperator
+) -> AugmentedHessian | None:
+    """The augmented form of a Hessian, if that is one of a sum of squares and the solver
+    takes it."""
+    takes = says(solver, "splits_squares", False)
     squares = isinstance(hessian, LeastSquaresHessian)
-    return squares and says(solver, "splits_squares", False)
+    return AugmentedHessian(hessian) if takes and squares else None
 
 
 def explain(solver: lx.AbstractLinearSolver, result: lx.RESULTS) -> RESULTS:

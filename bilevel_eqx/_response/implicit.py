@@ -14,17 +14,22 @@ from .._arguments import check_count, check_positive, check_type, says
 from .._compat import nondifferentiable
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
-from .._derivatives.operators import AugmentedHessian
 from .._derivatives.second import (
     cross_derivative_operator,
     derivative_in_x,
     expansion,
     hessian_depends_on_y,
-    squares_gradient,
+    squares_condition,
 )
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.minimum import minimise_inner
-from .._linear_solver.misc import explain, judges_itself, relative, splits, tags_for
+from .._linear_solver.misc import (
+    augmented,
+    explain,
+    judges_itself,
+    relative,
+    tags_for,
+)
 from .._problem.closure import closure_converted
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import AsItIs, flat_if_uniform
@@ -37,7 +42,6 @@ from .._tree import (
     tree_scale,
     tree_struct,
     tree_sub,
-    tree_zeros_like,
 )
 from .base import AbstractResponse, Pulled, Response
 
@@ -105,11 +109,12 @@ class Implicit(AbstractResponse):
         at, cross_transposed = self._expansion(problem, x, v)
 
         def push(tangent):
-            if splits(self.linear_solver, at.hessian):
-                w = problem.inner_residual(x, v)
-                B = derivative_in_x(lambda x: squares_gradient(problem, x, v, w), x)
-                K = lx.invert(AugmentedHessian(at.hessian), self.linear_solver)
-                return layout.unravel(tree_scale(-1, K.mv(B.mv(tangent))[1]))
+            K = augmented(self.linear_solver, at.hessian)
+            if K is not None:
+                gradient = squares_condition(problem, x, v)
+                B = derivative_in_x(lambda x: gradient(problem, x), x)
+                z = lx.linear_solve(K, B.mv(tangent), self.linear_solver).value
+                return layout.unravel(tree_scale(-1, z[1]))
             B = at.applied_to(cross_derivative_operator(problem, x, v))
             J = at.applied_to(-(lx.invert(at.hessian, self.linear_solver) @ B))
             return layout.unravel(J.mv(tangent))
@@ -217,10 +222,10 @@ class _Pullback(eqx.Module):
         r"""The linear solver's $q = H^{-1} u$, $B^\top q$, whether q is right, and
         statistics."""
         H, u = self.at.hessian, self.at.along(u)
-        if splits(self.linear_solver, H):
-            K = AugmentedHessian(H)
-            none = tree_zeros_like(K.in_structure()[0])
-            solve = lx.linear_solve(K, (none, u), self.linear_solver, throw=False)
+        K = augmented(self.linear_solver, H)
+        if K is not None:
+            u = K.right_side(u)
+            solve = lx.linear_solve(K, u, self.linear_solver, throw=False)
             image, q = solve.value
             pulled = self.cross_transposed(q, image)
         else:
@@ -269,21 +274,18 @@ def _argmin_jvp(primals, tangents):
     y, result = _argmin(response, problem, x, anchor)
     at, _ = response._expansion(problem, x, y)
 
-    split = splits(response.linear_solver, at.hessian)
-    w = problem.inner_residual(x, y) if split else None
+    K = augmented(response.linear_solver, at.hessian)
 
-    def gradient(problem, x):
-        if split:
-            return squares_gradient(problem, x, y, w)
+    def plain(problem, x):
         return inner_gradient(problem, x, y)
 
     def solve(vector):
-        if not split:
+        if K is None:
             return lx.linear_solve(at.hessian, vector, response.linear_solver).value
-        K = AugmentedHessian(at.hessian)
         vector = tree_materialised(vector, K.in_structure())
         return lx.linear_solve(K, vector, response.linear_solver).value[1]
 
+    gradient = plain if K is None else squares_condition(problem, x, y)
     t_y = set_y(problem).minimum_tangent(
         at, y, gradient, (problem, x), (t_problem, t_x), solve
     )

@@ -24,7 +24,7 @@ from .._derivatives.second import (
     curved_hessian,
     gradient_and_hessian,
     hessian_depends_on_y,
-    squares_gradient,
+    squares_condition,
     tells_change,
     value_gradient_and_product,
 )
@@ -32,7 +32,7 @@ from .._failure.results import RESULTS
 from .._linalg.eigenbasis import eigenbasis
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import clearance, uncertainty
-from .._linear_solver.misc import explain, splits, tags_for
+from .._linear_solver.misc import augmented, explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y, Stationarity
@@ -44,7 +44,6 @@ from .._tree import (
     tree_axpy,
     tree_dot,
     tree_waves,
-    tree_zeros_like,
     vector_norm,
 )
 
@@ -119,19 +118,15 @@ class Picture(eqx.Module):
         return self.value, self.gradient, self.at.free_hessian, self.inverse
 
     @property
-    def is_split(self) -> bool:
-        """Whether a sum of squares is solved with by its augmented Hessian."""
-        return splits(self.linear_solver, self.at.hessian)
-
-    def solve(self, vector: Float[Array, " n"]) -> tuple[Float[Array, " n"], RESULTS]:
-        r"""$H^+ v$, and whether the solver found it. In a set, $K^+ v$."""
-        q, _, result = self.adjoint(vector)
-        return q, result
+    def system(self) -> lx.AbstractLinearOperator:
+        """What is solved with: H, or for a sum of squares its augmented form."""
+        K = augmented(self.linear_solver, self.at.hessian)
+        return self.at.hessian if K is None else K
 
     def _solved(self, vector):
         if self.differentiable:
             out = lx.linear_solve(
-                _system(self.linear_solver, self.at.hessian),
+                self.system,
                 vector,
                 self.linear_solver,
                 state=self.inverse,
@@ -142,29 +137,44 @@ class Picture(eqx.Module):
             q, result, _ = self.linear_solver.compute(self.inverse, vector, {})
         return q, explain(self.linear_solver, result)
 
+    def adjoint(self, vector: Float[Array, " n"]) -> "Adjoint":
+        r"""$q = H^+ v$, for a sum of squares with $A q$, and whether it was found."""
+        K = self.system
+        if isinstance(K, AugmentedHessian):
+            (image, q), result = self._solved(K.right_side(vector))
+            return Adjoint(q, image, result)
+        q, result = self._solved(vector)
+        return Adjoint(q, None, result)
+
+    def solve(self, vector: Float[Array, " n"]) -> tuple[Float[Array, " n"], RESULTS]:
+        r"""$H^+ v$, and whether the solver found it. In a set, $K^+ v$."""
+        q, _, result = self.adjoint(vector)
+        return q, result
+
     @property
-    def _no_image(self):
-        return tree_zeros_like(self.at.hessian.residual_jacobian.out_structure())
-
-    def residual(self, y: Float[Array, " n"]) -> PyTree[Array]:
-        r"""What is zero at a minimum, for `step_of`: $\nabla_y f$; for a sum of squares
-        $(r, 0)$, which then stands for $A^\top r$."""
-        if self.is_split:
-            return self.problem.inner_residual(self.x, y), jnp.zeros_like(y)
-        return inner_gradient(self.problem, self.x, y)
-
-    def condition(self, problem: AbstractBilevelProblem, x: PyTree) -> PyTree[Array]:
+    def condition(self) -> Callable[[Any, PyTree], PyTree[Array]]:
         r"""$\nabla_y f$ at this y, as a function of the problem and of x; for a sum of
-        squares that of its augmented form."""
-        if self.is_split:
-            w = self.problem.inner_residual(self.x, self.y)
-            return squares_gradient(problem, x, self.y, w)
-        return inner_gradient(problem, x, self.y)
+        squares that of the augmented form."""
+        if isinstance(self.system, AugmentedHessian):
+            return squares_condition(self.problem, self.x, self.y)
+        return lambda problem, x: inner_gradient(problem, x, self.y)
 
-    def step_of(self, residual: PyTree[Array]) -> Float[Array, " n"]:
-        r"""$H^+ v$ for values or tangents of `residual` and `condition`."""
-        solution, _ = self._solved(residual)
-        return solution[1] if self.is_split else solution
+    def step_of(self, tangent: PyTree[Array]) -> Float[Array, " n"]:
+        r"""$H^+ v$ for a tangent of `condition`."""
+        solution, _ = self._solved(tangent)
+        return solution[1] if isinstance(self.system, AugmentedHessian) else solution
+
+    def step_from(
+        self, y: Float[Array, " n"], gradient: Float[Array, " n"]
+    ) -> Float[Array, " n"]:
+        r"""$H^+ \nabla_y f$ at another y, with the H of this one. For a sum of squares
+        the right side is $A^\top r$, which is not formed."""
+        K = self.system
+        if isinstance(K, AugmentedHessian):
+            problem: Any = self.problem
+            r = problem.inner_residual(self.x, y)
+            return self.step_of((r, jnp.zeros_like(y)))
+        return self.step_of(gradient)
 
     def pinv(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         r"""$H^+ v$."""
@@ -185,14 +195,6 @@ class Picture(eqx.Module):
     def multiplier(self, slope: Float[Array, " n"]) -> Float[Array, " n"]:
         r"""$\mu = -D K^+ D \phi_y$: that of $\nabla_y f = 0$ for an objective $\phi$."""
         return -self.at.along(self.pinv(self.at.along(slope)))
-
-    def adjoint(self, vector: Float[Array, " n"]) -> "Adjoint":
-        r"""$q = H^+ v$, for a sum of squares with $A q$, and whether it was found."""
-        if self.is_split:
-            (image, q), result = self._solved((self._no_image, vector))
-            return Adjoint(q, image, result)
-        q, result = self._solved(vector)
-        return Adjoint(q, None, result)
 
     def cross_transposed(
         self,
@@ -223,7 +225,8 @@ class Picture(eqx.Module):
         r"""The gradients of $\langle A \mu, r \rangle$, from $A \mu$ apart: those of
         $\langle A \mu, r(x, y) \rangle + \langle w, A(x, y)\, \mu \rangle$ for a fixed
         image and a fixed $w = r$."""
-        residual = self.problem.inner_residual
+        problem: Any = self.problem
+        residual = problem.inner_residual
         w = residual(self.x, y)
 
         def total(x, y):
@@ -400,8 +403,8 @@ def flat_picture(
         # not go through the factors.
         dynamic, static = eqx.partition(at.hessian, eqx.is_array)
         fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
-        system = _system(linear_solver, fixed)
-        inverse = linear_solver.init(system, options={})
+        K = augmented(linear_solver, fixed)
+        inverse = linear_solver.init(fixed if K is None else K, options={})
     return Picture(
         problem=problem,
         x=x,
@@ -417,11 +420,6 @@ def flat_picture(
     )
 
 
-def _system(linear_solver, hessian):
-    """What the linear solver solves with."""
-    return AugmentedHessian(hessian) if splits(linear_solver, hessian) else hessian
-
-
 def _expansion(problem, x, y, dense: bool, tags):
     """f, f_y and H, from one linearisation."""
     if tells_change(problem, y, tags):
@@ -431,6 +429,7 @@ def _expansion(problem, x, y, dense: bool, tags):
         return problem.inner(x, y), gradient, H
     if isinstance(problem, AbstractLeastSquaresProblem):
         gradient, H = gradient_and_hessian(problem, x, y, tags)
+        assert isinstance(H, LeastSquaresHessian)
         A = as_operator(H.residual_jacobian.mv, y, True, ())
         C = None if H.curvature is None else as_operator(H.curvature.mv, y, True)
         return problem.inner(x, y), gradient, LeastSquaresHessian(A, C, H.tags)
@@ -489,7 +488,7 @@ def restore(
     def body(carry):
         count, y, before, _, _ = carry
         gradient = inner_gradient(here.problem, here.x, y)
-        step = here.step_of(here.residual(y) if here.is_split else gradient)
+        step = here.step_from(y, gradient)
         length = vector_norm(step)
         # A step that is longer than the last leads away.
         y = jnp.where(length < before, y - step, y)
