@@ -63,7 +63,7 @@ def _(operator):
 @lx.tridiagonal.register(_Symmetric)
 def _(operator):
     matrix = operator.as_matrix()
-    return tuple(jnp.diag(matrix, k) for k in (0, -1, 1))
+    return jnp.diag(matrix), jnp.diag(matrix, -1), jnp.diag(matrix, 1)
 
 
 class CurvedHessian(_Symmetric):
