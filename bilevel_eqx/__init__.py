@@ -49,6 +49,11 @@ from ._problem.least_squares import (
     AbstractLeastSquaresProblem as AbstractLeastSquaresProblem,
     LeastSquaresProblem as LeastSquaresProblem,
 )
+from ._problem.root import (
+    AbstractRootProblem as AbstractRootProblem,
+    FixedPointProblem as FixedPointProblem,
+    RootProblem as RootProblem,
+)
 from ._response.aggregated import Aggregated as Aggregated
 from ._response.base import AbstractResponse as AbstractResponse, Response as Response
 from ._response.fixed import Fixed as Fixed
@@ -69,5 +74,9 @@ from ._trust.retrain_gap import retrain_gap as retrain_gap
 __version__ = _version("bilevel_eqx")
 
 
+# Now, and not when it is asked for: `tasks` and `plot` come only on request.
+_names = sorted(name for name in globals() if not name.startswith("_"))
+
+
 def __dir__() -> list[str]:
-    return sorted(name for name in globals() if not name.startswith("_"))
+    return list(_names)

@@ -4,9 +4,11 @@ Each function says why it is needed, and has a test in `tests/test_compat.py` th
 if a new release changes it. The upper bounds in `pyproject.toml` are there for this file.
 """
 
+import functools as ft
 import os
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,10 +17,12 @@ import equinox as eqx
 import equinox._errors
 import equinox._jit
 import equinox.internal as eqxi
+import equinox.internal._primitive
 import jax
 import jax.core
 import jax.extend.core
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import jaxtyping
 import lineax as lx
 from jaxtyping import Array, PyTree, Shaped
@@ -43,6 +47,11 @@ def is_literal(variable: Any) -> bool:
     JAX may change jaxprs and their classes in any minor release.
     """
     return isinstance(variable, jax.extend.core.Literal)
+
+
+def is_program(value: Any) -> bool:
+    """Whether `value` is a jaxpr, with its constants or without."""
+    return isinstance(value, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
 
 
 def as_function(program: Any, constants: list[Any]) -> Callable[..., list[Array]]:
@@ -91,7 +100,64 @@ def closure_to_pytree(fn: Any) -> Any:
     The optimisers of optax are closures. JAX and optax have no such function:
     `jax.closure_convert` is for one call.
     """
-    return eqxi.closure_to_pytree(fn)
+    return jtu.tree_map(_told_apart, eqxi.closure_to_pytree(fn))
+
+
+def _told_apart(leaf: Any) -> Any:
+    function = getattr(leaf, "fn", None)
+    return Function(function) if isinstance(function, types.FunctionType) else leaf
+
+
+class Function:
+    """A function without what it closes over, equal to another if both do the same.
+
+    Equinox compares the text of the sources. But two functions of one text differ if
+    their defaults or the globals that they read do.
+    """
+
+    def __init__(self, fn: types.FunctionType):
+        self.fn = fn
+        values = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+        values += [fn.__globals__.get(name) for name in _global_names(fn.__code__)]
+        # Kept, so that no other object takes an address that is compared.
+        self._values = values
+        self._key = fn.__code__, id(fn.__globals__), *map(_by_value, values)
+
+    def __hash__(self):
+        return hash(self._key)
+
+    def __eq__(self, other):
+        return isinstance(other, Function) and self._key == other._key
+
+
+def _global_names(code: types.CodeType) -> list[str]:
+    nested = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return [*code.co_names, *(name for c in nested for name in _global_names(c))]
+
+
+def _by_value(value: Any) -> Any:
+    """Numbers and strings as they are, and anything else by its identity."""
+    simple = isinstance(value, bool | int | float | complex | str | bytes | None)
+    return (type(value), repr(value)) if simple else (type(value), id(value))
+
+
+def hidden_program(equation: Any) -> Any:
+    """The jaxpr of an operation that Equinox has defined, such as the linear solves of
+    lineax; `None` for all others.
+
+    The parameters of such an operation are any Python objects, and its program is none of
+    them. It is traced again here.
+    """
+    if not isinstance(
+        equation.params.get("flatten"), equinox.internal._primitive.Flatten
+    ):
+        return None
+    implementation = ft.partial(equation.primitive.impl, **equation.params)
+    try:
+        return jax.make_jaxpr(implementation)(*(v.aval for v in equation.invars))
+    except jax.errors.ConcretizationTypeError:
+        # That of `equinox.internal.noinline` runs on the host.
+        return None
 
 
 def checkpointed_while_loop(

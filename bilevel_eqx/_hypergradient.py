@@ -62,14 +62,14 @@ def reaches_outer(
     return through_y and response.reaches(problem, x, anchor)
 
 
-def hypergradient_and_state(
+def answered(
     problem: AbstractBilevelProblem,
     x: PyTree,
     anchor: PyTree,
     response: AbstractResponse,
     state: Any = None,
-) -> tuple[Hypergradient, Any]:
-    """The hypergradient without checks, and the state of the response."""
+) -> tuple[Hypergradient, Any, Scalar | None]:
+    """The hypergradient without checks; the `state` and `slope` of the response."""
     answer = response(problem, x, anchor, state)
     value, outer_x, outer_y = outer_gradients(problem, x, answer.y)
     pulled = answer.pullback(outer_y)
@@ -79,7 +79,7 @@ def hypergradient_and_state(
     out = Hypergradient(
         value, gradient, answer.y, result, stats, pulled.adjoint, answer.presumes
     )
-    return out, answer.state
+    return out, answer.state, answer.slope
 
 
 @eqx.filter_jit
@@ -93,7 +93,7 @@ def _hypergradient(
 ) -> Hypergradient:
     x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
     check_problem(problem, x, anchor)
-    out, _ = hypergradient_and_state(problem, x, anchor, response)
+    out, *_ = answered(problem, x, anchor, response)
     result = first_failure(out.result, finite_or_not(out.y))
     if not reaches_outer(problem, x, anchor, response):
         if throw:

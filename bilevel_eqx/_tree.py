@@ -133,8 +133,24 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     leaves = [u for u in jtu.tree_leaves(tree) if eqx.is_inexact_array(u)]
     finite = jnp.asarray(True)
     for leaf in leaves:
-        finite = finite & jnp.all(jnp.isfinite(leaf))
+        finite = finite & _is_finite(leaf)
     return finite
+
+
+_LARGE = 2**14
+
+
+def _is_finite(leaf: Array) -> Bool[Array, ""]:
+    if leaf.ndim < 2 or leaf.size < _LARGE:
+        return jnp.all(jnp.isfinite(leaf))
+    # Sums of columns are a matrix product, which on a CPU is several times as fast. They
+    # are finite only if all entries are; and if they are not, they may have overflown.
+    sums = jnp.tensordot(jnp.ones(leaf.shape[0], leaf.dtype), leaf, 1)
+    return jax.lax.cond(
+        jnp.all(jnp.isfinite(sums)),
+        lambda: jnp.array(True),
+        lambda: jnp.all(jnp.isfinite(leaf)),
+    )
 
 
 class Layout:

@@ -1,5 +1,9 @@
 """Several concepts side by side, and the test for leakage."""
 
+import re
+import signal
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -70,6 +74,28 @@ def test_compare_takes_pipelines_by_name():
     # The run that did not converge is there, and so is the reason.
     assert "WarmStart()" in out.solutions
     assert "stopped after step 2" in out.refused["WarmStart()"]
+
+
+@pytest.mark.parametrize("pressed", (0, 1))
+def test_ctrl_c_ends_the_comparison(monkeypatch, pressed):
+    """Ctrl-C in the first run, or in the second; none comes after it."""
+    module = sys.modules["bilevel_eqx._trust.compare"]
+    begun = []
+
+    def press(step, num_steps, metrics):
+        if len(begun) == pressed + 1:
+            signal.raise_signal(signal.SIGINT)
+
+    def solve(problem, equilibrium, *args, **options):
+        begun.append(equilibrium)
+        return blx.solve(problem, equilibrium, *args, progress=press, **options)
+
+    monkeypatch.setattr(module, "solve", solve)
+    equilibria = blx.WarmStart(), blx.WarmStart(1.0), blx.ColdStart()
+    name = ("WarmStart()", "WarmStart(1)")[pressed]
+    with pytest.raises(KeyboardInterrupt, match=re.escape(f"interrupted at `{name}`")):
+        blx.compare(toy, jnp.array(0.6), jnp.zeros(2), equilibria, num_steps=3)
+    assert begun == list(equilibria[: pressed + 1])
 
 
 #

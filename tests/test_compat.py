@@ -11,6 +11,7 @@ from pathlib import Path
 import equinox as eqx
 import equinox._errors
 import equinox._jit
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -107,6 +108,29 @@ def test_any_of_batch():
     assert "cond" in names and "select_n" not in names
 
 
+RATE = 0.0
+
+
+def _by_default(r):
+    return lambda count, r=r: r
+
+
+def _by_keyword(r):
+    return lambda count, *, r=r: r
+
+
+def _by_global(r):
+    global RATE
+    RATE = r
+    return lambda count: RATE
+
+
+def _by_nested_global(r):
+    global RATE
+    RATE = r
+    return lambda count: (lambda: RATE)()
+
+
 def test_closure_to_pytree():
     rate = jnp.array(0.1)
     optimiser = _compat.closure_to_pytree(optax.sgd(rate))
@@ -123,12 +147,57 @@ def test_closure_to_pytree():
 
     assert tree_allclose(jax.grad(length)(rate), np.array(-2.0), rtol=1e-12)
 
+    # Functions of one text are not one function.
+    for rates in (_by_default, _by_keyword, _by_global, _by_nested_global):
+        steps = []
+        for r in (0.1, 0.2):
+            optimiser = _compat.closure_to_pytree(optax.sgd(rates(r)))
+            steps.append(update(optimiser, jnp.array(2.0)))
+        assert tree_allclose(steps, [np.array(-0.2), np.array(-0.4)], rtol=1e-6)
+    # And those of optax are one program.
+    first, second = (_compat.closure_to_pytree(optax.adam(0.1)) for _ in range(2))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert jax.tree.leaves(first) == jax.tree.leaves(second)
+
     # What `as_pytree` expects of closures that refer to themselves.
     def recursive(n):
         return recursive(n - 1) if n else 0
 
     with pytest.raises((RecursionError, ValueError)):
         _compat.closure_to_pytree(recursive)
+
+
+def _equations(program):
+    """Of a jaxpr, and of those within."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation
+        for part in jax.tree.leaves(equation.params, is_leaf=_compat.is_program):
+            if _compat.is_program(part):
+                yield from _equations(part)
+
+
+def _operations(program):
+    return {equation.primitive.name for equation in _equations(program)}
+
+
+def test_hidden_program():
+    """That of a linear solve is found, and operations of JAX itself hide nothing."""
+
+    def solve(v):
+        struct = jax.eval_shape(lambda: v)
+        tags = lx.positive_semidefinite_tag
+        operator = lx.FunctionLinearOperator(lambda u: 2 * u.at[0].mul(3), struct, tags)
+        return lx.linear_solve(operator, jnp.sin(v), lx.CG(1e-8, 1e-8)).value
+
+    program = jax.make_jaxpr(solve)(jnp.ones(3))
+    assert "scatter-mul" not in _operations(program)
+    hidden = {e.primitive.name: _compat.hidden_program(e) for e in _equations(program)}
+    assert "scatter-mul" in _operations(hidden.pop("linear_solve"))
+    assert "sin" in hidden and set(hidden.values()) == {None}
+    # This one runs on the host.
+    program = jax.make_jaxpr(eqxi.noinline(jnp.sin))(jnp.ones(3))
+    hidden = {e.primitive.name: _compat.hidden_program(e) for e in _equations(program)}
+    assert hidden["noinline"] is None
 
 
 def test_checkpointed_while_loop():

@@ -128,7 +128,7 @@ def test_every_public_name_has_a_docstring(module):
 def test_every_method_has_a_docstring(module):
     inherited = {"init", "step", "certify", "compute", "transpose", "conj", "terminate"}
     inherited |= {"postprocess", "assume_full_rank", "best_response", "reaches"}
-    inherited |= {"outer", "inner", "inner_residual", "check", "field", "select"}
+    inherited |= {"outer", "inner", "inner_residual", "root", "check", "field", "select"}
     inherited |= {"propose", "judge"}
     for name, value in _public(module).items():
         if not (isinstance(value, type) and issubclass(value, eqx.Module)):

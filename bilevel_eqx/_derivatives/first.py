@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, PyTree, Scalar
 
 from .._problem.base import AbstractBilevelProblem
+from .._problem.root import AbstractRootProblem
 
 
 def outer_gradients(
@@ -17,5 +18,7 @@ def outer_gradients(
 def inner_gradient(
     problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array]
 ) -> PyTree[Array]:
-    """The gradient of the inner objective in the inner variables, f_y."""
+    """What is zero at an inner solution: the gradient f_y; or r, if that is a root."""
+    if isinstance(problem, AbstractRootProblem):
+        return problem.root(x, y)
     return jax.grad(problem.inner, argnums=1)(x, y)

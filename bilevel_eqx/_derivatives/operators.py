@@ -228,7 +228,9 @@ def damped(
     operator: lx.AbstractLinearOperator, damping: ScalarLike
 ) -> lx.AbstractLinearOperator:
     """H + damping I, with the tags of H, which a sum of lineax operators loses."""
-    tags = {lx.symmetric_tag}
+    tags = set()
+    if lx.is_symmetric(operator):
+        tags.add(lx.symmetric_tag)
     if lx.is_positive_semidefinite(operator):
         tags.add(lx.positive_semidefinite_tag)
 

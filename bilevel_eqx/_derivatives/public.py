@@ -11,6 +11,7 @@ from .._custom_types import typechecked
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_y
+from .._problem.root import AbstractRootProblem
 from .operators import damped
 from .second import cross_derivative_operator, gradient_and_hessian
 
@@ -31,7 +32,7 @@ def inner_hessian(
     - `problem`: the bilevel problem.
     - `x`: the outer variables, a pytree of floating-point arrays.
     - `y`: the inner variables, a pytree of floating-point arrays.
-    - `tags`: further properties of H, which is always tagged as symmetric; for instance
+    - `tags`: further properties of H, which is tagged as symmetric; for instance
         `{lx.positive_semidefinite_tag}` at a minimum, which `lx.CG` and `lx.Cholesky`
         need. Tags are not checked. Keyword only argument.
 
@@ -39,6 +40,8 @@ def inner_hessian(
 
     A symmetric lineax operator from pytrees like `y` to pytrees like `y`. Each product
     with it is one Hessian-vector product. The gradient is linearised once, in this call.
+    For an [`bilevel_eqx.AbstractRootProblem`][] it is $\partial r / \partial y$, which
+    is not symmetric in general.
 
     **Raises:**
 
@@ -65,7 +68,8 @@ def cross_derivative(
 
     **Returns:**
 
-    A lineax operator from pytrees like `x` to pytrees like `y`.
+    A lineax operator from pytrees like `x` to pytrees like `y`. For an
+    [`bilevel_eqx.AbstractRootProblem`][] it is $\partial r / \partial x$.
 
     **Raises:** as [`bilevel_eqx.inner_hessian`][].
     """
@@ -98,7 +102,8 @@ def response_jacobian(
     - `y`: the inner variables, a pytree of floating-point arrays. The inner problem is
         not solved: J is evaluated at this y.
     - `linear_solver`: any lineax solver. H is tagged as positive semidefinite, as it
-        is at a minimum, so that `lx.CG` and `lx.Cholesky` accept it.
+        is at a minimum, so that `lx.CG` and `lx.Cholesky` accept it. The Jacobian of a
+        root has no tags.
     - `damping`: the $\epsilon$ above. Keyword only argument.
 
     **Returns:**
@@ -121,7 +126,9 @@ def response_jacobian(
             "problem has a `project_y`. Use `Implicit(None, linear_solver)(problem, x, "
             "y).jacobian`, which is the Jacobian in the set."
         )
-    H = inner_hessian(problem, x, y, tags={lx.positive_semidefinite_tag})
+    is_root = isinstance(problem, AbstractRootProblem)
+    tags = () if is_root else {lx.positive_semidefinite_tag}
+    H = inner_hessian(problem, x, y, tags=tags)
     B = cross_derivative(problem, x, y)
     if is_nonzero(damping):
         H = damped(H, damping)

@@ -14,6 +14,7 @@ from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
+from .._problem.root import AbstractRootProblem
 from .._tree import nonzero, tree_struct, tree_sub, tree_zeros_like
 from .first import inner_gradient
 from .operators import (
@@ -69,8 +70,13 @@ def expansion(
 ) -> tuple[PyTree[Array], lx.AbstractLinearOperator, Callable[..., PyTree]]:
     r"""f_y, H and the map $q \mapsto B^\top q$, from one linearisation in y.
 
-    For a sum of squares that map takes $A q$ too, if it is known better than q.
+    For a sum of squares that map takes $A q$ too, if it is known better than q. For a
+    root they are r, dr/dy and $q \mapsto (\partial r / \partial x)^\top q$.
     """
+    if isinstance(problem, AbstractRootProblem):
+        residual, jacobian = _linearised(lambda y: problem.root(x, y), y, tags)
+        _, pull = jax.vjp(lambda x: problem.root(x, y), x)
+        return residual, jacobian, _Component(pull, 0)
     # `positive_semidefinite_tag` alone does not make an operator symmetric to lineax.
     tags = frozenset(tags) | {lx.symmetric_tag}
     if isinstance(problem, AbstractLeastSquaresProblem):

@@ -16,9 +16,10 @@ from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_x, set_y
+from .._problem.root import check_has_objective
 from .._solution_set.picture import Picture
 from .._text import aligned
-from .._tree import tree_norm, tree_size
+from .._tree import nonzero, tree_norm, tree_size, vector_norm
 
 
 MAX_PRODUCTS = 128
@@ -128,8 +129,19 @@ class AbstractEquilibrium(eqx.Module):
     admits_constraints: ClassVar[bool] = False
     """Whether it is defined, and certified, where y is confined to a set."""
 
-    def check_constraints(self, problem: AbstractBilevelProblem) -> None:
-        """Raises a `ValueError` if `problem` confines y and this concept cannot."""
+    admits_roots: ClassVar[bool] = False
+    """Whether it is defined, and certified, where y is a root and not a minimum."""
+
+    def check_kind(self, problem: AbstractBilevelProblem) -> None:
+        """Raises a `ValueError` if `problem` confines y, or has a root for a minimum, and
+        this concept cannot."""
+        if not self.admits_roots:
+            check_has_objective(
+                problem,
+                f"`{type(self).__name__}`",
+                "Use `Stackelberg()`, or `WarmStart()`, which accepts roots that are "
+                "not isolated.",
+            )
         if set_y(problem).confines and not self.admits_constraints:
             raise ValueError(
                 f"`{type(self).__name__}` selects among the inner minima by the null "
@@ -202,7 +214,7 @@ def certify(
     if y0 is not None:
         y0 = as_variables(y0, "y0")
     check_problem(problem, x, y)
-    equilibrium.check_constraints(problem)
+    equilibrium.check_kind(problem)
     check_count(max_products, "max_products", "certify")
     if says(equilibrium, "bounds_products", False):
         # Those of others need not know of it.
@@ -244,6 +256,20 @@ def inner_residual(
     left = y_set.remaining_step(gradient, y)
     equation = "y = proj(y - f_y)" if y_set.confines else "f_y = 0"
     return {"inner": (relative_gradient(left, y, value), f"{what}: {equation}")}
+
+
+def solution_residual(here: Picture, what: str = "y is an inner minimum") -> dict:
+    """The same, read off a picture. A root has no f: its residual is relative to the
+    largest one of a y that is off by its own size."""
+    if not here.is_root:
+        assert here.value is not None
+        return inner_residual(
+            here.problem, here.x, here.y, here.value, here.gradient, what
+        )
+    assert here.spectrum is not None
+    largest = jnp.max(here.spectrum)
+    scale = nonzero(largest) * jnp.maximum(1, vector_norm(here.y))
+    return {"inner": (vector_norm(here.gradient) / scale, "y is a root: r = 0")}
 
 
 def outer_residual(problem, x, gradient: PyTree[Array], value: Scalar, what: str) -> dict:

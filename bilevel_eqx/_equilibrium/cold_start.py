@@ -10,9 +10,9 @@ from .base import (
     AbstractEquilibrium,
     Certificate,
     curved_notes,
-    inner_residual,
     outer_residual,
     require_start,
+    solution_residual,
 )
 
 
@@ -50,7 +50,7 @@ class ColdStart(AbstractEquilibrium):
         return Certificate(
             "a cold start",
             {
-                **inner_residual(here.problem, x, here.y, here.value, here.gradient),
+                **solution_residual(here),
                 "displacement": (
                     displacement.tangential_residual,
                     "y is the inner minimum nearest to y0: P_null (y - y0) = 0",

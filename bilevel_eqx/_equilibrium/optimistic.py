@@ -8,9 +8,9 @@ from .base import (
     AbstractEquilibrium,
     Certificate,
     curved_notes,
-    inner_residual,
     outer_residual,
     relative_gradient,
+    solution_residual,
 )
 
 
@@ -51,7 +51,7 @@ class Optimistic(AbstractEquilibrium):
         return Certificate(
             "an optimistic equilibrium",
             {
-                **inner_residual(here.problem, x, here.y, here.value, here.gradient),
+                **solution_residual(here),
                 "selection": (
                     relative_gradient(here.project(outer.y), here.y, outer.value),
                     "no inner minimum nearby has a smaller F: P_null F_y = 0",

@@ -34,9 +34,9 @@ from .base import (
     AbstractEquilibrium,
     Certificate,
     curved_notes,
-    inner_residual,
     relative_gradient,
     require_start,
+    solution_residual,
 )
 
 
@@ -145,7 +145,7 @@ class Pessimistic(AbstractEquilibrium):
         return Certificate(
             "a pessimistic equilibrium",
             {
-                **inner_residual(here.problem, x, y, here.value, here.gradient),
+                **solution_residual(here),
                 "ball": (
                     jnp.maximum(0, distance - radius) / jnp.maximum(1, radius),
                     "y is within the radius of proj(y0, S(x))",

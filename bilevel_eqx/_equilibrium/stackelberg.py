@@ -12,9 +12,10 @@ from .._linalg.eigenbasis import extreme_eigenvalues
 from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
+from .._problem.root import AbstractRootProblem
 from .._solution_set.picture import Picture, picture
 from .._tree import nonzero, tree_size
-from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
+from .base import AbstractEquilibrium, Certificate, outer_residual, solution_residual
 
 
 class Stackelberg(AbstractEquilibrium):
@@ -26,6 +27,10 @@ class Stackelberg(AbstractEquilibrium):
     that makes it unique. A problem with a singular H is refused, since the concepts
     [`bilevel_eqx.Optimistic`][], [`bilevel_eqx.ColdStart`][] and the others then differ.
 
+    If y is a root ([`bilevel_eqx.AbstractRootProblem`][]) the conditions are
+    $r(x, y) = 0$, a nonsingular $\partial r / \partial y$, and
+    $F_x - (\partial r / \partial x)^\top (\partial r / \partial y)^{-\top} F_y = 0$.
+
     ??? cite "Reference"
 
         von Stackelberg, *Marktform und Gleichgewicht*, 1934.
@@ -34,6 +39,7 @@ class Stackelberg(AbstractEquilibrium):
     bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     admits_constraints: ClassVar[bool] = True
+    admits_roots: ClassVar[bool] = True
 
     def check(self, problem, x, y):
         if set_y(problem).confines:
@@ -45,8 +51,12 @@ class Stackelberg(AbstractEquilibrium):
             raise _singular(f"{why} variables")
         if tree_size(y) > DENSE_SIZE:
             return
-        lowest = _lowest_clearance(problem, x, y)
+        lowest, extremes = _extremes(problem, x, y)
         if is_traced(lowest):
+            return
+        if extremes is not None:
+            if lowest <= 1:
+                raise _singular_root(*extremes)
             return
         # If some are negative, y is not a minimum yet. The certificate then decides.
         if abs(lowest) <= 1:
@@ -57,11 +67,13 @@ class Stackelberg(AbstractEquilibrium):
 
     def certify(self, problem, x, y, y0, max_products=None):
         # Half of the products are for the question whether the minimum is unique.
-        here, _ = picture(problem, x, y, max_products=max_products, share=0.5)
+        share = 1.0 if isinstance(problem, AbstractRootProblem) else 0.5
+        here, _ = picture(problem, x, y, max_products=max_products, share=share)
         outer = here.outer()
         notes = ()
-        if here.y.size <= DENSE_SIZE:
-            missing = 1 - jnp.clip(jnp.min(here.clearance()), 0, 1)
+        if here.y.size <= DENSE_SIZE or here.is_root:
+            # Zero if no eigenvalue counts as zero, and none is negative.
+            missing = jnp.where(jnp.min(here.clearance()) > 1, 0.0, 1.0)
         else:
             num_products = _share_of(max_products)
             missing, resolved = _missing_uniqueness(here, num_products)
@@ -69,20 +81,22 @@ class Stackelberg(AbstractEquilibrium):
                 f"uniqueness is shown by {num_products} products with H, up to a "
                 f"condition number of {1 / resolved:.2g}; more `max_products` show more",
             )
+        unique = "there is no other inner minimum nearby: H is positive definite"
+        through = "B^T H^-1"
+        if here.is_root:
+            unique = "there is no other root nearby: dr/dy is nonsingular"
+            through = "(dr/dx)^T (dr/dy)^-T"
         return Certificate(
             "a Stackelberg equilibrium",
             {
-                **inner_residual(here.problem, x, here.y, here.value, here.gradient),
-                "uniqueness": (
-                    missing,
-                    "there is no other inner minimum nearby: H is positive definite",
-                ),
+                **solution_residual(here),
+                "uniqueness": (missing, unique),
                 **outer_residual(
                     problem,
                     x,
                     outer.hypergradient,
                     outer.value,
-                    "x is stationary: F_x - B^T H^-1 F_y = 0",
+                    f"x is stationary: F_x - {through} F_y = 0",
                 ),
             },
             accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
@@ -113,9 +127,13 @@ def _too_few_squares(problem, x, y) -> tuple[int, int] | None:
 
 
 @eqx.filter_jit
-def _lowest_clearance(problem, x, y):
+def _extremes(problem, x, y):
+    """The lowest clearance, and for a root the extreme singular values."""
     here, _ = picture(problem, x, y)
-    return jnp.min(here.clearance())
+    lowest = jnp.min(here.clearance())
+    if here.spectrum is not None:
+        return lowest, (jnp.min(here.spectrum), jnp.max(here.spectrum))
+    return lowest, None
 
 
 def _singular(why: str) -> ValueError:
@@ -124,4 +142,13 @@ def _singular(why: str) -> ValueError:
         f"of this problem is singular: {why}. Choose an equilibrium that selects one of "
         "the inner minima (`Optimistic()`, `Pessimistic(radius)`, `ColdStart()`, "
         "`WarmStart()`), or make the minimum unique with a penalty on y."
+    )
+
+
+def _singular_root(lowest, largest) -> ValueError:
+    return ValueError(
+        "A `Stackelberg` equilibrium needs an isolated root, but dr/dy is singular at "
+        f"(x0, y0): its singular values lie between {float(lowest):.2g} and "
+        f"{float(largest):.2g}. Start from another y0; or, if there are many roots, use "
+        "`WarmStart()`, which follows the one nearest to the last."
     )

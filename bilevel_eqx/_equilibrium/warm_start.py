@@ -9,7 +9,7 @@ from .._arguments import as_rate, check_positive
 from .._derivatives.public import is_nonzero
 from .._problem.proximal import proximal
 from .._solution_set.picture import picture
-from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
+from .base import AbstractEquilibrium, Certificate, outer_residual, solution_residual
 
 
 def _zero_or_rate(epsilon):
@@ -34,6 +34,10 @@ class WarmStart(AbstractEquilibrium):
     replaced by stationarity with the response. In a convex problem $\epsilon$ does not
     change the inner condition, only the hypergradient.
 
+    If y is a root ([`bilevel_eqx.AbstractRootProblem`][]) there is only the full one,
+    $r(x, y) = 0$ and $F_x - (\partial r / \partial x)^\top
+    (\partial r / \partial y)^{+\top} F_y = 0$.
+
     ??? cite "Reference"
 
         Vicol, Lorraine, Duvenaud and Grosse, *Implicit Regularization in
@@ -43,6 +47,7 @@ class WarmStart(AbstractEquilibrium):
     bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     admits_constraints: ClassVar[bool] = True
+    admits_roots: ClassVar[bool] = True
     epsilon: ScalarLike = eqx.field(converter=_zero_or_rate, default=0.0)
 
     def __check_init__(self):
@@ -58,24 +63,19 @@ class WarmStart(AbstractEquilibrium):
         answering = proximal(problem, y, self.epsilon) if self.partial else problem
         here, _ = picture(answering, x, y, max_products=max_products)
         outer = here.outer()
-        name = "(H + epsilon I)^-1" if self.partial else "H^+"
+        through = "B^T (H + epsilon I)^-1" if self.partial else "B^T H^+"
+        if here.is_root:
+            through = "(dr/dx)^T (dr/dy)^+T"
         return Certificate(
             "a partial warm start" if self.partial else "a full warm start",
             {
-                **inner_residual(
-                    here.problem,
-                    x,
-                    here.y,
-                    here.value,
-                    here.gradient,
-                    "the response from y is y",
-                ),
+                **solution_residual(here, "the response from y is y"),
                 **outer_residual(
                     problem,
                     x,
                     outer.hypergradient,
                     outer.value,
-                    f"x is stationary with it: F_x - B^T {name} F_y = 0",
+                    f"x is stationary with it: F_x - {through} F_y = 0",
                 ),
             },
             accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),

@@ -22,6 +22,22 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
         "`Unrolled`, which assumes nothing. If an approximate hypergradient is enough, "
         "raise the `tolerance` of the response (`None` accepts any point)."
     )
+    root_not_converged = (
+        "The solve for the inner root did not converge, but the Jacobian of this "
+        "response is right only at a root. Give the solver more steps or a smaller "
+        "tolerance, start it closer to the root, or use a Newton method: `Projection()` "
+        "or `optx.Newton(rtol, atol)`. If there is no root near the anchor, none of "
+        "them finds one. If an approximate hypergradient is enough, raise the "
+        "`tolerance` of the response (`None` accepts any point)."
+    )
+    root_diverged = (
+        "The solve for the inner root diverges: the residual at its end is larger than "
+        "at its start. A fixed-point iteration converges only if all eigenvalues of "
+        "d phi / d y are smaller than one in absolute value. Use a Newton method, "
+        "`Projection()` or `optx.Newton(rtol, atol)`, or damp the iteration: "
+        "`optx.FixedPointIteration(rtol, atol, damp=0.5)`. If a Newton method diverges, "
+        "start it closer to the root."
+    )
     not_selected = (
         "An inner minimum was found, but not the nearest one: the search along the set "
         "of inner minima did not converge. Give it more steps (`selection_steps=...`). "
@@ -31,8 +47,10 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
     neumann_diverged = (
         "The Neumann series diverges: the residual of its linear system has grown. It "
         "converges only if the step size is below 2 / (largest eigenvalue of the inner "
-        "Hessian) and that Hessian has no negative eigenvalue. Lower "
-        "`Neumann(step_size=...)`, or use `Pseudoinverse` or `TruncatedCG`."
+        "Hessian) and that Hessian has no negative eigenvalue; for a root, only if all "
+        "eigenvalues of I - step_size dr/dy are smaller than one in absolute value. "
+        "Lower `Neumann(step_size=...)`, or use `Pseudoinverse`, or `TruncatedCG` (for a "
+        "root `lx.GMRES`)."
     )
     negative_curvature = (
         "Conjugate gradients met negative curvature at their first step: the inner "

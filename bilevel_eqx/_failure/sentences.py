@@ -45,6 +45,8 @@ def _numbers(message: str, figures: dict[str, Any]) -> str:
     )
     texts = {
         "inner_not_converged": (inner, "The inner gradient has norm {:.3g}."),
+        "root_not_converged": (inner, "The residual has norm {:.3g}."),
+        "root_diverged": (inner, "The residual has norm {:.3g}."),
         "not_selected": (
             displacement,
             "A share of {:.3g} of the displacement is still tangential to that set.",

@@ -136,6 +136,12 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
 
         curved = _hessian_depends_on_y(objective, v)
         solved = norm <= rtol * first_norm
+        if curved:
+            # Small beside the first one is not enough where f flattens, as a logistic
+            # loss does: the minimum along the gradient must be near, too.
+            square, bend = jnp.vdot(gradient, gradient), product(gradient)
+            near = _NEAR * vector_norm(v) * jnp.abs(jnp.vdot(gradient, bend))
+            solved = solved & (norm * square <= near)
         new_v, small = jax.lax.cond(solved, lambda: (v, jnp.array(True)), move)
         num_steps = state.num_steps + 1
         terminate = small | (num_steps >= self.max_steps)
@@ -190,3 +196,6 @@ def _hessian_depends_on_y(objective, y) -> bool:
 
 
 _MAX_TRIALS = 30
+
+
+_NEAR = 1e-4

@@ -16,7 +16,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._tree import nonzero, tree_axpy, tree_dtype, tree_struct, tree_sub, tree_zeros_like
-from .decompositions import eigh
+from .decompositions import eigh, svd
 from .power_iteration import DENSE_SIZE, largest_magnitude
 
 
@@ -62,6 +62,23 @@ def eigenbasis(
         first = jnp.where(size == 0, first, flat / size + mix * first)
     basis, values, rotation, _ = lanczos(operator, first, num_steps)
     return Eigenbasis(values, basis.T @ rotation)
+
+
+def singular_values(
+    operator: lx.AbstractLinearOperator, num_steps: int = _LANCZOS_STEPS
+) -> Float[Array, " k"]:
+    """The singular values of an operator, or Ritz values of them.
+
+    The latter are roots of those of the square. So they count as zero below the root of
+    machine precision, relative to the largest.
+    """
+    if operator.in_size() <= DENSE_SIZE:
+        return svd(operator.as_matrix())[1]
+    square = operator.T @ operator
+    tagged = lx.TaggedLinearOperator(square, lx.symmetric_tag)
+    values = eigenbasis(tagged, num_steps=num_steps).values
+    floor = jnp.finfo(values.dtype).eps * jnp.max(values)
+    return jnp.sqrt(jnp.where(values > floor, values, 0))
 
 
 def lanczos(

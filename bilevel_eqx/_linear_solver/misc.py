@@ -5,6 +5,8 @@
 - `breakdown`: the name of the failure that `lineax.RESULTS.breakdown` means here.
 - `heeds_curved_tag` (False): it uses `curved_tag` and `CurvedHessian`.
 - `splits_squares` (False): it solves with an `AugmentedHessian`.
+- `needs_symmetry` (False, and true of those of lineax that are): it presumes that the
+  operator is symmetric.
 """
 
 import equinox as eqx
@@ -15,6 +17,8 @@ from jaxtyping import Array, PyTree, Scalar
 from .._arguments import says
 from .._derivatives.operators import AugmentedHessian, curved_tag, LeastSquaresHessian
 from .._failure.results import RESULTS
+from .._problem.base import AbstractBilevelProblem
+from .._problem.root import AbstractRootProblem
 from .._tree import nonzero, tree_norm
 
 
@@ -39,13 +43,32 @@ def judges_itself(solver: lx.AbstractLinearSolver) -> bool:
     return says(solver, "judges_itself", False)
 
 
-def tags_for(solver: lx.AbstractLinearSolver, is_curved: bool) -> frozenset[object]:
-    """The tags of the Hessian at a minimum.
+def check_symmetry(
+    problem: AbstractBilevelProblem, solver: lx.AbstractLinearSolver
+) -> None:
+    """Refuses a solver for symmetric systems where the inner variables are a root."""
+    conjugate = isinstance(solver, lx.CG | lx.Cholesky)
+    needs_symmetry = says(solver, "needs_symmetry", conjugate)
+    if needs_symmetry and isinstance(problem, AbstractRootProblem):
+        raise ValueError(
+            f"`{type(solver).__name__}` solves only symmetric systems, but the inner "
+            "variables of this problem are a root, r(x, y) = 0, and dr/dy is not "
+            "symmetric. Use `Pseudoinverse()`, `lx.LU()`, `lx.GMRES(rtol, atol)`, "
+            "`lx.BiCGStab(rtol, atol)`, or `Neumann(num_terms, 1.0)` for a fixed point."
+        )
+
+
+def tags_for(
+    problem: AbstractBilevelProblem, solver: lx.AbstractLinearSolver, is_curved: bool
+) -> frozenset[object]:
+    """The tags of the Hessian at a minimum. The Jacobian of a root has none.
 
     It is positive semidefinite there. With that tag `lx.CG` and `lx.Cholesky` accept it,
     and the default solver of lineax raises on a singular one. Without the tag that solver
     would silently return wrong numbers.
     """
+    if isinstance(problem, AbstractRootProblem):
+        return frozenset()
     tags: set[object] = {lx.symmetric_tag, lx.positive_semidefinite_tag}
     if is_curved and says(solver, "heeds_curved_tag", False):
         tags.add(curved_tag)

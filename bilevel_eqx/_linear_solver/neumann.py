@@ -57,7 +57,11 @@ class Neumann(lx.AbstractLinearSolver):
     series diverges and the result is `RESULTS.breakdown`. `stats["curvature"]` is then
     close to the eigenvalue on which it diverges. If that is positive, a step size below
     `2 / stats["curvature"]` does not diverge on it; if it is negative, no step size
-    converges.
+    converges. (Where the operator is not symmetric, there is no such figure.)
+
+    For a fixed point $y = \varphi(x, y)$ take a step size of one: $H$ is then
+    $I - \partial \varphi / \partial y$, and the series is
+    $\sum_j (\partial \varphi / \partial y)^j$.
 
     ??? cite "Reference"
 
@@ -134,7 +138,10 @@ class Neumann(lx.AbstractLinearSolver):
         carry = vector, zeros, jnp.zeros((), tree_dtype(vector))
         last, total, curvature = jax.lax.fori_loop(0, self.num_terms, add_term, carry)
         residual = relative(last, vector)
-        stats = {"residual": residual, "curvature": curvature}
+        stats = {"residual": residual}
+        if lx.is_symmetric(operator):
+            # Otherwise the quotient is no eigenvalue.
+            stats["curvature"] = curvature
         return tree_scale(self.step_size, total), _converges(residual), stats
 
     def transpose(self, state, options):

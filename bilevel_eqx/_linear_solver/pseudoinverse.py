@@ -151,6 +151,7 @@ class _DenseInverse(eqx.Module):
     right: Float[Array, "r n"]
     reciprocal: Float[Array, " r"]
     left: Float[Array, "r m"]
+    values: Float[Array, " r"]
     clearance: Float[Array, " r"]
     in_layout: Layout = eqx.field(static=True)
     out_layout: Layout = eqx.field(static=True)
@@ -169,6 +170,7 @@ class _DenseInverse(eqx.Module):
             self.left,
             self.reciprocal,
             self.right,
+            self.values,
             self.clearance,
             self.out_layout,
             self.in_layout,
@@ -210,6 +212,7 @@ def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
         rows[0],
         reciprocal,
         rows[-1],
+        values,
         clear,
         Layout(operator.in_structure()),
         Layout(operator.out_structure()),
@@ -337,7 +340,7 @@ def krylov_inverse(
     rows = [rotation.T @ basis]
     reciprocal, (rows,), clear = _truncated(values, rows, uncertain)
     layout = Layout(start)
-    return _DenseInverse(rows, reciprocal, rows, clear, layout, layout)
+    return _DenseInverse(rows, reciprocal, rows, values, clear, layout, layout)
 
 
 class _MatrixFreeInverse(eqx.Module):

@@ -70,6 +70,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
 
     judges_itself: ClassVar[bool] = True
     breakdown: ClassVar[str] = "negative_curvature"
+    needs_symmetry: ClassVar[bool] = True
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps", "TruncatedCG")

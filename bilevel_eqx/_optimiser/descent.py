@@ -53,6 +53,11 @@ class AbstractDescent(eqx.Module):
     ) -> tuple[PyTree[Array], Any]:
         """The next point to evaluate, after the last accepted one, `base`."""
 
+    def asks_for_values(self, x: PyTree[Array]) -> bool:
+        """Whether `propose` calls `value_fn`."""
+        del x
+        return False
+
     @abc.abstractmethod
     def judge(self, state: Any, base: Point, trial: Point) -> tuple[Any, Bool[Array, ""]]:
         """Whether the evaluated proposal becomes the next base."""
@@ -78,6 +83,30 @@ class OptaxDescent(AbstractDescent):
             value_fn=value_fn,
             project=project,
         )
+
+    def asks_for_values(self, x):
+        asked = False
+
+        def value_fn(x):
+            nonlocal asked
+            asked = True
+            return jnp.zeros(())
+
+        def step(x):
+            value = jnp.zeros(())
+            state = self.init(x)
+            return optimiser_step(
+                self.optimiser,
+                x,
+                state,
+                value=value,
+                gradient=x,
+                value_fn=value_fn,
+                project=lambda x: x,
+            )
+
+        eqx.filter_eval_shape(step, x)
+        return asked
 
     def judge(self, state, base, trial):
         return state, jnp.array(True)

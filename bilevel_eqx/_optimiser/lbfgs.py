@@ -109,7 +109,8 @@ class LBFGS(AbstractDescent):
         length = self._next(searching, value, new_value)
         searching = eqx.tree_at(lambda s: s.length, searching, length)
         found = (decreases & (length > 0)) | (low > 0)
-        moved = self._turn(state, base, trial, layout, found)
+        gained = found & (new_value < value - slack)
+        moved = self._turn(state, base, trial, layout, found, gained)
         chosen = jax.tree.map(lambda u, v: jnp.where(accepted, u, v), moved, searching)
         return chosen, accepted
 
@@ -126,7 +127,7 @@ class LBFGS(AbstractDescent):
         last = (state.num_trials >= state.max_trials - 1) & state.evaluated
         return jnp.where(last, low, following)
 
-    def _turn(self, state, base, trial, layout: Layout, found: Bool[Array, ""]):
+    def _turn(self, state, base, trial, layout: Layout, found, gained):
         """The state at an accepted point, with a new direction. What has led nowhere is
         forgotten."""
         gradient = layout.ravel(trial.gradient)
@@ -151,22 +152,14 @@ class LBFGS(AbstractDescent):
         slope = jnp.vdot(gradient, direction)
         zero, one = jnp.zeros_like(slope), jnp.ones_like(slope)
         none, yes = jnp.zeros_like(state.num_trials), jnp.array(True)
-        # Where a search has found nothing, as within rounding of a minimum, the next one
+        # Where a search has gained nothing, as within rounding of a minimum, the next one
         # is a quarter as long.
         shorter = jnp.maximum(2, state.max_trials // 4)
-        max_trials = jnp.where(found | ~state.started, self.max_trials, shorter)
+        max_trials = jnp.where(gained | ~state.started, self.max_trials, shorter)
         trials = none, max_trials.astype(none.dtype), jnp.array(False)
         return _LBFGSState(
             steps, changes, direction, slope, one, zero, zero, *trials, yes
         )
-
-
-LBFGS.__init__.__doc__ = """**Arguments:**
-
-- `memory`: how many of the last changes are kept.
-- `max_trials`: how many points a search may evaluate. At a kink of the value, as that of
-    a worst inner minimum may have, it has to come very close.
-"""
 
 
 LBFGS.__init__.__doc__ = """**Arguments:**

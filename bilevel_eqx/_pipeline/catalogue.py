@@ -164,7 +164,7 @@ register(
     _implicit,
     reference="Bengio 2000; Pedregosa 2016",
     cost=f"{_newton}; n^2 or 10 n",
-    demands="a positive definite H",
+    demands="a positive definite H, or an isolated root",
 )
 
 

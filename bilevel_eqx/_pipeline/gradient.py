@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar
 from .._arguments import check_type
 from .._derivatives.first import inner_gradient
 from .._failure.results import figures_of, RESULTS, Verdict, verdict_where
-from .._hypergradient import Hypergradient, hypergradient_and_state, reaches_outer
+from .._hypergradient import answered, Hypergradient, reaches_outer
 from .._optimiser.descent import AbstractDescent, advance, as_descent, as_optimiser, Point
 from .._optimiser.step import first_order
 from .._problem.constraints import set_x, set_y
@@ -23,7 +23,7 @@ from .base import AbstractPipeline
 
 # A program of its own, so that it is traced once and not in each branch of a line search
 # of optax.
-_respond = eqx.filter_jit(hypergradient_and_state)
+_respond = eqx.filter_jit(answered)
 
 
 class GradientState(eqx.Module):
@@ -33,7 +33,8 @@ class GradientState(eqx.Module):
     y: PyTree[Array]
     y0: PyTree[Array]
     # Where the last hypergradient was taken from: a line search must ask there too.
-    anchor: PyTree[Array]
+    # `None` if there is none.
+    anchor: PyTree[Array] | None
     value: Scalar
     gradient: PyTree[Array]
     verdict: Verdict
@@ -51,6 +52,8 @@ class _Answer(NamedTuple):
     y: PyTree[Array]
     inner_state: Any
     verdict: Verdict
+    # The inner gradient where the last inner step began, if it is at hand.
+    slope: Scalar | None
 
 
 class GradientPipeline(AbstractPipeline[GradientState]):
@@ -106,7 +109,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             x=x,
             y=y,
             y0=y,
-            anchor=y,
+            anchor=y if self._asks_again(equilibrium, x) else None,
             value=jnp.zeros((), value.dtype),
             gradient=tree_zeros_like(x),
             verdict=Verdict(result, figures_of(x, {})),
@@ -118,22 +121,19 @@ class GradientPipeline(AbstractPipeline[GradientState]):
 
     def step(self, problem, equilibrium, state):
         descent = as_descent(self.optimiser)
-        # Where the search must begin: if it is from where the answer will, the point
-        # accepted is the answer.
-        stays = not equilibrium.warm or self.response.answers_itself
-        one_way = not descent.searches or (stays and self.inner_update is None)
+        one_way = self._is_one_way(equilibrium)
 
         def value_fn(x):
             # For optax optimisers with a line search. The others never ask. The
             # derivative is the hypergradient, whatever approximation that is.
             # A rate in float64 does not make float32 variables float64.
             fixed = tree_cast(jax.lax.stop_gradient(x), state.x)
-            at, _ = _respond(problem, fixed, state.anchor, self.response)
+            at, *_ = _respond(problem, fixed, state.anchor, self.response)
             return first_order(at.value, at.gradient, x, fixed)
 
         def search(x):
-            at, _ = hypergradient_and_state(problem, x, state.anchor, self.response)
-            return _point(x, at, state.verdict, (state.y, state.inner_state))
+            at, *_ = answered(problem, x, state.anchor, self.response)
+            return _point(x, at, state.verdict, (state.y, state.inner_state), None)
 
         def answer(x):
             return self._answer(problem, equilibrium, state, x)
@@ -143,7 +143,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             state.value,
             state.gradient,
             state.verdict.failed,
-            _Answer(state.y, state.inner_state, state.verdict),
+            _Answer(state.y, state.inner_state, state.verdict, None),
         )
         moving = ft.partial(
             advance,
@@ -167,7 +167,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             x=point.x,
             y=found.y,
             y0=state.y0,
-            anchor=anchor,
+            anchor=None if state.anchor is None else anchor,
             value=point.value,
             gradient=point.gradient,
             verdict=found.verdict,
@@ -180,7 +180,9 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         metrics = {
             "value": state.value,
             "outer_residual": tree_norm(left),
-            "inner_residual": self._inner_residual(problem, equilibrium, state),
+            "inner_residual": self._inner_residual(
+                problem, equilibrium, state, found.slope
+            ),
             "result": state.verdict,
         }
         return state, metrics
@@ -190,6 +192,18 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         """What moves y."""
         return self.response if self.inner_update is None else self.inner_update
 
+    def _is_one_way(self, equilibrium) -> bool:
+        """Whether each x that is evaluated is answered at once. A search must begin from
+        where the answer will: then the point accepted is the answer."""
+        stays = not equilibrium.warm or self.response.answers_itself
+        searches = as_descent(self.optimiser).searches
+        return not searches or (stays and self.inner_update is None)
+
+    def _asks_again(self, equilibrium, x) -> bool:
+        """Whether x is evaluated where y was before."""
+        descent = as_descent(self.optimiser)
+        return not self._is_one_way(equilibrium) or descent.asks_for_values(x)
+
     def _carries(self, equilibrium) -> bool:
         """Whether the state of what moves y is carried to the next step."""
         return equilibrium.warm or self._mover.state_is_guess
@@ -197,19 +211,23 @@ class GradientPipeline(AbstractPipeline[GradientState]):
     def _answer(self, problem, equilibrium, state: GradientState, x) -> Point:
         """y moves, and the response answers x."""
         verdict, y, carried = state.verdict, state.y, state.inner_state
+        slope = None
         if self.inner_update is not None:
-            y, carried, verdict = self._updated(problem, equilibrium, state, x)
+            y, carried, verdict, slope = self._updated(problem, equilibrium, state, x)
         anchor = y if equilibrium.warm else state.y0
         looks_ahead = self.inner_update is None or _same_optimiser(
             self.inner_update, self.response
         )
-        out, inner_state = hypergradient_and_state(
+        out, inner_state, own_slope = answered(
             problem, x, anchor, self.response, carried if looks_ahead else None
         )
-        if self.inner_update is not None:
-            return _point(x, out, verdict, (y, carried))
-        kept = inner_state if self._carries(equilibrium) else None
-        return _point(x, out, verdict, (out.y, kept))
+        if self.inner_update is None:
+            slope, y = own_slope, out.y
+            carried = inner_state if self._carries(equilibrium) else None
+        if as_descent(self.optimiser).searches:
+            # A search is costly in any case, and the loop of one need not carry it.
+            slope = None
+        return _point(x, out, verdict, (y, carried), slope)
 
     def _updated(self, problem, equilibrium, state: GradientState, x):
         """The inner update, which the first answer goes without."""
@@ -221,15 +239,17 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         verdict = verdict_where(state.verdict.failed, state.verdict, verdict)
         updated = answer.y, inner_state, verdict
         before = state.y, state.inner_state, state.verdict
-        return tree_where(state.started, updated, before)
+        return *tree_where(state.started, updated, before), answer.slope
 
-    def _inner_residual(self, problem, equilibrium, state):
+    def _inner_residual(self, problem, equilibrium, state, slope):
         """Zero iff y stands still, given that x does."""
         lags = equilibrium.warm or self.inner_update is not None
         if not lags and not self.response.solves:
             # y is a function of x, computed anew each time: it cannot lag behind, and
             # what an unrolled response leaves undone is not for it to do.
             return jnp.zeros_like(state.value)
+        if slope is not None:
+            return slope
         slope = inner_gradient(problem, state.x, state.y)
         return tree_norm(set_y(problem).remaining_step(slope, state.y))
 
@@ -250,10 +270,10 @@ def _same_optimiser(inner_update: AbstractResponse, response: AbstractResponse) 
     return own is not None and eqx.tree_equal(inner_update.inner_optimiser, own) is True
 
 
-def _point(x, out: Hypergradient, before: Verdict, kept: tuple[Any, Any]) -> Point:
+def _point(x, out: Hypergradient, before: Verdict, kept: tuple[Any, Any], slope) -> Point:
     """An evaluated point. The first failure of a run is the one that counts."""
     parts = {"value": out.value, "gradient": out.gradient}
     verdict = Verdict(out.result, figures_of(x, out.stats, **parts))
     failed = verdict.failed
     verdict = verdict_where(before.failed, before, verdict)
-    return Point(x, out.value, out.gradient, failed, _Answer(*kept, verdict))
+    return Point(x, out.value, out.gradient, failed, _Answer(*kept, verdict, slope))

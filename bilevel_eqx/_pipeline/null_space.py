@@ -198,7 +198,7 @@ class NullSpaceDescent(_AbstractValueDescent):
             self.linear_solver,
             self.selection_steps,
         )
-        result = implicit.judge(result, anchor, here.y, here.gradient, here.at.hessian)
+        result = implicit.judge(result, anchor, here.y, here.at)
         outer = here.outer()
         value, gradient = outer.value, outer.hypergradient
         result = first_failure(
@@ -239,21 +239,23 @@ class NullSpaceAscent(_AbstractValueDescent):
             self.solver, self.linear_solver, selection_tolerance=None
         )
         center, layout, result, stats = nearest.nearest(problem, x, y0)
-        y = layout.ravel(y)
+        anchor = layout.ravel(y0)
         worst = find_worst(
             center.picture.problem,
             x,
-            y,
+            layout.ravel(y),
             center,
             equilibrium.radius,
             self.selection_steps,
-            rounding=float(jnp.finfo(y.dtype).eps) ** 0.8,
+            rounding=float(jnp.finfo(anchor.dtype).eps) ** 0.8,
         )
-        finite = finite_or_not((worst.value, worst.gradient, worst.y))
-        value, gradient = worst.value, worst.gradient
+        here, value, gradient = worst.picture, worst.value, worst.gradient
+        implicit = Implicit(self.solver, self.linear_solver)
+        result = implicit.judge(result, anchor, here.y, here.at)
+        finite = finite_or_not((value, gradient, here.y))
         figures = figures_of(x, stats, value=value, gradient=gradient)
         verdict = Verdict(first_failure(result, finite), figures)
-        y = layout.unravel(worst.y)
+        y = layout.unravel(here.y)
         return SelectedValue(y, value, gradient, verdict, worst.residual)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -10,7 +11,8 @@ from jaxtyping import PyTree
 from .._depends_on import depends_on
 from .._tree import tree_struct
 from .base import AbstractBilevelProblem
-from .constraints import Convex
+from .constraints import Convex, set_y
+from .root import AbstractRootProblem, FixedPointProblem
 
 
 def _check_scalar(fn: Callable, name: str, x: PyTree, y: PyTree) -> None:
@@ -45,12 +47,37 @@ def _check_projection(fn: Callable | None, name: str, at: PyTree) -> None:
         )
 
 
+def _check_root(problem: AbstractRootProblem, x: PyTree, y: PyTree) -> None:
+    if set_y(problem).confines:
+        raise ValueError(
+            "The inner variables of a root problem cannot be confined to a set, but this "
+            "problem has a `project_y`. Put the projection into the map: a fixed point "
+            "of `project_y(fixed_point(x, y))` lies in the set."
+        )
+    name = "fixed_point" if isinstance(problem, FixedPointProblem) else "root"
+    struct, wanted = jax.eval_shape(getattr(problem, name), x, y), tree_struct(y)
+    if eqx.tree_equal(struct, wanted) is not True:
+        raise ValueError(
+            f"`problem.{name}(x, y)` must return a pytree with the structure, the shapes "
+            f"and the types of y, {wanted}, but it returns {struct}. Check the order of "
+            "its arguments, which is (x, y); a cast `.astype(...)` mends a type."
+        )
+    if not depends_on(lambda y: problem.root(x, y), y):
+        raise ValueError(
+            "The root does not depend on y: the derivative of `problem.root(x, y)` with "
+            "respect to y is zero for all x and y. Check the order of its arguments, "
+            "which is (x, y), and look for a `stop_gradient` or a cast to integers."
+        )
+
+
 def check_problem(problem: AbstractBilevelProblem, x: PyTree, y: PyTree) -> None:
-    """Refuses objectives that are not scalars, an inner objective that does not depend on
-    y, and projections to other spaces."""
+    """Refuses objectives that are not scalars, an inner objective or a root that does not
+    depend on y, a root that is not like y, and projections to other spaces."""
     _check_projection(problem.project_x, "x", x)
     _check_projection(problem.project_y, "y", y)
     _check_scalar(problem.outer, "outer", x, y)
+    if isinstance(problem, AbstractRootProblem):
+        return _check_root(problem, x, y)
     _check_scalar(problem.inner, "inner", x, y)
     if not depends_on(lambda y: problem.inner(x, y), y):
         raise ValueError(

@@ -6,6 +6,7 @@ from jaxtyping import Array, PyTree
 from .base import AbstractBilevelProblem, BilevelProblem
 from .constraints import set_y
 from .least_squares import AbstractLeastSquaresProblem, LeastSquaresProblem
+from .root import AbstractRootProblem, RootProblem
 
 
 def _no_outer(x, y):
@@ -21,6 +22,9 @@ def closure_converted(
     A derivative rule sees only its arguments. Without this, the derivative with respect
     to a value that the inner objective closes over would silently be zero.
     """
+    if isinstance(problem, AbstractRootProblem):
+        root = eqx.filter_closure_convert(problem.root, x, y)
+        return RootProblem(_no_outer, root)
     project_y = None
     if set_y(problem).confines:
         project_y = eqx.filter_closure_convert(set_y(problem).project, y)

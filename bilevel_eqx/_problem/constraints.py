@@ -60,6 +60,19 @@ class Stationarity(eqx.Module):
         """D times an operator."""
         return operator if self._tangent is None else self._tangent @ operator
 
+    def distance(self) -> Scalar:
+        """That of the solution along the residual, if H does not depend on y."""
+        g = self.residual
+        Hg = self.free_hessian.mv(g)
+        gg = tree_dot(g, g)
+        if lx.is_symmetric(self.free_hessian):
+            curvature = jnp.abs(tree_dot(g, Hg))
+        else:
+            # The Jacobian of a root may turn the residual by a right angle.
+            curvature = jnp.sqrt(gg * tree_dot(Hg, Hg))
+        distance = gg / nonzero(curvature) * jnp.sqrt(gg)
+        return jnp.where((curvature == 0) & (gg != 0), jnp.inf, distance)
+
     def definite_hessian(self) -> lx.AbstractLinearOperator:
         """K where v can move, and 1/t across the face, where it cannot."""
         D = self._tangent

@@ -8,6 +8,7 @@ from .._tree import Layout
 from .base import AbstractBilevelProblem
 from .constraints import set_y
 from .least_squares import AbstractLeastSquaresProblem
+from .root import AbstractRootProblem
 
 
 class _FlatProjection(eqx.Module):
@@ -67,6 +68,21 @@ class _FlatLeastSquaresProblem(AbstractLeastSquaresProblem):
         return Layout(residual).ravel(residual)
 
 
+class _FlatRootProblem(AbstractRootProblem):
+    problem: AbstractRootProblem
+    layout: Layout = eqx.field(static=True)
+
+    @property
+    def project_x(self):
+        return self.problem.project_x
+
+    def outer(self, x, y):
+        return self.problem.outer(x, self.layout.unravel(y))
+
+    def root(self, x, y):
+        return self.layout.ravel(self.problem.root(x, self.layout.unravel(y)))
+
+
 class AsItIs:
     """The layout of variables that stay a pytree."""
 
@@ -100,4 +116,6 @@ def flat(
     layout = Layout(y)
     if isinstance(problem, AbstractLeastSquaresProblem):
         return _FlatLeastSquaresProblem(problem, layout), layout
+    if isinstance(problem, AbstractRootProblem):
+        return _FlatRootProblem(problem, layout), layout
     return _FlatProblem(problem, layout), layout

@@ -8,6 +8,7 @@ from .._linalg.power_iteration import DENSE_SIZE
 from .._tree import tree_dot, tree_size, tree_sub
 from .base import AbstractBilevelProblem
 from .least_squares import AbstractLeastSquaresProblem
+from .root import check_has_objective
 
 
 class _ProximalProblem(AbstractBilevelProblem):
@@ -64,6 +65,11 @@ def proximal(
 
     (Equation 3 of the paper. A small sum of squares stays a sum of squares.)
     """
+    check_has_objective(
+        problem,
+        "`Proximal`, and so `WarmStart(epsilon)`,",
+        "Use `Implicit` and a full warm start, `WarmStart()`.",
+    )
     # The pull adds one square for each variable. If there are too many variables for a
     # dense factor, these squares bring no gain: the damped Hessian is well conditioned.
     is_small = tree_size(anchor) <= DENSE_SIZE

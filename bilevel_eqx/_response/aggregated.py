@@ -11,6 +11,7 @@ from .._derivatives.first import inner_gradient, outer_gradients
 from .._failure.results import RESULTS
 from .._linalg.power_iteration import largest_curvature
 from .._problem.constraints import set_y
+from .._problem.root import check_has_objective
 from .._tree import nonzero, tree_axpy, tree_dtype
 from .base import AbstractResponse
 from .unrolled import differentiated, repeat
@@ -54,7 +55,7 @@ class Aggregated(AbstractResponse):
 
     def __call__(self, problem, x, anchor, state=None):
         def unroll(x):
-            return self._unroll(problem, x, anchor), None
+            return self._unroll(problem, x, anchor), (None, None)
 
         return differentiated(unroll, x)
 
@@ -67,6 +68,7 @@ class Aggregated(AbstractResponse):
         return through_inner or through_outer
 
     def _unroll(self, problem, x, anchor):
+        check_has_objective(problem, "`Aggregated`")
         project = set_y(problem).project
         x_fixed = jax.lax.stop_gradient(x)
         inner_step, outer_step = self.inner_step_size, self.outer_step_size

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Generic, NamedTuple
 
 import equinox as eqx
 import lineax as lx
-from jaxtyping import PyTree
+from jaxtyping import PyTree, Scalar
 
 from .._custom_types import X, Y
 from .._failure.results import RESULTS
@@ -39,14 +39,17 @@ class Response(eqx.Module, Generic[X, Y]):
         from pytrees like `x` to pytrees like `y`. It raises if its linear solve fails.
     - `result`: whether the inner solve succeeded, one of `bilevel_eqx.RESULTS`.
     - `stats`: statistics of the inner solve. `stats["inner_residual"]` is the norm of the
-        gradient that the response assumes to be zero: $\nabla_y f$ for an implicit one,
-        that of the proximal objective for a proximal one. An unrolled one has none.
+        gradient that the response assumes to be zero: $\nabla_y f$ for an implicit one
+        (or r, if y is a root), that of the proximal objective for a proximal one. An
+        unrolled one has none.
     - `pullback`: the map from cotangents $u$ to a tuple of $J^\top u$, `result`, `stats`
         and `adjoint`. It does not raise.
     - `state`: what the response carries from one call to the next (the optimiser state
         of an unrolled one), or `None`.
     - `presumes`: a map from the bilevel problem to the problem whose inner minimum `y` is
         assumed to be; or `None` if the response does not assume a minimum.
+    - `slope`: the norm of $\nabla_y f$, less what a set takes from it, where the last
+        inner step began; or `None` if that is not at hand.
     """
 
     y: Y
@@ -58,6 +61,7 @@ class Response(eqx.Module, Generic[X, Y]):
     # A map and not the problem, because a returned or batched response should not contain
     # a copy of the problem's data.
     presumes: Callable[[AbstractBilevelProblem], AbstractBilevelProblem] | None = None
+    slope: Scalar | None = None
 
 
 class TransposedJacobian(eqx.Module):

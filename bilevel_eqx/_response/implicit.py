@@ -1,7 +1,7 @@
 """Implicit differentiation."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -23,8 +23,10 @@ from .._derivatives.second import (
 )
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.minimum import minimise_inner
+from .._inner_solver.root import find_root, why_no_root
 from .._linear_solver.misc import (
     augmented,
+    check_symmetry,
     explain,
     judges_itself,
     relative,
@@ -33,9 +35,9 @@ from .._linear_solver.misc import (
 from .._problem.closure import closure_converted
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import AsItIs, flat_if_uniform
+from .._problem.root import AbstractRootProblem
 from .._tree import (
     Layout,
-    nonzero,
     tree_dot,
     tree_materialised,
     tree_norm,
@@ -73,6 +75,12 @@ class Implicit(AbstractResponse):
     [`bilevel_eqx.Neumann`][]. If a bound is active and its multiplier is zero, y has a
     kink and no derivative.
 
+    If y is a root ([`bilevel_eqx.AbstractRootProblem`][]), $H$ stands for
+    $\partial r / \partial y$ and $B$ for $\partial r / \partial x$. $H$ is then not
+    symmetric: linear solvers for symmetric systems (`lx.CG`, `lx.Cholesky`,
+    [`bilevel_eqx.TruncatedCG`][]) are refused, and the adjoint is
+    $q = H^{-\top} F_y$.
+
     ??? cite "References"
 
         Bengio, *Gradient-based optimization of hyperparameters*, 2000. Pedregosa,
@@ -81,7 +89,7 @@ class Implicit(AbstractResponse):
         Differentiation*, 2020.
     """
 
-    solver: optx.AbstractMinimiser | None
+    solver: optx.AbstractIterativeSolver | None
     linear_solver: lx.AbstractLinearSolver
     tolerance: float | None = 1e-3
     max_steps: int | None = 10_000
@@ -90,9 +98,9 @@ class Implicit(AbstractResponse):
     answers_itself: ClassVar[bool] = True
 
     def __check_init__(self):
-        minimiser, linear_solver = optx.AbstractMinimiser | None, lx.AbstractLinearSolver
-        check_type(self.solver, minimiser, "solver", "Implicit")
-        check_type(self.linear_solver, linear_solver, "linear_solver", "Implicit")
+        iterative, linear = optx.AbstractIterativeSolver | None, lx.AbstractLinearSolver
+        check_type(self.solver, iterative, "solver", "Implicit")
+        check_type(self.linear_solver, linear, "linear_solver", "Implicit")
         if self.tolerance is not None:
             check_positive(self.tolerance, "tolerance", "Implicit")
         if self.max_steps is not None:
@@ -107,7 +115,11 @@ class Implicit(AbstractResponse):
         anchor = layout.ravel(anchor)
         v, result, stats = self.minimum(problem, x, anchor)
         at, cross_transposed = self._expansion(problem, x, v)
+        failure = self._failure(problem, x, anchor, at)
+        result = self.judge(result, anchor, v, at, failure)
+        stats["inner_residual"] = tree_norm(at.residual)
 
+        # Nothing of it is in a program that does not ask for it.
         def push(tangent):
             K = augmented(self.linear_solver, at.hessian)
             if K is not None:
@@ -119,8 +131,6 @@ class Implicit(AbstractResponse):
             J = at.applied_to(-(lx.invert(at.hessian, self.linear_solver) @ B))
             return layout.unravel(J.mv(tangent))
 
-        result = self.judge(result, anchor, v, at.residual, at.free_hessian)
-        stats["inner_residual"] = tree_norm(at.residual)
         jacobian = lx.FunctionLinearOperator(push, tree_struct(x))
         pullback = _Pullback(at, cross_transposed, self.linear_solver, layout)
         y = layout.unravel(v)
@@ -142,6 +152,17 @@ class Implicit(AbstractResponse):
         """The last point of the inner solver, whether it is finite, and `stats`."""
         if self.solver is None:
             return anchor, RESULTS.successful, {}
+        if isinstance(problem, AbstractRootProblem):
+            # `judge` says what is wrong with the point.
+            solution = find_root(problem, x, anchor, self.solver, self.max_steps)
+            return solution.value, RESULTS.successful, _steps(solution)
+        if not isinstance(self.solver, optx.AbstractMinimiser):
+            raise ValueError(
+                f"`{type(self.solver).__name__}` finds a root, but the inner level of "
+                "this problem is a minimum, and a root of the inner gradient may be a "
+                "saddle. Use a minimiser, such as `Projection()` or `optx.BFGS(rtol, "
+                "atol)`, or state the problem as a `RootProblem`."
+            )
         if set_y(problem).confines and not says(self.solver, "projects", False):
             raise ValueError(
                 "The inner variables of this problem are confined to a set "
@@ -153,33 +174,34 @@ class Implicit(AbstractResponse):
         solution = minimise_inner(problem, x, anchor, self.solver, self.max_steps)
         finite = solution.result != optx.RESULTS.nonfinite
         result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite_step)
-        stats = {"inner_steps": jnp.asarray(solution.stats["num_steps"])}
-        return solution.value, result, stats
+        return solution.value, result, _steps(solution)
 
     def _expansion(self, problem, x, y) -> tuple[Stationarity, Callable]:
         """The first-order condition of the inner problem at (x, y), and B^T."""
-        tags = tags_for(self.linear_solver, hessian_depends_on_y(problem, x, y))
+        check_symmetry(problem, self.linear_solver)
+        tags = tags_for(problem, self.linear_solver, hessian_depends_on_y(problem, x, y))
         gradient, H, cross_transposed = expansion(problem, x, y, tags)
         return set_y(problem).stationarity(gradient, H, y, tags), cross_transposed
 
-    def judge(self, result, anchor, y, gradient, hessian):
-        """Whether y is a minimum. The test does not depend on the scale of f."""
+    def _failure(self, problem, x, anchor, at):
+        """What it is called if y is not an inner solution."""
+        if isinstance(problem, AbstractRootProblem):
+            return why_no_root(problem, x, anchor, at.residual)
+        return RESULTS.inner_not_converged
+
+    def judge(self, result, anchor, y, at, failure=RESULTS.inner_not_converged):
+        """Whether y is an inner solution. The test does not depend on the scale of f."""
         if self.solver is None or self.tolerance is None:
             return result
-        # The distance of the minimum along the gradient, if f is a quadratic.
-        gg = tree_dot(gradient, gradient)
-        curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
-        distance = gg / nonzero(curvature) * jnp.sqrt(gg)
-        distance = jnp.where(curvature == 0, jnp.inf, distance)
+        distance = at.distance()
         # Not `tree_norm`, which takes care of a derivative that is not asked for here.
         displacement = tree_sub(y, anchor)
         scale = jnp.sqrt(tree_dot(y, y)) + jnp.sqrt(tree_dot(displacement, displacement))
-        eps = jnp.finfo(gg.dtype).eps
+        eps = jnp.finfo(distance.dtype).eps
         floor = eps * jnp.maximum(scale, eps)
-        converged = (gg == 0) | (distance <= self.tolerance * scale + floor)
-        verdict = RESULTS.where(
-            converged, RESULTS.successful, RESULTS.inner_not_converged
-        )
+        # Not <=, because at an infinite y both sides may be infinite.
+        converged = distance < self.tolerance * scale + floor
+        verdict = RESULTS.where(converged, RESULTS.successful, failure)
         return first_failure(result, verdict)
 
 
@@ -187,15 +209,22 @@ Implicit.__init__.__doc__ = """**Arguments:**
 
 - `solver`: any optimistix minimiser, run on the inner objective from the anchor; for
     instance [`bilevel_eqx.GradientDescent`][] or [`bilevel_eqx.Projection`][]. With
-    `None`, the anchor must already be a solution.
+    `None`, the anchor must already be a solution. If y is a root: any root finder,
+    fixed-point iteration or least-squares solver of optimistix; or a minimiser, which
+    gets half the sum of squares of r. `Projection()` then takes Newton steps with the
+    pseudoinverse of the Jacobian, damped by a line search.
 - `linear_solver`: any lineax solver, for $H q = F_y$; for instance
     [`bilevel_eqx.Neumann`][], [`bilevel_eqx.TruncatedCG`][] or
     [`bilevel_eqx.Pseudoinverse`][]. $H$ is tagged as symmetric and positive
-    semidefinite.
+    semidefinite. The Jacobian of a root has no tags.
 - `tolerance`: the inner solve counts as converged if the distance of the minimum along
     the gradient, relative to the size of y, is below this. `None` accepts any point.
 - `max_steps`: the largest number of steps of the inner solver. `None` sets no bound.
 """
+
+
+def _steps(solution: optx.Solution) -> dict[str, Any]:
+    return {"inner_steps": jnp.asarray(solution.stats["num_steps"])}
 
 
 class _Itself(eqx.Module):
@@ -206,8 +235,8 @@ class _Itself(eqx.Module):
 
 
 class _Pullback(eqx.Module):
-    r"""$u \mapsto J^\top u = -B^\top H^{-1} u$; with constraints,
-    $-(D B)^\top K^+ D u$. H and K are symmetric."""
+    r"""$u \mapsto J^\top u = -B^\top H^{-\top} u$; with constraints,
+    $-(D B)^\top K^+ D u$. H and K are symmetric at a minimum, and not at a root."""
 
     at: Stationarity
     cross_transposed: Callable
@@ -219,9 +248,10 @@ class _Pullback(eqx.Module):
         return Pulled(tree_scale(-1, pulled), result, stats, self.layout.unravel(q))
 
     def _adjoint(self, u):
-        r"""The linear solver's $q = H^{-1} u$, $B^\top q$, whether q is right, and
+        r"""The linear solver's $q = H^{-\top} u$, $B^\top q$, whether q is right, and
         statistics."""
-        H, u = self.at.hessian, self.at.along(u)
+        # H itself at a minimum, where it is symmetric.
+        H, u = self.at.hessian.T, self.at.along(u)
         K = augmented(self.linear_solver, H)
         if K is not None:
             u = K.right_side(u)
@@ -236,7 +266,8 @@ class _Pullback(eqx.Module):
         result = explain(self.linear_solver, solve.result)
         if not judges_itself(self.linear_solver):
             # Times H once more, because u need not be in its range.
-            stats = {**stats, "residual": relative(H.mv(tree_sub(H.mv(q), u)), H.mv(u))}
+            remainder, image = H.T.mv(tree_sub(H.mv(q), u)), H.T.mv(u)
+            stats = {**stats, "residual": relative(remainder, image)}
             sound = stats["residual"] <= _FOREIGN_TOLERANCE
             verdict = RESULTS.where(
                 sound, RESULTS.successful, RESULTS.linear_not_converged
@@ -262,7 +293,8 @@ _FOREIGN_TOLERANCE = 1e-2
 def _argmin(response: Implicit, problem, x, anchor):
     y, result, _ = response.minimum(problem, x, anchor)
     at, _ = response._expansion(problem, x, y)
-    return y, response.judge(result, anchor, y, at.residual, at.free_hessian)
+    failure = response._failure(problem, x, anchor, at)
+    return y, response.judge(result, anchor, y, at, failure)
 
 
 @_argmin.def_jvp

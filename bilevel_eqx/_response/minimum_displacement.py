@@ -17,6 +17,7 @@ from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.closure import closure_converted
 from .._problem.constraints import set_y
 from .._problem.flat import flat
+from .._problem.root import check_has_objective
 from .._solution_set.nearest import Displacement, nearest_to
 from .._solution_set.picture import flat_picture
 from .._tree import tree_materialised, tree_norm, tree_struct
@@ -154,6 +155,7 @@ class MinimumDisplacement(AbstractResponse):
                 "null space of H, which does not work if y is confined to a set "
                 "(`project_y`). Use `Implicit` with `ProjectedGradient`, or `Unrolled`."
             )
+        check_has_objective(problem, "`MinimumDisplacement`")
         problem, layout = flat(problem, anchor)
         anchor = layout.ravel(anchor)
         implicit = self._implicit()
@@ -164,7 +166,7 @@ class MinimumDisplacement(AbstractResponse):
         )
         here = displacement.picture
         stats["selection_steps"] = num_steps
-        result = implicit.judge(result, anchor, here.y, here.gradient, here.at.hessian)
+        result = implicit.judge(result, anchor, here.y, here.at)
         tangential = displacement.tangential_residual
         stats["displacement_residual"] = tangential
         if self.selection_tolerance is not None:

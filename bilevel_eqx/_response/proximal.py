@@ -37,7 +37,7 @@ class Proximal(AbstractResponse):
     """
 
     epsilon: ScalarLike = eqx.field(converter=as_rate)
-    solver: optx.AbstractMinimiser | None
+    solver: optx.AbstractIterativeSolver | None
     linear_solver: lx.AbstractLinearSolver
     tolerance: float | None = 1e-3
     max_steps: int | None = 10_000

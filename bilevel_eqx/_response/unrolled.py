@@ -19,7 +19,8 @@ from .._derivatives.first import inner_gradient
 from .._failure.results import RESULTS
 from .._optimiser.step import optimiser_step
 from .._problem.constraints import set_y
-from .._tree import tree_dtype, tree_struct
+from .._problem.root import AbstractRootProblem
+from .._tree import tree_dtype, tree_norm, tree_struct
 from .base import AbstractResponse, Response, TransposedJacobian
 
 
@@ -38,6 +39,11 @@ class Unrolled(AbstractResponse):
 
     $y$ need not be a minimum. With gradient descent on a fixed quadratic, $K$ steps have
     the Jacobian of exactly $K$ Neumann terms.
+
+    If y is a root ([`bilevel_eqx.AbstractRootProblem`][]), $r$ takes the place of
+    $\nabla_y f$. For a fixed point, `Unrolled(optax.sgd(1.0), num_steps)` takes
+    fixed-point steps, $y \leftarrow \varphi(x, y)$, and a smaller rate damps them. An
+    optimiser with a line search needs an objective, and is refused.
 
     ??? cite "References"
 
@@ -69,7 +75,8 @@ class Unrolled(AbstractResponse):
 
     def __call__(self, problem, x, anchor, state=None):
         def unroll(x, mode=self.mode):
-            return self._unroll(problem, x, anchor, state, mode)
+            y, *kept = self._unroll(problem, x, anchor, state, mode)
+            return y, kept
 
         return differentiated(unroll, x, self.mode, isinstance(self.num_steps, int))
 
@@ -88,9 +95,12 @@ class Unrolled(AbstractResponse):
         def objective(y):
             return problem.inner(x, y)
 
+        y_set = set_y(problem)
+
         def step(carry, _):
-            y, state = carry
-            value, gradient = jax.value_and_grad(objective)(y)
+            y, state, _ = carry
+            value, gradient = _value_and_gradient(problem, x, y)
+            slope = tree_norm(y_set.remaining_step(gradient, y))
             y, state = optimiser_step(
                 self.optimiser,
                 y,
@@ -98,11 +108,20 @@ class Unrolled(AbstractResponse):
                 value=value,
                 gradient=gradient,
                 value_fn=objective,
-                project=set_y(problem).project,
+                project=y_set.project,
             )
-            return (y, _cast(state, structure)), None
+            return (y, _cast(state, structure), jax.lax.stop_gradient(slope)), None
 
-        return repeat(step, (anchor, state), self.num_steps, mode)
+        carry = anchor, state, jnp.zeros((), tree_dtype(anchor))
+        return repeat(step, carry, self.num_steps, mode)
+
+
+def _value_and_gradient(problem, x, y):
+    """f and f_y. A root has no f, and r takes the place of f_y."""
+    if isinstance(problem, AbstractRootProblem):
+        # NaN, so that an optimiser that does ask for the value cannot do so silently.
+        return jnp.full((), jnp.nan, tree_dtype(y)), problem.root(x, y)
+    return jax.value_and_grad(problem.inner, argnums=1)(x, y)
 
 
 Unrolled.__init__.__doc__ = """**Arguments:**
@@ -120,12 +139,12 @@ Unrolled.__init__.__doc__ = """**Arguments:**
 
 
 def differentiated(unroll, x, mode="checkpointed", known_length=True) -> Response:
-    """A response made from `unroll(x)`, which returns y and a state."""
+    """A response made from `unroll(x)`, which returns y, and its state and `slope`."""
     if mode == "forward":
-        y, new_state, jacobian = _forward_jacobian(unroll, x)
+        y, kept, jacobian = _forward_jacobian(unroll, x)
         transpose = jacobian.T.mv
     else:
-        y, vjp, new_state = jax.vjp(unroll, x, has_aux=True)
+        y, vjp, kept = jax.vjp(unroll, x, has_aux=True)
         if known_length:
             jacobian = lx.JacobianLinearOperator(lambda x, _: unroll(x)[0], x)
         else:
@@ -136,7 +155,8 @@ def differentiated(unroll, x, mode="checkpointed", known_length=True) -> Respons
         transpose = _First(vjp)
     stats = {"inner_residual": jnp.zeros((), tree_dtype(y))}
     pullback = TransposedJacobian(transpose)
-    return Response(y, jacobian, RESULTS.successful, stats, pullback, new_state)
+    state, slope = kept
+    return Response(y, jacobian, RESULTS.successful, stats, pullback, state, slope=slope)
 
 
 class _First(eqx.Module):

@@ -29,7 +29,7 @@ from .._derivatives.second import (
     value_gradient_and_product,
 )
 from .._failure.results import RESULTS
-from .._linalg.eigenbasis import eigenbasis
+from .._linalg.eigenbasis import eigenbasis, singular_values
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import clearance, uncertainty
 from .._linear_solver.misc import augmented, explain, tags_for
@@ -38,6 +38,7 @@ from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import flat
 from .._problem.least_squares import AbstractLeastSquaresProblem
+from .._problem.root import AbstractRootProblem
 from .._tree import (
     Layout,
     nonzero,
@@ -57,7 +58,8 @@ class Outer(NamedTuple):
     y: Float[Array, " n"]
     """F_y."""
     adjoint: Float[Array, " n"]
-    r"""$q = H^+ F_y$; in a set, $K^+ D F_y$."""
+    r"""$q = H^{+\top} F_y$, where H is symmetric at a minimum; in a set,
+    $K^+ D F_y$."""
     multiplier: Float[Array, " n"]
     r"""$\mu = -H^+ F_y$, the multiplier of $\nabla_y f = 0$."""
     hypergradient: PyTree[Array]
@@ -87,13 +89,16 @@ class Lagrangian(NamedTuple):
 
 
 class Picture(eqx.Module):
-    """The inner problem at (x, y) to second order. Its vectors are flat."""
+    """The inner problem at (x, y) to second order. Its vectors are flat.
+
+    For a root, the residual r stands for f_y and dr/dy for H; there is no f.
+    """
 
     problem: AbstractBilevelProblem
     """With the inner variables in one vector."""
     x: PyTree[Array]
     y: Float[Array, " n"]
-    value: Scalar
+    value: Scalar | None
     """f."""
     gradient: Float[Array, " n"]
     """f_y."""
@@ -102,6 +107,8 @@ class Picture(eqx.Module):
     linear_solver: lx.AbstractLinearSolver
     inverse: Any
     """The state of the linear solver that stands for the pseudoinverse."""
+    spectrum: Float[Array, " k"] | None
+    """The singular values of a root's H; Ritz values of them beyond the dense size."""
     max_products: int | None = eqx.field(static=True)
     """How many products with H may be taken, if that is bounded."""
     is_plane: bool = eqx.field(static=True)
@@ -114,8 +121,24 @@ class Picture(eqx.Module):
 
     @property
     def computed(self) -> tuple:
-        """What is costly in it, for a loop to carry."""
+        """What is costly in it."""
         return self.value, self.gradient, self.at.free_hessian, self.inverse
+
+    @property
+    def carried(self) -> Any:
+        """The arrays of that, for a loop to carry; `None` where they are as cheap to
+        compute anew."""
+        return eqx.filter(self.computed, eqx.is_array) if self.is_dense else None
+
+    def computed_as(self, carried: Any) -> tuple | None:
+        """`computed` at another point of the same problem, where it is `carried`."""
+        if carried is None:
+            return None
+        return eqx.combine(carried, eqx.filter(self.computed, eqx.is_array, inverse=True))
+
+    @property
+    def is_root(self) -> bool:
+        return isinstance(self.problem, AbstractRootProblem)
 
     @property
     def system(self) -> lx.AbstractLinearOperator:
@@ -123,31 +146,36 @@ class Picture(eqx.Module):
         K = augmented(self.linear_solver, self.at.hessian)
         return self.at.hessian if K is None else K
 
-    def _solved(self, vector):
+    def _solved(self, vector, transposed=False):
+        system, inverse = self.system, self.inverse
+        if transposed:
+            system = system.T
+            inverse, _ = self.linear_solver.transpose(inverse, {})
         if self.differentiable:
             out = lx.linear_solve(
-                self.system,
-                vector,
-                self.linear_solver,
-                state=self.inverse,
-                throw=False,
+                system, vector, self.linear_solver, state=inverse, throw=False
             )
             q, result = out.value, out.result
         else:
-            q, result, _ = self.linear_solver.compute(self.inverse, vector, {})
+            q, result, _ = self.linear_solver.compute(inverse, vector, {})
         return q, explain(self.linear_solver, result)
 
     def adjoint(self, vector: Float[Array, " n"]) -> "Adjoint":
-        r"""$q = H^+ v$, for a sum of squares with $A q$, and whether it was found."""
+        r"""$q = H^{+\top} v$, for a sum of squares with $A q$, and whether it was found.
+
+        H is symmetric but at a root.
+        """
         K = self.system
         if isinstance(K, AugmentedHessian):
             (image, q), result = self._solved(K.right_side(vector))
             return Adjoint(q, image, result)
-        q, result = self._solved(vector)
+        q, result = self._solved(vector, transposed=self.is_root)
         return Adjoint(q, None, result)
 
     def solve(self, vector: Float[Array, " n"]) -> tuple[Float[Array, " n"], RESULTS]:
         r"""$H^+ v$, and whether the solver found it. In a set, $K^+ v$."""
+        if self.is_root:
+            return self._solved(vector)
         q, _, result = self.adjoint(vector)
         return q, result
 
@@ -215,6 +243,9 @@ class Picture(eqx.Module):
 
         if image is not None:
             return self._constraint_of_squares(y, multiplier, image)
+        if isinstance(self.problem, AbstractRootProblem):
+            _, pull = jax.vjp(self.problem.root, self.x, y)
+            return pull(multiplier)
 
         def gradients(y):
             return jax.grad(self.problem.inner, argnums=(0, 1))(self.x, y)
@@ -294,16 +325,19 @@ class Picture(eqx.Module):
         structure = jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
         return lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
 
-    def clearance(self) -> Float[Array, " n"]:
-        """The eigenvalues of H, in units of their uncertainty; for the dense size only.
+    def clearance(self) -> Float[Array, " k"]:
+        """The eigenvalues of H, or the singular values if y is a root, in units of their
+        uncertainty. Beyond the dense size only for a root.
 
         Those that count as zero here are those that the pseudoinverse does not invert.
         """
-        if not set_y(self.problem).confines:
+        if self.is_dense and not set_y(self.problem).confines:
             return self.inverse.clearance
-        values = eigenbasis(self.at.definite_hessian()).values
-        uncertain = uncertainty(values, values.size, curved=not self.is_plane)
-        return clearance(values, uncertain)
+        values, curved = self.spectrum, False
+        if values is None:
+            values = eigenbasis(self.at.definite_hessian()).values
+            curved = not self.is_plane
+        return clearance(values, uncertainty(values, self.y.size, curved=curved))
 
     def share_of_products(self, share: float, most: int) -> int:
         """A number of steps, each as costly as three products with H, that takes no more
@@ -315,13 +349,13 @@ class Picture(eqx.Module):
     def accuracy(
         self, vector: Float[Array, " n"], solution: Float[Array, " n"]
     ) -> Scalar:
-        r"""How far $q = H^+ v$ is from solving $H H q = H v$, relative to the size of
-        $v$ and of $H$.
+        r"""How far the adjoint $q = H^{+\top} v$ is from solving $H H^\top q = H v$,
+        relative to the size of $v$ and of $H$.
 
         Asked of $H$ itself, and not of the solver.
         """
         H = self.at.hessian
-        remainder = H.mv(solution) - vector
+        remainder = H.T.mv(solution) - vector
         # Not relative to H v alone: at an equilibrium v may lie in the null space.
         waves = tree_waves(vector)
         waves_image, image = H.mv(waves), H.mv(vector)
@@ -378,16 +412,21 @@ def flat_picture(
     """
     dense = y.size <= DENSE_SIZE and not differentiable
     is_plane = not hessian_depends_on_y(problem, x, y)
-    tags = tags_for(linear_solver, not is_plane)
+    tags = tags_for(problem, linear_solver, not is_plane)
     if computed is None:
         computed = (*_expansion(problem, x, y, dense, tags), None)
     value, gradient, H, inverse = computed
     at = set_y(problem).stationarity(gradient, H, y, tags)
+    spectrum = None
     bounded = max_products is not None and y.size > DENSE_SIZE
     if bounded and inverse is None:
         assert max_products is not None
         num_products = max(1, int(share * max_products) - _FURTHER_PRODUCTS)
-        if isinstance(at.hessian, LeastSquaresHessian):
+        if isinstance(problem, AbstractRootProblem):
+            # Each step is a product with H and one with its transpose.
+            linear_solver = Pseudoinverse(max_steps=max(1, 3 * num_products // 8))
+            spectrum = singular_values(at.hessian, max(2, num_products // 8))
+        elif isinstance(at.hessian, LeastSquaresHessian):
             # Each step is a product with A and one with its transpose, and there are two
             # solves.
             linear_solver = Pseudoinverse(max_steps=max(1, num_products // 2))
@@ -404,7 +443,9 @@ def flat_picture(
         dynamic, static = eqx.partition(at.hessian, eqx.is_array)
         fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
         K = augmented(linear_solver, fixed)
-        inverse = linear_solver.init(fixed if K is None else K, options={})
+        inverse: Any = linear_solver.init(fixed if K is None else K, options={})
+    if isinstance(problem, AbstractRootProblem) and spectrum is None:
+        spectrum = inverse.values if dense else singular_values(at.hessian)
     return Picture(
         problem=problem,
         x=x,
@@ -414,6 +455,7 @@ def flat_picture(
         at=at,
         linear_solver=linear_solver,
         inverse=inverse,
+        spectrum=spectrum,
         max_products=max_products if bounded else None,
         is_plane=is_plane,
         differentiable=differentiable,
@@ -422,6 +464,10 @@ def flat_picture(
 
 def _expansion(problem, x, y, dense: bool, tags):
     """f, f_y and H, from one linearisation."""
+    if isinstance(problem, AbstractRootProblem):
+        residual, jacobian = gradient_and_hessian(problem, x, y, tags)
+        jacobian = as_operator(jacobian.mv, y, True, tags) if dense else jacobian
+        return None, residual, jacobian
     if tells_change(problem, y, tags):
         return curved_hessian(problem, x, y, tags)
     if not dense:

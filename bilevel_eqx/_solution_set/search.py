@@ -87,6 +87,7 @@ def select(
             -expected,
             highest=value + uphill,
             max_trials=_MAX_TRIALS,
+            interpolate=True,
         )
         on_set = off <= 1e3 * eps * size
         small = (length <= 10 * eps * size) & on_set
@@ -114,8 +115,8 @@ def select(
             lambda: advance(here, search.first_norm),
         )
         num_steps = search.num_steps + (~last).astype(search.num_steps.dtype)
-        carried = _arrays(here) if here.is_dense else None
-        return _Search(new_y, num_steps, first_norm, settled, last | stop, carried)
+        done = last | stop
+        return _Search(new_y, num_steps, first_norm, settled, done, here.carried)
 
     no, zero, none = jnp.array(False), jnp.array(0), jnp.zeros((), y.dtype)
     structure = eqx.filter_eval_shape(lambda y: at(y).computed, y)
@@ -137,7 +138,3 @@ def _is_shape(leaf):
 def _zeros(structure):
     shapes = eqx.filter(structure, _is_shape)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def _arrays(here: Picture):
-    return eqx.filter(here.computed, eqx.is_array)

@@ -4,15 +4,13 @@ The ball lies in $S(x)$: around the point $c$ of it nearest to $y_0$, so that it
 empty. With radius zero it would leave the cold start alone.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
-from .._inner_solver.minimum import minimise_inner
-from .._inner_solver.projection import Projection
 from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
 from .._linalg.trust_region import trust_region, WorstStep
 from .._optimiser.backtracking import backtrack
@@ -126,16 +124,31 @@ def danskin_gradient(
 class Worst(NamedTuple):
     """A worst point; and the worst value with its kinks rounded off, and its gradient."""
 
-    y: Float[Array, " n"]
+    picture: Picture
     value: Scalar
     gradient: PyTree[Array]
+    residual: Scalar
+
+
+class _Found(NamedTuple):
+    """What the last step of a search knows."""
+
+    y: Float[Array, " n"]
+    """The worst point; where two are nearly so, a point between them."""
+    multiplier: Scalar
+    lift: Scalar
     residual: Scalar
 
 
 class _Search(NamedTuple):
     y: Float[Array, " n"]
     num_steps: Int[Array, ""]
+    # The next step is not to be taken: y is as bad as it gets.
+    settled: Bool[Array, ""]
     done: Bool[Array, ""]
+    found: _Found
+    # The arrays of the picture at y; `None` where they are as cheap to compute anew.
+    computed: Any
 
 
 def find_worst(
@@ -150,22 +163,16 @@ def find_worst(
     """Ascends F along S(x) within the ball, by trust-region steps on quadratic models.
 
     Where S(x) is a plane and F quadratic, one step finds the worst point of all.
-    Elsewhere it is a local one, started from y.
+    Elsewhere it is a local one, started from y, which need not be in S(x).
     """
     c = center.picture.y
-    plane = center.picture.is_plane
+    plane, linear_solver = center.picture.is_plane, center.picture.linear_solver
     eps = float(jnp.finfo(y.dtype).eps)
     radius = jnp.asarray(radius, y.dtype)
 
-    def case(y) -> WorstCase:
-        here = flat_picture(problem, x, y, center.picture.linear_solver)
-        return worst_case(here, center, radius)
-
-    def body(search: _Search) -> _Search:
-        here = case(search.y)
+    def move(here: WorstCase, offset, worst_offset, arriving):
         S = here.picture
-        worst, offset = here.step()
-        move = S.project(worst.step - offset)
+        across = S.project(worst_offset - offset)
         # An exact penalty: its weight exceeds the pressure of the ball.
         uphill = S.project(here.slope)
         weight = 2 * vector_norm(uphill)
@@ -182,35 +189,49 @@ def find_worst(
 
         def trial(t):
             t = t.astype(y.dtype)
-            step = t**2 * move + t * (1 - t) * climb
+            step = jnp.where(arriving, 0, t**2 * across + t * (1 - t) * climb)
             point, _, _ = restore(S, project_on_ball(S.y + step, c, radius))
             return point, cost(point), jnp.array(True)
 
         value = cost(S.y)
+        none, any_value = jnp.zeros_like(value), jnp.full_like(value, jnp.inf)
         # Any true improvement will do.
-        none = jnp.zeros_like(value)
-        _, new_y, _ = backtrack(trial, S.y, value, none, rounding=-1.0)
-        length = vector_norm(new_y - S.y)
+        highest = jnp.where(arriving, any_value, value)
+        _, new_y, _ = backtrack(trial, S.y, value, none, highest=highest, rounding=-1.0)
+        short = vector_norm(new_y - S.y) <= 10 * eps * (vector_norm(c) + radius)
+        return new_y, short & ~arriving
+
+    # As in `select`: the last step makes the picture, and does not move.
+    def body(search: _Search) -> _Search:
+        picture = flat_picture(problem, x, search.y, linear_solver)
+        here = worst_case(picture, center, radius)
+        last = search.settled | (search.num_steps > max_steps)
+        worst, offset = here.step(jnp.where(last, rounding, 0))
+        # A first step only leads to S(x). The center lies in it.
+        arriving = (search.num_steps == 0) & (not plane)
+        new_y, settled = jax.lax.cond(
+            last,
+            lambda: (search.y, last),
+            lambda: move(here, offset, worst.step, arriving),
+        )
+        off = vector_norm(picture.gradient)
+        residual = jnp.hypot(off, vector_norm(here.tangential_residual))
+        found = _Found(search.y, here.multiplier, jnp.zeros_like(off), residual)
+        if plane:
+            mixed = search.y + worst.mixture - offset
+            found = _Found(mixed, worst.multiplier, worst.lift, residual)
         num_steps = search.num_steps + 1
-        settled = length <= 10 * eps * (vector_norm(c) + radius)
-        return _Search(new_y, num_steps, settled | (num_steps >= max_steps))
+        return _Search(new_y, num_steps, settled, last, found, picture.carried)
 
     # On a plane the quadratic model knows all of the ball, from wherever it is made.
-    start = c
-    if not plane:
-        start = project_on_ball(y, c, radius)
-        start = minimise_inner(problem, x, start, Projection()).value
-    search = _Search(start, jnp.array(0), jnp.array(False))
-    search = jax.lax.while_loop(lambda search: ~search.done, body, search)
-    here = case(search.y)
-    y, multiplier = search.y, here.multiplier
-    lift = jnp.zeros_like(multiplier)
-    if plane:
-        worst, offset = here.step(rounding)
-        y = y + worst.mixture - offset
-        multiplier, lift = worst.multiplier, worst.lift
-    value = problem.outer(x, y)
-    value = value + lift.astype(value.dtype)
-    gradient = danskin_gradient(here.picture, y, center, multiplier)
-    residual = vector_norm(here.tangential_residual)
-    return Worst(search.y, value, gradient, residual)
+    start = c if plane else y
+    no, zero = jnp.array(False), jnp.zeros((), y.dtype)
+    found = _Found(c, zero, zero, zero)
+    carry = _Search(start, jnp.array(0), no, no, found, center.picture.carried)
+    search = jax.lax.while_loop(lambda search: ~search.done, body, carry)
+    found, computed = search.found, center.picture.computed_as(search.computed)
+    here = flat_picture(problem, x, search.y, linear_solver, computed=computed)
+    value = problem.outer(x, found.y)
+    value = value + found.lift.astype(value.dtype)
+    gradient = danskin_gradient(here, found.y, center, found.multiplier)
+    return Worst(here, value, gradient, found.residual)

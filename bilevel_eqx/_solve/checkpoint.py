@@ -1,12 +1,15 @@
 """Saving what a run needs to go on, so that being killed costs little."""
 
-import glob
 import hashlib
+import itertools
 import json
+import math
 import os
 import pathlib
-import tempfile
-from collections.abc import Callable
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -18,11 +21,13 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._compat import is_traced
+from .digest import is_key, numbers_of
+from .identity import changes, Identity
 from .loop import Progress
 
 
 # Of the layout of the file. To be raised when that changes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 # How the name of a file ends that is still being written.
@@ -30,6 +35,9 @@ _UNFINISHED = ".unfinished"
 
 
 _MAGIC = b"bilevel_eqx checkpoint\n"
+
+
+_CHECKSUM = hashlib.sha256
 
 
 T = TypeVar("T")
@@ -51,7 +59,8 @@ def save(path: str | os.PathLike, state: PyTree) -> None:
     **Raises:**
 
     An `OSError` if the file cannot be written, and a `ValueError` for a `state` whose
-    values are not known, under `jax.jit` or `jax.vmap`.
+    values are not known, under `jax.jit` or `jax.vmap`, or with an integer of more than
+    64 bits.
     """
     write(path, state, {})
 
@@ -72,8 +81,8 @@ def load(path: str | os.PathLike, like: T) -> T:
     **Raises:**
 
     A `ValueError` with a sentence if the file was written by another version, is of
-    another structure, or is no such file or not whole. A `FileNotFoundError` if there is
-    none.
+    another structure, is no such file, or is damaged, which its checksum shows. A
+    `FileNotFoundError` if there is none.
 
     !!! Example
 
@@ -88,7 +97,11 @@ def load(path: str | os.PathLike, like: T) -> T:
 
 
 def write(path: str | os.PathLike, state: PyTree, metadata: dict[str, Any]) -> None:
-    """`save`, with something of one's own in the header."""
+    """`save`, with something of one's own in the header.
+
+    The file has a line that says what it is, a line of JSON, the bytes of all arrays, and
+    a checksum of all that is before it.
+    """
     # A link is followed, and remains one.
     path = pathlib.Path(os.path.realpath(path))
     if any(is_traced(leaf) for leaf in jtu.tree_leaves(state)):
@@ -98,18 +111,22 @@ def write(path: str | os.PathLike, state: PyTree, metadata: dict[str, Any]) -> N
             "returns."
         )
     header = {"format": _FORMAT, "leaves": _description(state), **metadata}
-    descriptor, unfinished = tempfile.mkstemp(
-        dir=path.parent, prefix=path.name + ".", suffix=_UNFINISHED
-    )
+    unfinished = _unfinished(path)
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(_MAGIC + json.dumps(header).encode() + b"\n")
-            eqx.tree_serialise_leaves(stream, _without_keys(state))
+        # With the permissions of a new file, or those of the file that it replaces.
+        with open(unfinished, "xb") as stream:
+            checksum = _CHECKSUM()
+            for part in (_MAGIC, json.dumps(header).encode() + b"\n", *_bytes(state)):
+                stream.write(part)
+                checksum.update(part)
+            stream.write(checksum.digest())
             stream.flush()
             os.fsync(stream.fileno())
+        if path.exists():
+            os.chmod(unfinished, stat.S_IMODE(path.stat().st_mode))
         os.replace(unfinished, path)
     except BaseException:
-        pathlib.Path(unfinished).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -117,42 +134,42 @@ def read(
     path: str | os.PathLike, like: Callable[[dict[str, Any]], T]
 ) -> tuple[T, dict[str, Any]]:
     """`load`, where what to expect may hang on the header; and the header."""
-    with open(path, "rb") as stream:
-        if stream.read(len(_MAGIC)) != _MAGIC:
-            raise ValueError(
-                f"`{path}` was not written by `bilevel_eqx.save`: give it another name, "
-                "or remove it."
-            )
-        try:
-            header = json.loads(stream.readline())
-        except ValueError as error:
-            raise ValueError(f"`{path}` is damaged: its header is not whole.") from error
-        if header.get("format") != _FORMAT:
-            raise ValueError(
-                f"`{path}` is of format {header.get('format')}, and this version of "
-                f"bilevel_eqx reads format {_FORMAT}. Load it with the version that "
-                "wrote it, or start anew."
-            )
-        expected = like(header)
-        _compare(path, header["leaves"], _description(expected))
-        try:
-            state = eqx.tree_deserialise_leaves(stream, _without_keys(expected))
-        except Exception as error:
-            raise ValueError(
-                f"`{path}` is damaged: it ends before all arrays have been read. Load "
-                "an earlier file, or start anew."
-            ) from error
-    return _with_keys(state, expected), header
+    data = pathlib.Path(path).read_bytes()
+    if not data.startswith(_MAGIC):
+        raise ValueError(
+            f"`{path}` was not written by `bilevel_eqx.save`, or its first bytes are "
+            "damaged. Give another name, or remove it."
+        )
+    # Before the checksum, so that a file of another version is not called damaged.
+    start = data.find(b"\n", len(_MAGIC)) + 1
+    try:
+        header = json.loads(data[len(_MAGIC) : start])
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "its header cannot be read") from error
+    if not isinstance(header, dict) or "format" not in header:
+        raise _damaged(path, "its header is not whole")
+    if header["format"] != _FORMAT:
+        raise ValueError(
+            f"`{path}` is of format {header['format']}, and this version of "
+            f"bilevel_eqx reads format {_FORMAT}. Load it with the version that "
+            "wrote it, or start anew."
+        )
+    end = len(data) - _CHECKSUM().digest_size
+    # Not a slice of `data`, which would be a copy.
+    whole = memoryview(data)
+    if _CHECKSUM(whole[:end]).digest() != data[end:]:
+        raise _damaged(path, "it is cut off, or some of its bytes have changed")
+    expected = like(header)
+    _compare(path, _field(path, header, "leaves", list), _description(expected))
+    return _from_bytes(path, whole[start:end], expected), header
 
 
-def fingerprint(*trees: PyTree) -> str:
-    """A digest of all numbers in `trees`: another run has another one."""
-    digest = hashlib.sha256()
-    for path, leaf in jtu.tree_leaves_with_path(trees):
-        if eqx.is_array_like(leaf):
-            digest.update(jtu.keystr(path).encode())
-            digest.update(np.ascontiguousarray(_numbers(leaf)).tobytes())
-    return digest.hexdigest()
+def _field(path: Any, header: dict[str, Any], name: str, kind: type) -> Any:
+    """A field of a header: of a type, and if it is a number, not negative."""
+    value = header.get(name)
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
+        raise _damaged(path, f"its header does not say what `{name}` is")
+    return value
 
 
 class _Saved(eqx.Module):
@@ -165,26 +182,36 @@ class _Saved(eqx.Module):
 class Checkpoint:
     """The file of a run, which is saved in it as it goes.
 
+    That the file can be written is checked at once.
+
     **Arguments:**
 
     - `path`: the file.
     - `every`: how many steps lie between two savings.
-    - `mark`: what tells the run from others.
     """
 
-    def __init__(self, path: str | os.PathLike, every: int, mark: str):
+    def __init__(self, path: str | os.PathLike, every: int):
         self.path = pathlib.Path(path)
         self.every = every
-        self.mark = mark
         real = pathlib.Path(os.path.realpath(path))
+        call = f"`solve(checkpoint={str(path)!r})`"
         if not real.parent.is_dir():
             raise FileNotFoundError(
-                f"`solve(checkpoint={str(path)!r})`: there is no folder `{real.parent}`. "
-                "Create it first."
+                f"{call}: there is no folder `{real.parent}`. Create it first."
             )
-        # Those of a run that was killed while it wrote.
-        for unfinished in real.parent.glob(f"{glob.escape(real.name)}.*{_UNFINISHED}"):
-            unfinished.unlink(missing_ok=True)
+        if real.is_dir():
+            raise IsADirectoryError(f"{call}: that is a folder. Name a file in it.")
+        try:
+            for left in _left_by_a_kill(real):
+                left.unlink(missing_ok=True)
+            trial = _unfinished(real)
+            trial.touch(exist_ok=False)
+            trial.unlink()
+        except OSError as error:
+            raise type(error)(
+                f"{call}: no file can be written in `{real.parent}` ({error}). Choose "
+                "another folder."
+            ) from error
 
     def exists(self) -> bool:
         return self.path.exists()
@@ -193,67 +220,123 @@ class Checkpoint:
         """After which step the run is saved next, once `done` have been taken."""
         return done - done % self.every + self.every
 
-    def write(self, progress: Progress, history: PyTree[Array]) -> None:
+    def write(
+        self, identity: Identity, progress: Progress, history: PyTree[Array]
+    ) -> None:
         entries = jtu.tree_leaves(history)
         header = {
-            "run": self.mark,
+            "run": identity,
             "done": int(progress.num_steps),
             "saved": len(entries[0]) if len(entries) > 0 else 0,
         }
         write(self.path, _Saved(progress, history), header)
 
-    def read(self, progress: Progress, entry: PyTree) -> tuple[Progress, PyTree[Array]]:
-        """The progress and the history so far, given the shapes of the progress and of
-        an entry."""
+    def read(
+        self, identity: Identity, num_steps: int, progress: Progress, entry: PyTree
+    ) -> tuple[Progress, PyTree[Array]]:
+        """The progress and the history so far, of a run that is to have `num_steps`,
+        given the shapes of the progress and of an entry."""
 
         def like(header):
-            if header.get("run") != self.mark:
+            if "run" not in header:
                 raise ValueError(
-                    f"`{self.path}` is the checkpoint of another run: its data, initial "
-                    "values, rates or equilibrium are not those given. Remove it to "
-                    "start anew, or give another name."
+                    f"`{self.path}` was written by `bilevel_eqx.save`, and is no "
+                    "checkpoint. Give another name, or pass the state that it holds "
+                    "(`bilevel_eqx.load`) as `solve(state=...)`."
                 )
+            changed = changes(header["run"], identity)
+            if len(changed) > 0:
+                raise ValueError(
+                    f"`{self.path}` is the checkpoint of another run: "
+                    f"{'; '.join(changed)}. Remove it to start anew, or give another "
+                    "name."
+                )
+            done = _field(self.path, header, "done", int)
+            if done > num_steps:
+                raise ValueError(
+                    f"`solve(num_steps={num_steps})`: the run in `{self.path}` has taken "
+                    f"{done} steps already. Ask for at least as many, or give another "
+                    "name to start anew."
+                )
+            saved = _field(self.path, header, "saved", int)
             history = jtu.tree_map(
-                lambda e: jax.ShapeDtypeStruct((header["saved"], *e.shape), e.dtype),
-                entry,
+                lambda e: jax.ShapeDtypeStruct((saved, *e.shape), e.dtype), entry
             )
             return _Saved(progress, history)
 
-        saved, _ = read(self.path, like)
+        saved, header = read(self.path, like)
+        if int(saved.end.num_steps) != header["done"]:
+            raise _damaged(self.path, "its header and its arrays disagree")
         return saved.end, saved.history
 
 
-def _is_key(leaf: Any) -> bool:
-    is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-    return is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _damaged(path: Any, how: str) -> ValueError:
+    return ValueError(
+        f"`{path}` is damaged: {how}. Use an earlier copy of it, or remove it to start "
+        "anew."
+    )
 
 
-def _numbers(leaf: Any) -> np.ndarray:
-    return np.asarray(jr.key_data(leaf) if _is_key(leaf) else leaf)
+def _unfinished(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{_UNFINISHED}")
 
 
-def _without_keys(tree: PyTree) -> PyTree:
-    """The numbers behind random keys in their place: Equinox does not write keys."""
-
-    def without(leaf):
-        if not _is_key(leaf):
-            return leaf
-        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
-        return jax.eval_shape(jr.key_data, leaf) if is_shape else jr.key_data(leaf)
-
-    return jtu.tree_map(without, tree)
+def _left_by_a_kill(path: pathlib.Path) -> list[pathlib.Path]:
+    """What is left of a file that was being written. Not that of a file whose name only
+    begins in the same way: another run may be writing it now."""
+    name = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(_UNFINISHED)}")
+    return [other for other in path.parent.iterdir() if name.fullmatch(other.name)]
 
 
-def _with_keys(tree: PyTree, like: PyTree) -> PyTree:
-    def with_(leaf, model):
-        if not _is_key(model):
-            return leaf
+def _is_saved(leaf: Any) -> bool:
+    return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _bytes(tree: PyTree) -> Iterator[memoryview]:
+    for leaf in filter(_is_saved, jtu.tree_leaves(tree)):
+        array = numbers_of(leaf)
+        if array.dtype == object:
+            raise ValueError(f"`save(path, state)`: the number {leaf} is too large.")
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _from_bytes(path: Any, data: memoryview, like: T) -> T:
+    """A pytree like `like`, with the numbers that are in `data`."""
+    leaves, treedef = jtu.tree_flatten(like)
+    structs = [_struct(leaf) if _is_saved(leaf) else None for leaf in leaves]
+    sizes = [0 if s is None else s.dtype.itemsize * math.prod(s.shape) for s in structs]
+    # Before anything is allocated.
+    if sum(sizes) != len(data):
+        raise _damaged(
+            path, f"it has {len(data)} bytes of arrays, where {sum(sizes)} belong"
+        )
+    ends = itertools.accumulate(sizes)
+    for i, (leaf, struct, size, end) in enumerate(zip(leaves, structs, sizes, ends)):
+        if struct is not None:
+            array = np.frombuffer(data[end - size : end], struct.dtype)
+            leaves[i] = _as(leaf, array.reshape(struct.shape))
+    return jtu.tree_unflatten(treedef, leaves)
+
+
+def _struct(leaf: Any) -> Any:
+    """The shape and the type of what is written of a leaf."""
+    if is_key(leaf):
+        return jax.eval_shape(jr.key_data, leaf)
+    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+
+
+def _as(leaf: Any, array: np.ndarray) -> Any:
+    """The array, as what `leaf` is."""
+    if is_key(leaf):
         # Asked within a trace, where a shape will do for a key.
         found = []
-        jax.eval_shape(lambda key: found.append(jr.key_impl(key)), model)
-        return jr.wrap_key_data(leaf, impl=found[0])
-
-    return jtu.tree_map(with_, tree, like)
+        jax.eval_shape(lambda key: found.append(jr.key_impl(key)), leaf)
+        return jr.wrap_key_data(jnp.array(array), impl=found[0])
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return jnp.array(array)
+    if isinstance(leaf, np.ndarray):
+        return array.copy()
+    return type(leaf)(array.item())
 
 
 def _description(tree: PyTree) -> list[str]:
@@ -263,7 +346,7 @@ def _description(tree: PyTree) -> list[str]:
         if hasattr(leaf, "dtype")
         else f"{jtu.keystr(path)}: {type(leaf).__name__}"
         for path, leaf in jtu.tree_leaves_with_path(tree)
-        if eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+        if _is_saved(leaf)
     ]
 
 

@@ -11,7 +11,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, ScalarLike
 
 from .._compat import any_of_batch
-from .._custom_types import typechecked
 from .._equilibrium.base import AbstractEquilibrium
 from .._failure.results import (
     figures_of,
@@ -31,7 +30,6 @@ from .split import Halves, split
 _ROUND = 64
 
 
-@typechecked
 class Run(eqx.Module):
     """What a run is of. None of it changes while the run goes on."""
 
@@ -44,7 +42,6 @@ class Run(eqx.Module):
     save_every: Int[Any, ""]
 
 
-@typechecked
 class Start(eqx.Module):
     """Where a run starts: at a `state`, or at the one that the pipeline makes."""
 
@@ -68,10 +65,13 @@ class Progress(eqx.Module):
         return self.converged | self.verdict.failed
 
 
-def begin(run: Run, start: Start) -> tuple[Progress, PyTree[Array]]:
-    """The progress before the first step, and an entry of the history, which is blank."""
-    state = _initial_state(run, start)
-    return _first_progress(run, state, _halves(run, state))
+def begin(run: Run, start: Start) -> tuple[Progress, PyTree[Array], Any]:
+    """The progress before the first step; an entry of the history, which is blank; and
+    the program of a step.
+    """
+    state = initial_state(run, start)
+    halves = _halves(run, state)
+    return *_first_progress(run, state, halves), halves.whole
 
 
 def advance(
@@ -114,7 +114,7 @@ def run_in_one(
     """A whole run as one program, which calls `report` at each entry and at the end with
     whether there was a step since, the number of steps and the metrics.
     """
-    state = _initial_state(run, start)
+    state = initial_state(run, start)
     halves = _halves(run, state)
     progress, blank = _first_progress(run, state, halves)
     history = empty_history(blank, num_entries)
@@ -126,7 +126,8 @@ def empty_history(entry: PyTree, length: int) -> PyTree[Array]:
     return jtu.tree_map(lambda e: jnp.broadcast_to(_blank(e), (length, *e.shape)), entry)
 
 
-def _initial_state(run: Run, start: Start) -> Any:
+def initial_state(run: Run, start: Start) -> Any:
+    """The state before the first step."""
     state = start.state
     if state is None:
         state = run.pipeline.init(

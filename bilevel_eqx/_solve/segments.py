@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 from .._compat import is_traced
 from .._tree import tree_struct
 from .checkpoint import Checkpoint
+from .identity import identity_of, programs_of
 from .interrupt import heed_interruption
 from .loop import advance, begin, empty_history, Progress, Run, Start
 from .report import Reporter
@@ -43,7 +44,12 @@ class End(NamedTuple):
     interrupted: bool
 
 
-_begin = eqx.filter_jit(begin)
+@eqx.filter_jit
+def _begin(run: Run, start: Start, identified: bool):
+    """See `begin`. The digests of the programs are part of what is compiled: it is traced
+    once for both."""
+    progress, blank, step = begin(run, start)
+    return progress, blank, programs_of(run, start, progress, step) if identified else {}
 
 
 # A segment writes over the progress and the history that it is given. They are the run's
@@ -103,18 +109,19 @@ def run_in_segments(
     over is being transformed.
     """
     save_every = int(run.save_every)
-    if checkpoint is not None and checkpoint.exists():
-        shapes, blank = eqx.filter_eval_shape(begin, run, start)
-        progress, entries = checkpoint.read(shapes, blank)
-    else:
-        with reporter.compiling():
-            progress, blank = _begin(run, start)
-        entries = None
-        if _is_unknown(progress):
-            return None
+    earlier = checkpoint if checkpoint is not None and checkpoint.exists() else None
+    starting = _begin if earlier is None else ft.partial(eqx.filter_eval_shape, _begin)
+    with reporter.compiling():
+        progress, blank, programs = starting(run, start, checkpoint is not None)
+    if programs is None or _is_unknown(progress):
+        return None
+    identity = identity_of(run, start, programs) if checkpoint is not None else {}
+    entries = None
+    if earlier is not None:
+        progress, entries = earlier.read(identity, num_steps, progress, blank)
     saved = int(progress.num_steps)
     entry = tree_struct(blank)
-    room = _room(entry, max(num_steps, saved) // save_every)
+    room = _room(entry, num_steps // save_every)
     history = _empty_history(entry, room)
     if entries is not None:
         history = jtu.tree_map(lambda h, e: h.at[: len(e)].set(e), history, entries)
@@ -149,13 +156,13 @@ def run_in_segments(
             reporter.entries(kept, before, done)
             if checkpoint is not None and checkpoint.next(saved) <= done and not stopped:
                 progress = _whole(arrays, progress_rest)
-                checkpoint.write(progress, _first(history, done // save_every))
+                checkpoint.write(identity, progress, _first(history, done // save_every))
                 saved = done
     progress = _whole(arrays, progress_rest)
     reporter.end(progress, first, done)
     history = _first(history, done // save_every)
     if checkpoint is not None and saved < done and not bool(progress.verdict.failed):
-        checkpoint.write(progress, history)
+        checkpoint.write(identity, progress, history)
     return End(progress, history, interruption.requested)
 
 

@@ -30,7 +30,9 @@ class Solution(eqx.Module, Generic[X, Y]):
         every `save_every` steps. Under `vmap`, where the number of entries cannot depend
         on the run, those that were never reached are NaN, or zero for integers.
     - `stats`: `num_steps`, the steps taken; and the last `outer_residual` and
-        `inner_residual` of the algorithm, which say whether it has come to rest.
+        `inner_residual` of the algorithm, which say whether it has come to rest. Where
+        inner steps are unrolled, the latter is the norm of the inner gradient at which
+        the last of them began.
     - `state`: all that is needed to go on: pass it as `solve(..., state=...)`.
     """
 

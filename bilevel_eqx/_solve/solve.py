@@ -21,7 +21,7 @@ from .._pipeline.base import AbstractPipeline
 from .._pipeline.registry import check_pair, default_pipeline, pipeline_named
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
-from .checkpoint import Checkpoint, fingerprint
+from .checkpoint import Checkpoint
 from .loop import Progress, Run, run_in_one, Start
 from .report import print_progress, Report, Reporter
 from .segments import run_in_segments
@@ -98,7 +98,8 @@ def solve(
         `x0` and `y0` then only say what shapes to expect. Keyword only argument.
     - `checkpoint`: a file to save the run in as it goes. If the file exists, the run is
         resumed from it, and the answer is that of an uninterrupted run, to the last bit.
-        The checkpoint of a run with other data, initial values or rates is refused.
+        The checkpoint of another run is refused, with what has changed: an argument, a
+        rate, the program of an objective or the data that it closes over, ...
         `num_steps` may be larger than in the interrupted run. Keyword only argument.
     - `checkpoint_every`: how many steps lie between two savings, a multiple of
         `save_every`. By default about a tenth of the run. Keyword only argument.
@@ -119,9 +120,11 @@ def solve(
     cannot have, or for one that the pipeline does not aim at. An
     `eqx.EquinoxRuntimeError`, unless `throw` is `False`, if a solve that the pipeline
     relies on fails, if the hypergradient can only be zero, if something is not finite
-    (it says at which step), or if the tolerance is not reached. A `FileNotFoundError`,
-    before any work is done, if the folder of the checkpoint does not exist. A
-    `KeyboardInterrupt` after Ctrl-C, unless `throw` is `False`.
+    (it says at which step), or if the tolerance is not reached. For the checkpoint, an
+    `OSError`, before any work is done, if its folder does not exist
+    (`FileNotFoundError`) or cannot be written in; and a `ValueError` if the file is
+    damaged, is of another run, or has more steps than `num_steps`. A `KeyboardInterrupt`
+    after Ctrl-C, unless `throw` is `False`.
 
     !!! Example
 
@@ -145,6 +148,7 @@ def solve(
     if tolerance is not None:
         check_positive(tolerance, "tolerance", "solve")
         tolerance = as_rate(tolerance)
+    file = _checkpoint(checkpoint, checkpoint_every, num_steps, save_every)
     report = print_progress if progress is True else progress or None
     run = Run(problem, equilibrium, pipeline, tolerance, record, np.asarray(save_every))
     start = Start(x0, y0, key, state)
@@ -154,7 +158,7 @@ def solve(
             run,
             start,
             num_steps,
-            checkpoint=_checkpoint(checkpoint, checkpoint_every, num_steps, run, start),
+            checkpoint=file,
             reporter=Reporter(report, num_steps, save_every),
         )
     if end is not None:
@@ -212,7 +216,7 @@ def _check(
 ) -> None:
     """Asks of the shapes alone, and so once for all that have the same."""
     check_problem(problem, x0, y0)
-    equilibrium.check_constraints(problem)
+    equilibrium.check_kind(problem)
 
 
 def _conclude(
@@ -263,8 +267,7 @@ def _checkpoint(
     path: str | os.PathLike | None,
     every: int | None,
     num_steps: int,
-    run: Run,
-    start: Start,
+    save_every: int,
 ) -> Checkpoint | None:
     if path is None:
         if every is not None:
@@ -273,7 +276,6 @@ def _checkpoint(
                 "`checkpoint`, the file to save in, is missing."
             )
         return None
-    save_every = int(run.save_every)
     if every is None:
         every = save_every * max(1, round(num_steps / save_every / 10))
     check_count(every, "checkpoint_every", "solve")
@@ -283,18 +285,7 @@ def _checkpoint(
             "be a multiple of the second, so that each saving is at an entry of the "
             "history."
         )
-    names = type(run.equilibrium).__name__, type(run.pipeline).__name__
-    given = (
-        run.problem,
-        run.equilibrium,
-        start.x,
-        start.y,
-        run.pipeline,
-        start.key,
-        start.state,
-        run.tolerance,
-    )
-    return Checkpoint(path, every, "/".join((*names, fingerprint(given))))
+    return Checkpoint(path, every)
 
 
 def _interruption(done: int, num_steps: int, checkpoint: str | os.PathLike | None) -> str:

@@ -17,12 +17,14 @@ class Halves(NamedTuple):
     - `second`: from `state` and `rest` to `later`.
     - `rest`: the shapes and types of the intermediate values that `second` needs.
     - `later`: the shapes and types of what `second` returns.
+    - `whole`: the program of the function that was cut.
     """
 
     first: Callable[[PyTree[Array]], tuple[PyTree[Array], PyTree[Array], list[Array]]]
     second: Callable[[PyTree[Array], list[Array]], PyTree[Array]]
     rest: list[jax.ShapeDtypeStruct]
     later: PyTree[jax.ShapeDtypeStruct]
+    whole: Any
 
 
 def split(fn: Callable[[PyTree[Array]], tuple[Any, Any, Any]], at: PyTree) -> Halves:
@@ -62,7 +64,7 @@ def split(fn: Callable[[PyTree[Array]], tuple[Any, Any, Any]], at: PyTree) -> Ha
         return jtu.tree_unflatten(jtu.tree_structure(later), run_second(*values))
 
     structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in rest]
-    return Halves(first, second, structs, later)
+    return Halves(first, second, structs, later, closed)
 
 
 def _is_variable(atom: Any) -> bool:

@@ -11,6 +11,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
@@ -21,13 +22,14 @@ from .._failure.results import RESULTS
 from .._hypergradient import hypergradient
 from .._inner_solver.projected_gradient import ProjectedGradient
 from .._inner_solver.projection import Projection
-from .._linalg.eigenbasis import eigenbasis
+from .._linalg.eigenbasis import eigenbasis, singular_values
 from .._linear_solver.neumann import Neumann
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_y
+from .._problem.root import AbstractRootProblem, FixedPointProblem
 from .._response.base import AbstractResponse
 from .._response.implicit import Implicit
 from .._response.minimum_displacement import MinimumDisplacement
@@ -143,7 +145,9 @@ def check_hypergradient(
     - `y0`: the inner variables to start from, a pytree of floating-point arrays.
     - `responses`: the responses to check, as a dictionary from names or as a sequence. By
         default one of each kind: implicit at the inner minimum, with a pseudoinverse,
-        conjugate gradients and a Neumann series; the nearest minimum; and unrolled.
+        conjugate gradients and a Neumann series; the nearest minimum; and unrolled. At
+        a root: implicit, with a pseudoinverse and GMRES; for a fixed point also with a
+        Neumann series, and unrolled.
     - `num_directions`, `num_coordinates`: the numbers of random directions and of entries
         of x. Keyword only arguments.
     - `key`: for the random choice of these. Keyword only argument.
@@ -190,7 +194,14 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
         return HypergradientCheck({}, findings, {}, False)
     findings = list(disagreements)
     solved = distance <= 1e-6
-    if not solved:
+    if not solved and isinstance(problem, AbstractRootProblem):
+        findings.append(
+            "the inner problem was not solved: after many Newton steps the root is still "
+            f"{distance:.1e} of the size of y away, so the differences are not those of "
+            "a root. There may be no root; or y0 is too far from it; or the problem may "
+            "take its arguments in another order than (x, y)."
+        )
+    elif not solved:
         findings.append(
             "the inner problem was not solved: after many Newton steps the minimum is "
             f"still {distance:.1e} of the size of y away, so the differences are not "
@@ -214,12 +225,18 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
     if not smooth:
         findings.append(
             "finite differences of two step sizes disagree: F(x, y(x)) has a kink close "
-            "to this x, or the inner minimum jumps."
+            "to this x, or the inner solution jumps."
         )
     references = {kind: d.slopes for kind, d in differences.items()}
     if singular and set_y(problem).confines:
         findings.append(
             "the inner minimum is not unique in its set, and the differences are those "
+            "of a warm start."
+        )
+    elif singular and isinstance(problem, AbstractRootProblem):
+        findings.append(
+            f"dr/dy is singular (rank {rank} of {spectrum.size} computed singular "
+            "values), so that the root is not isolated, and the differences are those "
             "of a warm start."
         )
     elif singular:
@@ -267,7 +284,12 @@ _gradient = eqx.filter_jit(inner_gradient)
 def _kinds(problem, singular: bool) -> tuple[str, ...]:
     if not singular:
         return ("true",)
-    return ("warm",) if set_y(problem).confines else ("cold", "warm")
+    return ("cold", "warm") if _selects(problem) else ("warm",)
+
+
+def _selects(problem) -> bool:
+    """Whether the nearest of many solutions can be found."""
+    return not (set_y(problem).confines or isinstance(problem, AbstractRootProblem))
 
 
 # A response, and the anchor that it starts from.
@@ -287,12 +309,23 @@ def _named(problem, responses, y0, y, largest) -> dict[str, _Started]:
     safe = 1 / (largest or 1.0)
     # These start from the known minimum: another solve in each program would take most
     # of the time.
-    named: dict[str, _Started] = {
+    if isinstance(problem, AbstractRootProblem):
+        gmres = lx.GMRES(rtol=1e-8, atol=1e-8)
+        named: dict[str, _Started] = {
+            "Implicit, Pseudoinverse": (Implicit(None, Pseudoinverse()), y),
+            "Implicit, GMRES": (Implicit(None, gmres), y),
+        }
+        if isinstance(problem, FixedPointProblem):
+            series, steps = Neumann(100, 1.0), Unrolled(optax.sgd(1.0), 100)
+            named["Implicit, Neumann(100, 1)"] = (Implicit(None, series), y)
+            named["Unrolled, 100 steps"] = (steps, y0)
+        return named
+    named = {
         "Implicit, Pseudoinverse": (Implicit(None, Pseudoinverse()), y),
         "Implicit, TruncatedCG(20)": (Implicit(None, TruncatedCG(20)), y),
         "Implicit, Neumann(20)": (Implicit(None, Neumann(20, safe)), y),
     }
-    if not set_y(problem).confines:
+    if _selects(problem):
         # It does not support constraints.
         named["MinimumDisplacement"] = (MinimumDisplacement(), y0)
     named["Unrolled, 100 steps"] = (Unrolled(optax.sgd(safe), 100), y0)
@@ -423,20 +456,19 @@ def _nearest(problem, x, anchor):
 def _followed(problem, points, count, anchor):
     """Solves the inner problem at the first `count` of `points`.
 
-    Returns F at each; and at the first one y, its distance from a minimum, and the
-    spectrum of H. `count` is data, so that one program serves all counts.
+    Returns F at each; and at the first one y, its distance from a solution, and the
+    spectrum of H (the singular values of dr/dy). `count` is data, so that one program
+    serves all counts.
     """
     values, y = _values_along(problem, points, count, anchor, _minimum)
     x = jtu.tree_map(lambda leaf: leaf[0], points)
     at = stationarity(problem, x, y)
-    gradient, hessian = at.residual, at.free_hessian
-    # The distance to the minimum along the gradient, relative to the size of y. A small
-    # gradient is not enough: it also vanishes towards a minimum at infinity.
-    square = tree_dot(gradient, gradient)
-    curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
-    length = square / nonzero(curvature) * jnp.sqrt(square)
+    # Relative to the size of y. A small gradient is not enough: it also vanishes towards
+    # a minimum at infinity.
     size = tree_norm(y) + tree_norm(tree_sub(y, anchor))
-    distance = jnp.where(square == 0, 0, length / nonzero(size))
+    distance = at.distance() / nonzero(size)
+    if isinstance(problem, AbstractRootProblem):
+        return values, y, distance, singular_values(at.free_hessian)
     return values, y, distance, eigenbasis(at.definite_hessian()).values
 
 
@@ -561,14 +593,13 @@ def _cosine(reference, other) -> float:
 # Are the problem's derivatives those of its values?
 #
 
-# The first three are first derivatives, the others second derivatives.
-_LOOKED_AT = (
-    "`outer` in x",
-    "`outer` in y",
-    "`inner` in y",
-    "the inner gradient in x",
-    "the inner gradient in y",
-)
+
+def _names_looked_at(problem) -> tuple[str, ...]:
+    """First the values, then the inner gradient."""
+    outer = "`outer` in x", "`outer` in y"
+    if isinstance(problem, AbstractRootProblem):
+        return *outer, "the root in x", "the root in y"
+    return *outer, "`inner` in y", "the inner gradient in x", "the inner gradient in y"
 
 
 @eqx.filter_jit
@@ -582,11 +613,10 @@ def _looked_at(problem, x, y, u, v, h, second: bool):
 
     def objectives(t):
         ahead_x, ahead_y = tree_axpy(t, u, x), tree_axpy(t, v, y)
-        return (
-            problem.outer(ahead_x, y),
-            problem.outer(x, ahead_y),
-            problem.inner(x, ahead_y),
-        )
+        values = [problem.outer(ahead_x, y), problem.outer(x, ahead_y)]
+        if not isinstance(problem, AbstractRootProblem):
+            values.append(problem.inner(x, ahead_y))
+        return values
 
     def gradients(t):
         if not second:
@@ -597,7 +627,8 @@ def _looked_at(problem, x, y, u, v, h, second: bool):
             tree_dot(inner_gradient(problem, x, ahead_y), v),
         )
 
-    slopes = [jax.grad(lambda t, i=i: objectives(t)[i])(zero) for i in range(3)]
+    count = len(objectives(zero))
+    slopes = [jax.grad(lambda t, i=i: objectives(t)[i])(zero) for i in range(count)]
     slopes += jax.jvp(gradients, (zero,), (jnp.ones_like(h),))[1]
     both = jax.lax.map(
         lambda t: jnp.stack([*objectives(t), *gradients(t)]), jnp.stack([h, -h])
@@ -616,6 +647,7 @@ def _disagreements(problem, x, y, second: bool = True) -> list[str]:
         for row, like in ((u, x), (v, y), (moved, y))
     )
     h = 1e-5
+    names = _names_looked_at(problem)
     slopes, both = _looked_at(problem, x, moved, u, v, np.asarray(h), second)
     slopes, (ahead, behind) = np.asarray(slopes), np.asarray(both)
     differences = (ahead - behind) / (2 * h)
@@ -627,17 +659,20 @@ def _disagreements(problem, x, y, second: bool = True) -> list[str]:
         f"the derivative of {what} is not that of its values: along a random direction "
         f"it is {slope:.4g}, but differences of the values give {difference:.4g}. The "
         "reason may be a `stop_gradient`, a cast to integers or a custom derivative rule."
-        for what, slope, difference, bad in zip(_LOOKED_AT, slopes, differences, disagree)
+        for what, slope, difference, bad in zip(names, slopes, differences, disagree)
         if bad
     ]
 
 
 def _out_of_order(problem, x, y) -> str | None:
     """Whether an objective takes its arguments in the reverse order."""
-    for name in ("outer", "inner"):
+    is_root = isinstance(problem, AbstractRootProblem)
+    for name in ("outer", "root" if is_root else "inner"):
         objective = getattr(problem, name, None)
-        if objective is None or not _evaluates(objective, x, y):
-            if objective is not None and _evaluates(objective, y, x):
+        # The root is like y, and an objective is a scalar.
+        like = y if name == "root" else jnp.zeros(())
+        if objective is None or not _evaluates(objective, like, x, y):
+            if objective is not None and _evaluates(objective, like, y, x):
                 return (
                     f"`{name}(x, y)` fails, but `{name}(y, x)` does not: the first "
                     "argument must be the outer variables, the second the inner ones."
@@ -645,11 +680,16 @@ def _out_of_order(problem, x, y) -> str | None:
     return None
 
 
-def _evaluates(objective, *args) -> bool:
+def _evaluates(objective, like, *args) -> bool:
     try:
-        return eqx.filter_eval_shape(objective, *args).shape == ()
+        out = eqx.filter_eval_shape(objective, *args)
     except Exception:
         return False
+    return _shapes(out) == _shapes(like)
+
+
+def _shapes(tree) -> PyTree:
+    return jtu.tree_map(lambda u: getattr(u, "shape", ()), tree)
 
 
 #

@@ -14,6 +14,7 @@ from .._failure.results import RESULTS
 from .._pipeline.base import AbstractPipeline
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
+from .._problem.root import check_has_objective
 from .._solve.solution import Solution
 from .._solve.solve import solve
 from .._text import aligned, as_code
@@ -104,12 +105,18 @@ def compare(
     **Raises:**
 
     A `ValueError` for an invalid problem, or for a key of `pipelines` that is none of the
-    equilibria.
+    equilibria. A `KeyboardInterrupt` after Ctrl-C, which ends the whole comparison.
     """
     if equilibria is None:
         equilibria = (Optimistic(), WarmStart(), ColdStart())
     x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
     check_problem(problem, x0, y0)
+    check_has_objective(
+        problem,
+        "`compare`",
+        "Its only equilibria are `Stackelberg()` and `WarmStart()`, which are the same "
+        "at an isolated root.",
+    )
     concepts = {as_code(equilibrium): equilibrium for equilibrium in equilibria}
     pipelines = {} if pipelines is None else dict(pipelines)
     unknown = [name for name in pipelines if name not in concepts]
@@ -135,6 +142,8 @@ def compare(
         except ValueError as error:
             refused[name] = str(error)
             continue
+        if bool(solution.result == RESULTS.interrupted):
+            raise KeyboardInterrupt(f"`compare` was interrupted at `{name}`.")
         if bool(solution.result != RESULTS.successful):
             step = int(solution.stats["num_steps"])
             refused[name] = f"stopped after step {step}. {RESULTS[solution.result]}"

@@ -37,6 +37,7 @@ from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
+from .._problem.root import check_has_objective
 from .._response.base import AbstractResponse
 from .._response.implicit import Implicit
 from .._response.minimum_displacement import MinimumDisplacement
@@ -248,6 +249,12 @@ def diagnose(
     """
     x, y = as_variables(x, "x"), as_variables(y, "y")
     check_problem(problem, x, y)
+    check_has_objective(
+        problem,
+        "`diagnose`",
+        "`check_hypergradient` examines such a problem, and `certify(problem, "
+        "Stackelberg(), x, y)` says whether the root is isolated.",
+    )
     if set_y(problem).confines:
         raise ValueError(
             "`diagnose` is for inner problems without constraints: if y is confined to a "

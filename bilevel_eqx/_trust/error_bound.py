@@ -25,6 +25,7 @@ from .._linalg.decompositions import eigvalsh
 from .._linalg.eigenbasis import extreme_eigenvalues, lanczos
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
+from .._problem.root import check_has_objective
 from .._tree import nonzero, tree_axpy, tree_dtype, tree_norm, tree_struct
 
 
@@ -125,6 +126,12 @@ def error_bound(
         print(blx.error_bound(problem, x, out, "lanczos"))
         ```
     """
+    check_has_objective(
+        problem,
+        "`error_bound`",
+        "Use `check_hypergradient`, or the residuals in the `stats` of the "
+        "hypergradient.",
+    )
     if set_y(problem).confines:
         raise ValueError(
             "`error_bound` is for inner problems without constraints, but this one has a "

@@ -15,6 +15,7 @@ from .._derivatives.first import inner_gradient
 from .._inner_solver.projection import Projection
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.base import AbstractBilevelProblem
+from .._problem.root import check_has_objective
 from .._response.base import AbstractResponse
 from .._response.implicit import Implicit
 from .._solve.solution import Solution
@@ -107,6 +108,11 @@ def retrain_gap(
     the state of the run does not contain it.
     """
     check_type(solution, Solution, "solution", "retrain_gap")
+    check_has_objective(
+        problem,
+        "`retrain_gap`",
+        "An isolated root has no past: solve for it anew with `best_response`.",
+    )
     if response is None:
         response = Implicit(Projection(), Pseudoinverse(), tolerance=None)
     starts = _starts(solution, initial, num_initialisations, key)
