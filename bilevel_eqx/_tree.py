@@ -97,6 +97,13 @@ def tree_zeros_like(a: PyTree) -> PyTree[Array]:
     return jtu.tree_map(lambda u: jnp.zeros(u.shape, u.dtype), a)
 
 
+def tree_materialised(tangent: Any, like: Any) -> PyTree[Array]:
+    """A tangent with zeros where Equinox has `None`."""
+    return jtu.tree_map(
+        lambda v, t: jnp.zeros(v.shape, v.dtype) if t is None else t, like, tangent
+    )
+
+
 def tree_waves(a: PyTree[Array]) -> PyTree[Array]:
     """A start vector for power iteration: generic, but without a random key."""
     return jtu.tree_map(

@@ -419,10 +419,14 @@ def test_wrong_arguments(bad, match):
         blx.certify(equilibrium=blx.ColdStart(), **{**good, **bad})
 
 
-@pytest.mark.parametrize("concept", (blx.WarmStart(), blx.Stackelberg()))
-def test_a_large_certificate_takes_no_more_products_than_allowed(concept):
+@pytest.mark.parametrize(
+    "concept, num_products",
+    # The latter has to show that the minimum is unique, with half of the products.
+    ((blx.WarmStart(), 40), (blx.Stackelberg(), 80)),
+)
+def test_a_large_certificate_takes_no_more_products_than_allowed(concept, num_products):
     # H has 1,500 eigenvalues, of which twenty are large and stand apart.
-    size, num_products = 1500, 40
+    size = 1500
     values = np.full(size, 1.0)
     values[:20] = np.arange(2, 22)
     values = jnp.asarray(values)

@@ -1,10 +1,14 @@
 """The kinds of lineax operators that this package adds."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import ScalarLike
+from jaxtyping import Array, Float, PyTree, ScalarLike
+
+from .._tree import tree_axpy, tree_zeros_like
 
 
 class _CurvedTag:
@@ -23,17 +27,51 @@ must not invert them.
 """
 
 
-class LeastSquaresHessian(lx.AbstractLinearOperator):
-    r"""The inner Hessian of a sum of squares, with the factor of its main part:
-    $H = A^\top A + C$, where $A = \partial r / \partial y$.
+class _Symmetric(lx.AbstractLinearOperator):
+    """A symmetric operator without further structure that lineax should know of."""
 
-    $C = \sum_i r_i \nabla^2 r_i$ vanishes if the residual is linear in y (`curved` is
-    then `False`), and where the residual is zero.
-    """
+    def transpose(self):
+        return self
 
-    hessian: lx.AbstractLinearOperator
-    residual_jacobian: lx.AbstractLinearOperator
-    curved: bool = eqx.field(static=True)
+    def out_structure(self):
+        return self.in_structure()
+
+
+lx.is_symmetric.register(_Symmetric)(lambda operator: True)
+lx.is_positive_semidefinite.register(_Symmetric)(lambda operator: False)
+for _query in (
+    lx.is_diagonal,
+    lx.is_tridiagonal,
+    lx.is_lower_triangular,
+    lx.is_upper_triangular,
+    lx.is_negative_semidefinite,
+    lx.has_unit_diagonal,
+):
+    _query.register(_Symmetric)(lambda operator: False)  # pyright: ignore
+
+
+@lx.materialise.register(_Symmetric)
+def _(operator):
+    return lx.MatrixLinearOperator(operator.as_matrix(), lx.symmetric_tag)
+
+
+@lx.diagonal.register(_Symmetric)
+def _(operator):
+    return jnp.diag(operator.as_matrix())
+
+
+@lx.tridiagonal.register(_Symmetric)
+def _(operator):
+    matrix = operator.as_matrix()
+    return jnp.diag(matrix), jnp.diag(matrix, -1), jnp.diag(matrix, 1)
+
+
+class CurvedHessian(_Symmetric):
+    """An inner Hessian that depends on y, as a matrix, with the one at a point closer to
+    the minimum. The latter tells which eigenvalues of the former vanish there."""
+
+    hessian: lx.MatrixLinearOperator
+    further: Float[Array, "n n"]
 
     def mv(self, vector):
         return self.hessian.mv(vector)
@@ -41,40 +79,100 @@ class LeastSquaresHessian(lx.AbstractLinearOperator):
     def as_matrix(self):
         return self.hessian.as_matrix()
 
-    def transpose(self):
-        return self
-
     def in_structure(self):
         return self.hessian.in_structure()
 
-    def out_structure(self):
-        return self.hessian.out_structure()
+
+lx.is_positive_semidefinite.register(CurvedHessian)(
+    lambda operator: lx.is_positive_semidefinite(operator.hessian)
+)
 
 
-for _query in (
-    lx.is_symmetric,
-    lx.is_diagonal,
-    lx.is_tridiagonal,
-    lx.is_lower_triangular,
-    lx.is_upper_triangular,
-    lx.is_positive_semidefinite,
-    lx.is_negative_semidefinite,
-    lx.has_unit_diagonal,
-    lx.diagonal,
-    lx.tridiagonal,
-    lx.materialise,
-):
-    _query.register(LeastSquaresHessian)(
-        lambda operator, query=_query: query(operator.hessian)  # pyright: ignore
-    )
+class LeastSquaresHessian(_Symmetric):
+    r"""The inner Hessian of a sum of squares, by its parts: $H = A^\top A + C$, where
+    $A = \partial r / \partial y$ and $C = \sum_i r_i \nabla^2 r_i$.
+
+    C is zero where the residual is zero, and `None` if the residual is linear in y.
+    """
+
+    residual_jacobian: lx.AbstractLinearOperator
+    curvature: lx.AbstractLinearOperator | None
+    tags: frozenset[object] = eqx.field(static=True)
+
+    def mv(self, vector):
+        A = self.residual_jacobian
+        product = A.transpose().mv(A.mv(vector))
+        if self.curvature is None:
+            return product
+        return tree_axpy(1.0, self.curvature.mv(vector), product)
+
+    def as_matrix(self):
+        A = self.residual_jacobian.as_matrix()
+        square = A.T @ A
+        return square if self.curvature is None else square + self.curvature.as_matrix()
+
+    def in_structure(self):
+        return self.residual_jacobian.in_structure()
+
+
+lx.is_positive_semidefinite.register(LeastSquaresHessian)(
+    lambda operator: lx.positive_semidefinite_tag in operator.tags
+)
+
+
+class AugmentedHessian(_Symmetric):
+    r"""The Hessian of a sum of squares without a product of A with itself:
+
+    $$\begin{pmatrix} -I & A \\ A^\top & C \end{pmatrix}
+    \begin{pmatrix} p \\ q \end{pmatrix} = \begin{pmatrix} a \\ u \end{pmatrix}
+    \quad\Longleftrightarrow\quad H q = u + A^\top a, \quad p = A q - a.$$
+
+    To multiply a with $A^\top$, and q with A, would each lose as many digits as the
+    condition number of A has. This is the Hessian in $(w, y)$ of
+    $\langle w, r(x, y) \rangle - \|w\|^2 / 2$, whose maximum over w is $f$.
+
+    ??? cite "Reference"
+
+        Björck, *Numerical Methods for Least Squares Problems*, 1996, section 2.5.
+    """
+
+    hessian: LeastSquaresHessian
+
+    def mv(self, vector):
+        p, q = vector
+        A, C = self.hessian.residual_jacobian, self.hessian.curvature
+        pulled = A.transpose().mv(p)
+        if C is not None:
+            pulled = tree_axpy(1.0, C.mv(q), pulled)
+        return tree_axpy(-1.0, p, A.mv(q)), pulled
+
+    def as_matrix(self):
+        as_function = lx.FunctionLinearOperator(self.mv, self.in_structure())
+        return as_function.as_matrix()
+
+    def in_structure(self):
+        A = self.hessian.residual_jacobian
+        return A.out_structure(), A.in_structure()
+
+    def right_side(self, u: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        """(0, u), with which this is $H q = u$."""
+        return tree_zeros_like(self.in_structure()[0]), u
+
+
+def _each_part(transform, operator):
+    A, C = operator.residual_jacobian, operator.curvature
+    C = None if C is None else transform(C)
+    return LeastSquaresHessian(transform(A), C, operator.tags)
 
 
 for _transform in (lx.linearise, lx.conj):
+    _transform.register(CurvedHessian)(lambda operator: operator)  # pyright: ignore
     _transform.register(LeastSquaresHessian)(  # pyright: ignore
-        lambda operator, transform=_transform: LeastSquaresHessian(
-            transform(operator.hessian),
-            transform(operator.residual_jacobian),
-            operator.curved,
+        ft.partial(_each_part, _transform)
+    )
+    _transform.register(AugmentedHessian)(  # pyright: ignore
+        lambda operator, transform=_transform: AugmentedHessian(
+            _each_part(transform, operator.hessian)
         )
     )
 

@@ -7,15 +7,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._depends_on import depends_on
+from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.base import AbstractBilevelProblem
+from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
-from .._tree import tree_struct
+from .._tree import nonzero, tree_struct, tree_sub, tree_zeros_like
 from .first import inner_gradient
-from .operators import CrossDerivative, LeastSquaresHessian
+from .operators import (
+    CrossDerivative,
+    curved_tag,
+    CurvedHessian,
+    LeastSquaresHessian,
+)
 
 
 def _linearised(fn, at: PyTree[Array], tags: Iterable[object] = ()):
@@ -60,10 +67,11 @@ def gradient_and_hessian(
 
 def expansion(
     problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array], tags: Any = ()
-) -> tuple[PyTree[Array], lx.AbstractLinearOperator, Callable[[PyTree], PyTree]]:
+) -> tuple[PyTree[Array], lx.AbstractLinearOperator, Callable[..., PyTree]]:
     r"""f_y, H and the map $q \mapsto B^\top q$, from one linearisation in y.
 
-    For a root they are r, dr/dy and $q \mapsto (\partial r / \partial x)^\top q$.
+    For a sum of squares that map takes $A q$ too, if it is known better than q. For a
+    root they are r, dr/dy and $q \mapsto (\partial r / \partial x)^\top q$.
     """
     if isinstance(problem, AbstractRootProblem):
         residual, jacobian = _linearised(lambda y: problem.root(x, y), y, tags)
@@ -71,18 +79,101 @@ def expansion(
         return residual, jacobian, _Component(pull, 0)
     # `positive_semidefinite_tag` alone does not make an operator symmetric to lineax.
     tags = frozenset(tags) | {lx.symmetric_tag}
+    if isinstance(problem, AbstractLeastSquaresProblem):
+        return _expansion_of_squares(problem, x, y, tags)
 
     def gradients(y):
         return jax.grad(problem.inner, argnums=(1, 0))(x, y)
 
     (gradient, _), push = jax.linearize(gradients, y)
-    hessian = lx.FunctionLinearOperator(_Component(push, 0), tree_struct(y), tags)
-    if isinstance(problem, AbstractLeastSquaresProblem):
-        _, jacobian = _linearised(lambda y: problem.inner_residual(x, y), y)
-        hessian = LeastSquaresHessian(
-            hessian, jacobian, _is_curved_residual(problem, x, y)
-        )
+    if tells_change(problem, y, tags):
+        _, gradient, hessian = curved_hessian(problem, x, y, tags)
+    else:
+        hessian = lx.FunctionLinearOperator(_Component(push, 0), tree_struct(y), tags)
     return gradient, hessian, _Component(push, 1)
+
+
+def tells_change(problem: AbstractBilevelProblem, y: PyTree, tags: Any) -> bool:
+    """Whether the Hessian for these tags is a `CurvedHessian`: it depends on y, its
+    linear solver wants to know how, and it is a small matrix."""
+    is_vector = eqx.is_array(y) and y.size <= DENSE_SIZE
+    plain = not isinstance(problem, AbstractLeastSquaresProblem)
+    return curved_tag in tags and is_vector and plain and not set_y(problem).confines
+
+
+def _expansion_of_squares(problem, x, y, tags):
+    r"""The same, with the residual $w = r$ as a variable of its own:
+    $f_y = A^\top w$ and $f_x = r_x^\top w$."""
+    w, jacobian = _linearised(lambda y: problem.inner_residual(x, y), y)
+
+    def gradients(w, y):
+        _, pull = jax.vjp(problem.inner_residual, x, y)
+        return pull(w)[::-1]
+
+    (gradient, _), push = jax.linearize(gradients, w, y)
+    C = None
+    if _is_curved_residual(problem, x, y):
+        curvature = _CurvatureOfSquares(push, w)
+        C = lx.FunctionLinearOperator(curvature, tree_struct(y), lx.symmetric_tag)
+    hessian = LeastSquaresHessian(jacobian, C, tags)
+    return gradient, hessian, _CrossTransposedOfSquares(push, jacobian)
+
+
+class _CurvatureOfSquares(eqx.Module):
+    r"""$v \mapsto \sum_i w_i \nabla^2 r_i v$."""
+
+    push: Callable
+    w: PyTree[Array]
+
+    def __call__(self, vector):
+        return self.push(tree_zeros_like(self.w), vector)[0]
+
+
+class _CrossTransposedOfSquares(eqx.Module):
+    r"""$q \mapsto r_x^\top A q + \partial_x \langle w, A q \rangle$, with $A q$ apart."""
+
+    push: Callable
+    jacobian: lx.AbstractLinearOperator
+
+    def __call__(self, q, image=None):
+        return self.push(self.jacobian.mv(q) if image is None else image, q)[1]
+
+
+def squares_condition(
+    problem: Any, x: PyTree[Array], y: PyTree[Array]
+) -> Callable[[Any, PyTree], tuple[PyTree, PyTree]]:
+    r"""$(r - w, A^\top w)$ at this y for $w = r$, as a function of a sum of squares and
+    of x. Its derivative in $(w, y)$ is `AugmentedHessian`."""
+    w = problem.inner_residual(x, y)
+
+    def condition(problem, x):
+        residual, pull = jax.vjp(lambda y: problem.inner_residual(x, y), y)
+        return tree_sub(residual, w), pull(w)[0]
+
+    return condition
+
+
+def curved_hessian(
+    problem: AbstractBilevelProblem, x: PyTree[Array], y: Float[Array, " n"], tags: Any
+) -> tuple[Scalar, Float[Array, " n"], CurvedHessian]:
+    """f, f_y and the matrix of H, with the one a step of steepest descent further."""
+    rows = jnp.eye(y.size, dtype=y.dtype)
+
+    def at(point, _):
+        value, gradient, product = value_gradient_and_product(
+            lambda y: problem.inner(x, y), point
+        )
+        matrix = jax.vmap(product)(rows)
+        g, H = jax.lax.stop_gradient((gradient, matrix))
+        square, curvature = jnp.vdot(g, g), jnp.abs(jnp.vdot(g, g @ H))
+        length = jnp.where(curvature == 0, 0, square / nonzero(curvature))
+        return jax.lax.stop_gradient(point) - length * g, (value, gradient, matrix)
+
+    # Twice the same, in one loop: that is half as long a program.
+    _, (value, gradient, matrix) = jax.lax.scan(at, y, length=2)
+    hessian = lx.MatrixLinearOperator(matrix[0], frozenset(tags) | {lx.symmetric_tag})
+    further = jax.lax.stop_gradient(matrix[1])
+    return value[0], gradient[0], CurvedHessian(hessian, further)
 
 
 def gauss_newton_hessian(
@@ -90,9 +181,8 @@ def gauss_newton_hessian(
 ) -> LeastSquaresHessian:
     r"""$A^\top A$: the inner Hessian without the curvature of the residual."""
     _, jacobian = _linearised(lambda y: problem.inner_residual(x, y), y)
-    tags = {lx.symmetric_tag, lx.positive_semidefinite_tag}
-    hessian = lx.TaggedLinearOperator(jacobian.T @ jacobian, tags)
-    return LeastSquaresHessian(hessian, jacobian, curved=False)
+    tags = frozenset({lx.symmetric_tag, lx.positive_semidefinite_tag})
+    return LeastSquaresHessian(jacobian, None, tags)
 
 
 def hessian_depends_on_y(
@@ -140,4 +230,11 @@ def cross_derivative_operator(
     problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array]
 ) -> lx.AbstractLinearOperator:
     """B, without the checks of the public function."""
-    return CrossDerivative(_linearised(lambda x: inner_gradient(problem, x, y), x)[1])
+    return derivative_in_x(lambda x: inner_gradient(problem, x, y), x)
+
+
+def derivative_in_x(
+    gradient: Callable[[PyTree], PyTree], x: PyTree[Array]
+) -> lx.AbstractLinearOperator:
+    """The derivative of a gradient in x."""
+    return CrossDerivative(_linearised(gradient, x)[1])

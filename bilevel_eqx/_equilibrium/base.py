@@ -266,7 +266,8 @@ def solution_residual(here: Picture, what: str = "y is an inner minimum") -> dic
         return inner_residual(
             here.problem, here.x, here.y, here.value, here.gradient, what
         )
-    largest = jnp.max(here.eigenvalues())
+    assert here.spectrum is not None
+    largest = jnp.max(here.spectrum)
     scale = nonzero(largest) * jnp.maximum(1, vector_norm(here.y))
     return {"inner": (vector_norm(here.gradient) / scale, "y is a root: r = 0")}
 

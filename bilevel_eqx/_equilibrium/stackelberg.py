@@ -5,14 +5,15 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Scalar
 
 from .._compat import is_traced
-from .._derivatives.second import gradient_and_hessian
-from .._linalg.eigenbasis import eigenbasis, singular_values
+from .._linalg.eigenbasis import extreme_eigenvalues
+from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
-from .._solution_set.picture import picture
+from .._solution_set.picture import Picture, picture
 from .._tree import nonzero, tree_size
 from .base import AbstractEquilibrium, Certificate, outer_residual, solution_residual
 
@@ -48,27 +49,38 @@ class Stackelberg(AbstractEquilibrium):
         if count is not None:
             why = f"its inner objective is a sum of {count[0]} squares of {count[1]}"
             raise _singular(f"{why} variables")
-        lowest, largest = _extreme_eigenvalues(problem, x, y)
+        if tree_size(y) > DENSE_SIZE:
+            return
+        lowest, extremes = _extremes(problem, x, y)
         if is_traced(lowest):
             return
-        if isinstance(problem, AbstractRootProblem):
-            if lowest <= _threshold(largest):
-                raise _singular_root(lowest, largest)
+        if extremes is not None:
+            if lowest <= 1:
+                raise _singular_root(*extremes)
             return
         # If some are negative, y is not a minimum yet. The certificate then decides.
-        if abs(lowest) <= _threshold(largest):
+        if abs(lowest) <= 1:
             raise _singular(
-                "the eigenvalues of the inner Hessian at (x0, y0) lie between "
-                f"{float(lowest):.2g} and {float(largest):.2g}"
+                "an eigenvalue of the inner Hessian at (x0, y0) is "
+                f"{abs(float(lowest)):.2g} times its own uncertainty"
             )
 
     def certify(self, problem, x, y, y0, max_products=None):
-        here, _ = picture(problem, x, y, max_products=max_products)
+        # Half of the products are for the question whether the minimum is unique.
+        share = 1.0 if isinstance(problem, AbstractRootProblem) else 0.5
+        here, _ = picture(problem, x, y, max_products=max_products, share=share)
         outer = here.outer()
-        values = here.eigenvalues()
-        lowest, largest = jnp.min(values), jnp.max(jnp.abs(values))
-        threshold = _threshold(largest)
-        share = lowest / nonzero(threshold)
+        notes = ()
+        if here.y.size <= DENSE_SIZE or here.is_root:
+            # Zero if no eigenvalue counts as zero, and none is negative.
+            missing = jnp.where(jnp.min(here.clearance()) > 1, 0.0, 1.0)
+        else:
+            num_products = _share_of(max_products)
+            missing, resolved = _missing_uniqueness(here, num_products)
+            notes = (
+                f"uniqueness is shown by {num_products} products with H, up to a "
+                f"condition number of {1 / resolved:.2g}; more `max_products` show more",
+            )
         unique = "there is no other inner minimum nearby: H is positive definite"
         through = "B^T H^-1"
         if here.is_root:
@@ -78,7 +90,7 @@ class Stackelberg(AbstractEquilibrium):
             "a Stackelberg equilibrium",
             {
                 **solution_residual(here),
-                "uniqueness": (1 - jnp.clip(share, 0, 1), unique),
+                "uniqueness": (missing, unique),
                 **outer_residual(
                     problem,
                     x,
@@ -88,12 +100,21 @@ class Stackelberg(AbstractEquilibrium):
                 ),
             },
             accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
+            notes=notes,
         )
 
 
-def _threshold(largest):
-    """Eigenvalues below this count as zero."""
-    return 100 * jnp.finfo(largest.dtype).eps * largest
+def _share_of(max_products: int | None) -> int:
+    return 64 if max_products is None else max(1, max_products // 2)
+
+
+def _missing_uniqueness(here: Picture, num_products: int) -> tuple[Scalar, float]:
+    """How far the smallest eigenvalue of a large H is from being shown positive, and the
+    smallest share of the largest one that can be shown."""
+    operator = here.at.definite_hessian()
+    lowest, highest, error = extreme_eigenvalues(operator, num_products)
+    resolved = error * (highest - lowest)
+    return 1 - jnp.clip(lowest / nonzero(resolved), 0, 1), error
 
 
 def _too_few_squares(problem, x, y) -> tuple[int, int] | None:
@@ -106,13 +127,13 @@ def _too_few_squares(problem, x, y) -> tuple[int, int] | None:
 
 
 @eqx.filter_jit
-def _extreme_eigenvalues(problem, x, y):
-    _, H = gradient_and_hessian(problem, x, y)
-    if isinstance(problem, AbstractRootProblem):
-        values = singular_values(H)
-        return jnp.min(values), jnp.max(values)
-    values = eigenbasis(H).values
-    return jnp.min(values), jnp.max(jnp.abs(values))
+def _extremes(problem, x, y):
+    """The lowest clearance, and for a root the extreme singular values."""
+    here, _ = picture(problem, x, y)
+    lowest = jnp.min(here.clearance())
+    if here.spectrum is not None:
+        return lowest, (jnp.min(here.spectrum), jnp.max(here.spectrum))
+    return lowest, None
 
 
 def _singular(why: str) -> ValueError:

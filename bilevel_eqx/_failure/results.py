@@ -109,6 +109,7 @@ _NUMBERS = (
     "displacement_residual",
     "linear_residual",
     "linear_curvature",
+    "linear_num_steps",
 )
 
 

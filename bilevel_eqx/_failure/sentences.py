@@ -36,7 +36,8 @@ def _numbers(message: str, figures: dict[str, Any]) -> str:
             f"{figures['last_outer_residual']:.3g} and the inner residual "
             f"{figures['last_inner_residual']:.3g}."
         )
-    inner, displacement, linear, curvature = (float(figures[k]) for k in _NUMBERS)
+    inner, displacement, linear, curvature, steps = (float(figures[k]) for k in _NUMBERS)
+    after = "" if steps == _UNKNOWN else f" after {steps:.0f} steps"
     remedy = (
         f"a step size below {2 / curvature:.3g} does not diverge on it"
         if curvature > 0
@@ -58,7 +59,7 @@ def _numbers(message: str, figures: dict[str, Any]) -> str:
         "negative_curvature": (curvature, "The curvature is {:.3g}."),
         "linear_not_converged": (
             linear,
-            "The linear solve ended with a relative residual of {:.3g}.",
+            f"The linear solve ended{after} with a relative residual of {{:.3g}}.",
         ),
     }
     for name, (number, text) in texts.items():

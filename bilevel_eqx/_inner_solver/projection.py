@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 from .._arguments import check_count
 from .._depends_on import depends_on
 from .._derivatives.second import value_gradient_and_product
+from .._linalg.newton_direction import newton_direction
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._optimiser.backtracking import backtrack
 from .._tree import Layout, nonzero, tree_dtype, tree_struct, vector_norm
-from .newton_direction import newton_direction
 
 
 class _ProjectionState(eqx.Module):
@@ -146,7 +146,10 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         num_steps = state.num_steps + 1
         terminate = small | (num_steps >= self.max_steps)
         new_y = layout.unravel(new_v)
-        _, aux = fn(new_y, args)
+        # Computed only if there is something to compute.
+        aux = eqx.filter_eval_shape(fn, new_y, args)[1]
+        if jtu.tree_leaves(aux):
+            _, aux = fn(new_y, args)
         return new_y, _ProjectionState(num_steps, first_norm, terminate), aux
 
     def _newton(self, layout, v, gradient, hessian, options, curved, shrunk):

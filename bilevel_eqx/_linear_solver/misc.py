@@ -3,7 +3,8 @@
 - `judges_itself` (False): its `result` can be trusted. The solutions of other solvers are
   checked: a factorisation of a singular matrix may return finite numbers.
 - `breakdown`: the name of the failure that `lineax.RESULTS.breakdown` means here.
-- `heeds_curved_tag` (False): it uses `curved_tag`.
+- `heeds_curved_tag` (False): it uses `curved_tag` and `CurvedHessian`.
+- `splits_squares` (False): it solves with an `AugmentedHessian`.
 - `needs_symmetry` (False, and true of those of lineax that are): it presumes that the
   operator is symmetric.
 """
@@ -14,7 +15,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._arguments import says
-from .._derivatives.operators import curved_tag
+from .._derivatives.operators import AugmentedHessian, curved_tag, LeastSquaresHessian
 from .._failure.results import RESULTS
 from .._problem.base import AbstractBilevelProblem
 from .._problem.root import AbstractRootProblem
@@ -72,6 +73,16 @@ def tags_for(
     if is_curved and says(solver, "heeds_curved_tag", False):
         tags.add(curved_tag)
     return frozenset(tags)
+
+
+def augmented(
+    solver: lx.AbstractLinearSolver, hessian: lx.AbstractLinearOperator
+) -> AugmentedHessian | None:
+    """The augmented form of a Hessian, if that is one of a sum of squares and the solver
+    takes it."""
+    takes = says(solver, "splits_squares", False)
+    squares = isinstance(hessian, LeastSquaresHessian)
+    return AugmentedHessian(hessian) if takes and squares else None
 
 
 def explain(solver: lx.AbstractLinearSolver, result: lx.RESULTS) -> RESULTS:

@@ -6,17 +6,23 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Float
 
 from .._arguments import check_count
 from .._compat import lsmr
-from .._derivatives.operators import curved_tag, LeastSquaresHessian
-from .._linalg.decompositions import eigh, inv, qr, svd
+from .._derivatives.operators import (
+    AugmentedHessian,
+    curved_tag,
+    CurvedHessian,
+    LeastSquaresHessian,
+)
+from .._linalg.decompositions import eigh, eigvalsh, inv, qr, svd
 from .._linalg.eigenbasis import lanczos
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linalg.zero_curvature import clearance, margin, uncertainty
 from .._tree import (
     Layout,
-    nonzero,
+    tree_axpy,
     tree_dtype,
     tree_norm,
     tree_sub,
@@ -51,6 +57,7 @@ class Pseudoinverse(lx.AbstractLinearSolver):
 
     judges_itself: ClassVar[bool] = True
     heeds_curved_tag: ClassVar[bool] = True
+    splits_squares: ClassVar[bool] = True
 
     def __check_init__(self):
         if self.rcond is not None and not 0 <= self.rcond < 1:
@@ -62,17 +69,21 @@ class Pseudoinverse(lx.AbstractLinearSolver):
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         del options
+        if isinstance(operator, AugmentedHessian):
+            return _Augmented(self._factor_inverse(operator.hessian))
         if isinstance(operator, LeastSquaresHessian):
-            jacobian = operator.residual_jacobian
-            if self._is_small(jacobian):
-                return _dense_factor_inverse(operator, self.rcond)
-            return _FactorInverse(operator, self.max_steps)
+            return self._factor_inverse(operator)
+        if self._is_small(operator):
+            return _dense_inverse(operator, self.rcond)
         rcond = self.rcond
         if rcond is None and _is_curved(operator):
             rcond = float(jnp.finfo(tree_dtype(operator.in_structure())).eps) ** (2 / 3)
-        if self._is_small(operator):
-            return _dense_inverse(operator, rcond)
         return _MatrixFreeInverse(lx.linearise(operator), rcond, self.max_steps)
+
+    def _factor_inverse(self, operator: LeastSquaresHessian):
+        if self._is_small(operator.residual_jacobian):
+            return _dense_factor_inverse(operator, self.rcond)
+        return _FactorInverse(operator, self.max_steps)
 
     def _is_small(self, operator):
         return min(operator.in_size(), operator.out_size()) <= self.dense_size
@@ -95,9 +106,11 @@ class Pseudoinverse(lx.AbstractLinearSolver):
 Pseudoinverse.__init__.__doc__ = """**Arguments:**
 
 - `rcond`: singular values below `rcond` times the largest count as zero. Defaults to
-    machine precision times the larger dimension. If $H$ depends on y, the responses and
-    certificates of this package use machine precision to the power 2/3: eigenvalues that
-    are zero at an inner minimum are then only small near it.
+    machine precision times the larger dimension, which counts from 16 up to 1,024. If $H$
+    depends on y, the responses and certificates of this package also count as zero what a
+    step towards the minimum changes by half of itself: eigenvalues that are zero at an
+    inner minimum are only small near it. In `stats`, `margin` is the factor by which the
+    closest of these decisions was clear.
 - `dense_size`: a matrix whose smaller dimension is at most this is decomposed. A larger
     one is only multiplied with.
 - `max_steps`: the largest number of steps of a matrix-free solve, each of which is two
@@ -106,25 +119,13 @@ Pseudoinverse.__init__.__doc__ = """**Arguments:**
 
 
 #
-# The four forms of the inverse. Each is a map from b to (q, result, stats).
+# The forms of the inverse. Each is a map from b to (q, result, stats).
 #
 
 
 def _is_curved(operator) -> bool:
     has_tags = isinstance(operator, lx.FunctionLinearOperator | lx.MatrixLinearOperator)
     return has_tags and curved_tag in operator.tags
-
-
-def _significant(values: Float[Array, " r"], shape, rcond) -> Bool[Array, " r"]:
-    if rcond is None:
-        rcond = jnp.finfo(values.dtype).eps * max(shape)
-    # Not >=, because then a matrix of zeros would have full rank.
-    magnitude = jnp.abs(values)
-    return magnitude > rcond * jnp.max(magnitude, initial=0)
-
-
-def _reciprocal(values: Float[Array, " r"]):
-    return jnp.where(values == 0, 0, 1 / nonzero(values))
 
 
 def _as_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "m n"]:
@@ -148,9 +149,10 @@ class _DenseInverse(eqx.Module):
     r"""$V S^{-1} U^\top$, without the singular vectors whose values count as zero."""
 
     right: Float[Array, "r n"]
-    values: Float[Array, " r"]
+    reciprocal: Float[Array, " r"]
     left: Float[Array, "r m"]
-    rank: Scalar
+    values: Float[Array, " r"]
+    clearance: Float[Array, " r"]
     in_layout: Layout = eqx.field(static=True)
     out_layout: Layout = eqx.field(static=True)
 
@@ -159,85 +161,162 @@ class _DenseInverse(eqx.Module):
     def __call__(self, vector):
         coordinates = self.left @ self.out_layout.ravel(vector)
         # Not `right.T @ ...`, which is several times slower on a CPU.
-        q = (_reciprocal(self.values) * coordinates) @ self.right
-        stats = {"rank": self.rank}
+        q = (self.reciprocal * coordinates) @ self.right
+        stats = _counts(self.clearance)
         return self.in_layout.unravel(q), lx.RESULTS.successful, stats
 
     def transpose(self):
         return _DenseInverse(
             self.left,
-            self.values,
+            self.reciprocal,
             self.right,
-            self.rank,
+            self.values,
+            self.clearance,
             self.out_layout,
             self.in_layout,
         )
 
 
+def _counts(clear: Float[Array, " r"]) -> dict[str, Array]:
+    return {"rank": jnp.sum(jnp.abs(clear) > 1), "margin": margin(clear)}
+
+
+def _truncated(values, vectors, uncertain):
+    """Reciprocals and vectors without those that count as zero, and the clearance."""
+    clear = clearance(values, uncertain)
+    keep = jnp.abs(clear) > 1
+    reciprocal = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
+    return reciprocal, [jnp.where(keep[:, None], rows, 0) for rows in vectors], clear
+
+
 def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
     matrix = _as_matrix(operator)
+    change = None
     if lx.is_symmetric(operator):
         values, vectors = eigh(matrix)
-        left = right = vectors.T
+        rows = [vectors.T]
+        if isinstance(operator, CurvedHessian):
+            further = jnp.sum(rows[0] @ operator.further * rows[0], axis=1)
+            change = further - values
     else:
         left, values, right = _svd(matrix)
-        left = left.T
-    keep = _significant(values, matrix.shape, rcond)
+        rows = [right, left.T]
+    if rcond is not None:
+        largest = jnp.max(jnp.abs(values), initial=0)
+        uncertain = jnp.full_like(values, rcond * largest)
+    else:
+        size, curved = max(matrix.shape), _is_curved(operator)
+        uncertain = uncertainty(values, size, change=change, curved=curved)
+    reciprocal, rows, clear = _truncated(values, rows, uncertain)
     return _DenseInverse(
-        jnp.where(keep[:, None], right, 0),
-        jnp.where(keep, values, 0),
-        jnp.where(keep[:, None], left, 0),
-        jnp.sum(keep),
+        rows[0],
+        reciprocal,
+        rows[-1],
+        values,
+        clear,
         Layout(operator.in_structure()),
         Layout(operator.out_structure()),
     )
 
 
+class _Augmented(eqx.Module):
+    """The inverse of a sum of squares, as one of its augmented Hessian."""
+
+    inverse: Any
+
+    @property
+    def knows_range(self):
+        return self.inverse.knows_range
+
+    @property
+    def right(self):
+        return self.inverse.right
+
+    @property
+    def clearance(self):
+        return self.inverse.clearance
+
+    def __call__(self, vector):
+        return self.inverse.augmented(*vector)
+
+    def transpose(self):
+        return self
+
+
 class _DenseFactorInverse(eqx.Module):
-    r"""$V \Sigma^{-1} (I + E)^{-1} \Sigma^{-1} V^\top$, with $A = U \Sigma V^\top$ and
-    $E = \Sigma^{-1} V^\top C V \Sigma^{-1}$ the curvature of the residual."""
+    r"""With $A = U \Sigma V^\top$ and the curvature of the residual
+    $E = \Sigma^{-1} V^\top C V \Sigma^{-1}$: $q = V \Sigma^{-1} z$ and $p = U z - a$ for
+    $z = (I + E)^{-1} (\Sigma^{-1} V^\top u + U^\top a)$."""
 
     right: Float[Array, "r n"]
-    values: Float[Array, " r"]
-    # (I + E)^-1, computed once: a solve in each product would take longer to compile and
-    # to run.
+    reciprocal: Float[Array, " r"]
+    left: Float[Array, "r m"]
+    # I + E, and its inverse. That is computed once: a solve in each product would take
+    # longer to compile and to run.
+    curving: Float[Array, "r r"] | None
     uncurving: Float[Array, "r r"] | None
-    rank: Scalar
+    factor_clearance: Float[Array, " r"]
     in_layout: Layout = eqx.field(static=True)
+    out_layout: Layout = eqx.field(static=True)
 
     knows_range: ClassVar[bool] = True
 
+    @property
+    def clearance(self):
+        missing = self.in_layout.size - self.factor_clearance.size
+        clear = jnp.pad(self.factor_clearance, (0, missing))
+        if self.curving is None:
+            return clear
+        # H has a negative eigenvalue iff I + E has one.
+        lowest = jnp.min(eigvalsh(0.5 * (self.curving + self.curving.T)), initial=1)
+        return jnp.where(lowest < 0, -clear, clear)
+
+    def _coordinates(self, vector):
+        return self.reciprocal * (self.right @ self.in_layout.ravel(vector))
+
+    def _solved(self, coordinates):
+        z = coordinates if self.uncurving is None else self.uncurving @ coordinates
+        return z, self.in_layout.unravel((self.reciprocal * z) @ self.right)
+
     def __call__(self, vector):
-        reciprocal = _reciprocal(self.values)
-        q = reciprocal * (self.right @ self.in_layout.ravel(vector))
-        if self.uncurving is not None:
-            q = self.uncurving @ q
-        q = (reciprocal * q) @ self.right
-        return self.in_layout.unravel(q), lx.RESULTS.successful, {"rank": self.rank}
+        _, q = self._solved(self._coordinates(vector))
+        return q, lx.RESULTS.successful, _counts(self.factor_clearance)
+
+    def augmented(self, a, u):
+        flat = self.out_layout.ravel(a)
+        z, q = self._solved(self._coordinates(u) + self.left @ flat)
+        p = self.out_layout.unravel(z @ self.left - flat)
+        return (p, q), lx.RESULTS.successful, _counts(self.factor_clearance)
 
     def transpose(self):
         return self
 
 
 def _dense_factor_inverse(operator: LeastSquaresHessian, rcond) -> _DenseFactorInverse:
-    matrix = _as_matrix(operator.residual_jacobian)
+    A = operator.residual_jacobian
+    matrix = _as_matrix(A)
     layout = Layout(operator.in_structure())
-    _, values, right = _svd(matrix)
-    keep = _significant(values, matrix.shape, rcond)
-    right, values = jnp.where(keep[:, None], right, 0), jnp.where(keep, values, 0)
-    if operator.curved:
-        hessian = lx.linearise(operator.hessian)
+    left, values, right = _svd(matrix)
+    if rcond is None:
+        uncertain = uncertainty(values, max(matrix.shape))
+    else:
+        uncertain = jnp.full_like(values, rcond * jnp.max(values, initial=0))
+    reciprocal, (right, left), clear = _truncated(values, [right, left.T], uncertain)
+    curving = uncurving = None
+    if operator.curvature is not None:
+        C = lx.linearise(operator.curvature)
 
         def product(row):
-            return layout.ravel(hessian.mv(layout.unravel(row)))
+            return layout.ravel(C.mv(layout.unravel(row)))
 
-        reciprocal = _reciprocal(values)
-        reduced = right @ jax.vmap(product)(right).T - jnp.diag(values**2)
-        curvature = reciprocal[:, None] * reduced * reciprocal[None, :]
-        uncurving = inv(jnp.eye(values.size, dtype=values.dtype) + curvature)
-    else:
-        uncurving = None
-    return _DenseFactorInverse(right, values, uncurving, jnp.sum(keep), layout)
+        E = right @ jax.vmap(product)(right).T
+        E = reciprocal[:, None] * E * reciprocal[None, :]
+        curving = jnp.eye(values.size, dtype=values.dtype) + E
+        uncurving = inv(curving)
+    out_layout = Layout(A.out_structure())
+    return _DenseFactorInverse(
+        right, reciprocal, left, curving, uncurving, clear, layout, out_layout
+    )
 
 
 def krylov_inverse(
@@ -245,27 +324,23 @@ def krylov_inverse(
     start: Float[Array, " n"],
     num_products: int,
     is_curved: bool,
-) -> tuple[_DenseInverse, Float[Array, " k"]]:
+) -> _DenseInverse:
     """The pseudoinverse of a symmetric operator on vectors within a Krylov space.
 
     It takes `num_products` products, whatever it is applied to later. On `start` it is as
     good as so many steps of conjugate gradients, and it is safe on an indefinite or a
-    singular operator. A Ritz value counts as zero if zero is within its error bound. Also
-    returns all Ritz values.
+    singular operator. A Ritz value counts as zero if zero is within its error bound.
     """
     num_products = min(num_products, start.size)
     size = vector_norm(start)
     first = jnp.where(size == 0, tree_waves(start), start)
     basis, values, rotation, last = lanczos(operator, first, num_products)
-    eps = float(jnp.finfo(values.dtype).eps)
-    rcond = eps ** (2 / 3) if is_curved else eps * num_products
-    threshold = rcond * jnp.max(jnp.abs(values))
-    keep = jnp.abs(values) > jnp.maximum(threshold, jnp.abs(last * rotation[-1]))
-    rows = jnp.where(keep[:, None], rotation.T @ basis, 0)
+    uncertain = uncertainty(values, start.size, curved=is_curved)
+    uncertain = jnp.maximum(uncertain, jnp.abs(last * rotation[-1]))
+    rows = [rotation.T @ basis]
+    reciprocal, (rows,), clear = _truncated(values, rows, uncertain)
     layout = Layout(start)
-    rank = jnp.sum(keep)
-    kept = jnp.where(keep, values, 0)
-    return _DenseInverse(rows, kept, rows, rank, layout, layout), values
+    return _DenseInverse(rows, reciprocal, rows, values, clear, layout, layout)
 
 
 class _MatrixFreeInverse(eqx.Module):
@@ -292,7 +367,16 @@ class _FactorInverse(eqx.Module):
     knows_range: ClassVar[bool] = False
 
     def __call__(self, vector):
-        A = self.operator.residual_jacobian
+        (_, q), result, stats = self._solved(vector, None)
+        return q, result, stats
+
+    def augmented(self, a, u):
+        (w, q), result, stats = self._solved(u, a)
+        return (tree_sub(w, a), q), result, stats
+
+    def _solved(self, vector, a):
+        """(A q, q) for H q = vector + A^T a."""
+        A, C = self.operator.residual_jacobian, self.operator.curvature
 
         def pinv(v):
             return _lsmr(A, v, self.max_steps)
@@ -300,24 +384,28 @@ class _FactorInverse(eqx.Module):
         def pinv_transposed(v):
             return _lsmr(A.transpose(), v, self.max_steps)
 
-        u, result1, stats1 = pinv_transposed(vector)
-        q, result2, stats2 = pinv(u)
-        result = _worse(result1, result2)
-        num_steps = stats1["num_steps"] + stats2["num_steps"]
-        residual = jnp.maximum(stats1["residual"], stats2["residual"])
-        if self.operator.curved:
+        u, result, stats = pinv_transposed(vector)
+        num_steps, residual = stats["num_steps"], stats["residual"]
+        if a is not None:
+            within, result_a, stats = pinv(a)
+            u = tree_axpy(1.0, A.mv(within), u)
+            result = _worse(result, result_a)
+            num_steps = num_steps + stats["num_steps"]
+            residual = jnp.maximum(residual, stats["residual"])
+        q, result2, stats = pinv(u)
+        result, w = _worse(result, result2), u
+        num_steps = num_steps + stats["num_steps"]
+        residual = jnp.maximum(residual, stats["residual"])
+        if C is not None:
             # w + E w = u by iterative refinement. If the residual is zero then E is zero,
-            # and the first pass shows it with one product with H.
+            # and the first pass shows it with one product with C.
             eps = jnp.finfo(tree_dtype(vector)).eps
-            scale = tree_norm(A.mv(q))
-
-            def curvature(q):
-                product = self.operator.hessian.mv(q)
-                return tree_sub(product, A.transpose().mv(A.mv(q)))
+            scale = tree_norm(w)
+            pulled = tree_norm(A.transpose().mv(w))
 
             def unfinished(carry):
                 count, _, Cq, change, before, _, _ = carry
-                relevant = tree_norm(Cq) > 10 * eps * tree_norm(vector)
+                relevant = tree_norm(Cq) > 10 * eps * pulled
                 return (change > 10 * eps * scale) & relevant & (count < _REFINEMENTS)
 
             def refine(carry):
@@ -328,10 +416,10 @@ class _FactorInverse(eqx.Module):
                 change = tree_norm(tree_sub(new_w, w))
                 result = _worse(result, _worse(result1, result2))
                 num_steps = num_steps + stats1["num_steps"] + stats2["num_steps"]
-                return count + 1, new_w, curvature(q), change, before, result, num_steps
+                return count + 1, new_w, C.mv(q), change, before, result, num_steps
 
             infinite = jnp.asarray(jnp.inf, scale.dtype)
-            carry = 0, u, curvature(q), infinite, infinite, result, num_steps
+            carry = 0, u, C.mv(q), infinite, infinite, result, num_steps
             out = jax.lax.while_loop(unfinished, refine, carry)
             _, w, _, change, _, result, num_steps = out
             q, _, _ = pinv(w)
@@ -339,17 +427,17 @@ class _FactorInverse(eqx.Module):
 
             def by_hessian():
                 # The refinement did not converge: use H, whose condition is worse.
-                H = self.operator.hessian
-                q, result, stats = _lsmr(H, vector, self.max_steps)
+                b = vector if a is None else tree_axpy(1.0, A.transpose().mv(a), vector)
+                q, result, stats = _lsmr(self.operator, b, self.max_steps)
                 count = jnp.asarray(stats["num_steps"], num_steps.dtype)
-                return q, result, count, stats["residual"]
+                return A.mv(q), q, result, count, stats["residual"]
 
-            q, result, num_steps, residual = jax.lax.cond(
+            w, q, result, num_steps, residual = jax.lax.cond(
                 settled,
-                lambda: (q, result, num_steps, residual),
+                lambda: (w, q, result, num_steps, residual),
                 by_hessian,
             )
-        return q, result, {"num_steps": num_steps, "residual": residual}
+        return (w, q), result, {"num_steps": num_steps, "residual": residual}
 
     def transpose(self):
         return self

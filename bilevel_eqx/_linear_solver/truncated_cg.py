@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 import lineax as lx
 
 from .._arguments import check_count
+from .._linalg.zero_curvature import is_flat, rounding_of
 from .._tree import (
     nonzero,
     tree_axpy,
@@ -16,15 +17,14 @@ from .._tree import (
     tree_max,
     tree_norm,
     tree_scale,
+    tree_size,
     tree_where,
     tree_zeros_like,
 )
 from .misc import check_square, relative
 
 
-# On an ill-conditioned but regular system the residual may rise before it falls: CG
-# decreases the error in the norm of H, not the residual.
-_GROWTH = 10.0
+_GROWTH = 10
 
 
 class TruncatedCG(lx.AbstractLinearSolver):
@@ -41,8 +41,12 @@ class TruncatedCG(lx.AbstractLinearSolver):
     CG then reaches a direction without curvature, where the textbook method divides zero
     by zero. That direction is the part of $b$ in the null space. It is removed from the
     residual, and the iteration continues: in exact arithmetic $B^\top q$ is exact after
-    at most $2 r + 1$ steps, where $r$ is the rank. With fewer steps the residual may have
-    grown, and the result is then `RESULTS.stagnation`.
+    at most $2 r + 1$ steps, where $r$ is the rank.
+
+    A truncated answer is an approximation, and it is a success only if it is better than
+    none: if the residual $|b - H q|$ is smaller than that of $q = 0$. With a singular or
+    ill-conditioned H and few steps it may have grown, since conjugate gradients reduce
+    the error in the norm of H. The result is then `RESULTS.stagnation`.
 
     It supports the option `rtol` of `lineax.linear_solve`: the relative residual at which
     it stops, if that is above rounding error.
@@ -81,10 +85,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
         dtype = tree_dtype(vector)
         # The rounding of the narrowest type among the leaves, which limits the residual.
         eps = max(float(jnp.finfo(u.dtype).eps) for u in jtu.tree_leaves(vector))
-        # Curvature below this, relative to the largest, counts as zero. It is above the
-        # rounding error of a zero curvature. A step along a smaller one would spoil the
-        # last digits of the residual.
-        flatness = eps ** (2 / 3)
+        size = tree_size(vector)
         rtol = jnp.maximum(jnp.asarray(options.get("rtol", 0), dtype), eps)
         # b scaled to order one, so that no square below overflows or underflows.
         scale = tree_max(vector)
@@ -101,8 +102,8 @@ class TruncatedCG(lx.AbstractLinearSolver):
             pp = tree_dot(p, p)
             curvature = tree_dot(p, Hp) / pp
             largest = jnp.maximum(largest, jnp.abs(curvature))
-            # Not <, because the largest curvature of the zero operator is zero.
-            flat = jnp.abs(curvature) <= flatness * largest
+            image = jnp.sqrt(tree_dot(Hp, Hp) / pp)
+            flat = is_flat(curvature, image, largest, size)
             # Negated, so that NaN is bad too.
             bad = ~flat & ~(curvature > 0)
             step_size = jnp.where(flat | bad, 0, rr / (pp * curvature))
@@ -133,7 +134,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
         )
         out = jax.lax.while_loop(unfinished, step, carry)
         num_steps, q, r, _, _, largest, longest, curvature, _ = out
-        bad = ~(curvature >= -flatness * largest)
+        bad = ~(curvature >= -rounding_of(largest, size))
         # Rounding error of a long step, which the recursion of the residual does not see.
         rounding = eps * largest * longest / nonzero(tree_norm(b))
         residual = jnp.maximum(relative(r, b), rounding)
@@ -143,9 +144,10 @@ class TruncatedCG(lx.AbstractLinearSolver):
             "curvature": curvature,
             "negative_curvature": bad,
         }
-        # With a singular H and too few steps the residual grows.
-        diverged = ~(residual <= _GROWTH)
-        result = lx.RESULTS.where(diverged, lx.RESULTS.stagnation, lx.RESULTS.successful)
+        # At negative curvature the answer minimises as far as there is a minimum, and its
+        # residual says little. Negated, so that NaN fails too.
+        worse = ~(residual < jnp.where(bad, _GROWTH, 1)) & (rr0 > 0)
+        result = lx.RESULTS.where(worse, lx.RESULTS.stagnation, lx.RESULTS.successful)
         result = lx.RESULTS.where(bad & (num_steps == 1), lx.RESULTS.breakdown, result)
         q = jtu.tree_map(lambda u: scale.astype(u.dtype) * u, q)
         return q, result, stats

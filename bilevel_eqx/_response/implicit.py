@@ -16,13 +16,16 @@ from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
 from .._derivatives.second import (
     cross_derivative_operator,
+    derivative_in_x,
     expansion,
     hessian_depends_on_y,
+    squares_condition,
 )
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.minimum import minimise_inner
 from .._inner_solver.root import find_root, why_no_root
 from .._linear_solver.misc import (
+    augmented,
     check_symmetry,
     explain,
     judges_itself,
@@ -36,6 +39,7 @@ from .._problem.root import AbstractRootProblem
 from .._tree import (
     Layout,
     tree_dot,
+    tree_materialised,
     tree_norm,
     tree_scale,
     tree_struct,
@@ -117,6 +121,12 @@ class Implicit(AbstractResponse):
 
         # Nothing of it is in a program that does not ask for it.
         def push(tangent):
+            K = augmented(self.linear_solver, at.hessian)
+            if K is not None:
+                gradient = squares_condition(problem, x, v)
+                B = derivative_in_x(lambda x: gradient(problem, x), x)
+                z = lx.linear_solve(K, B.mv(tangent), self.linear_solver).value
+                return layout.unravel(tree_scale(-1, z[1]))
             B = at.applied_to(cross_derivative_operator(problem, x, v))
             J = at.applied_to(-(lx.invert(at.hessian, self.linear_solver) @ B))
             return layout.unravel(J.mv(tangent))
@@ -234,16 +244,25 @@ class _Pullback(eqx.Module):
     layout: Layout | AsItIs = eqx.field(static=True)
 
     def __call__(self, u):
-        q, result, stats = self._adjoint(self.layout.ravel(u))
-        cotangent = tree_scale(-1, self.cross_transposed(self.at.along(q)))
-        return Pulled(cotangent, result, stats, self.layout.unravel(q))
+        q, pulled, result, stats = self._adjoint(self.layout.ravel(u))
+        return Pulled(tree_scale(-1, pulled), result, stats, self.layout.unravel(q))
 
     def _adjoint(self, u):
-        r"""The linear solver's $q = H^{-\top} u$, whether it is right, and statistics."""
+        r"""The linear solver's $q = H^{-\top} u$, $B^\top q$, whether q is right, and
+        statistics."""
         # H itself at a minimum, where it is symmetric.
         H, u = self.at.hessian.T, self.at.along(u)
-        solve = lx.linear_solve(H, u, self.linear_solver, throw=False)
-        q, stats = solve.value, solve.stats
+        K = augmented(self.linear_solver, H)
+        if K is not None:
+            u = K.right_side(u)
+            solve = lx.linear_solve(K, u, self.linear_solver, throw=False)
+            image, q = solve.value
+            pulled = self.cross_transposed(q, image)
+        else:
+            solve = lx.linear_solve(H, u, self.linear_solver, throw=False)
+            q = solve.value
+            pulled = self.cross_transposed(self.at.along(q))
+        stats = solve.stats
         result = explain(self.linear_solver, solve.result)
         if not judges_itself(self.linear_solver):
             # Times H once more, because u need not be in its range.
@@ -257,7 +276,7 @@ class _Pullback(eqx.Module):
         # Some solvers report a missing bound as `None`.
         arrays = eqx.filter(stats, eqx.is_array)
         stats = {f"linear_{k}": v for k, v in arrays.items() if v is not None}
-        return q, result, stats
+        return q, pulled, result, stats
 
 
 # Large: it only has to separate a solution from a wrong one.
@@ -287,15 +306,19 @@ def _argmin_jvp(primals, tangents):
     y, result = _argmin(response, problem, x, anchor)
     at, _ = response._expansion(problem, x, y)
 
-    def solve(vector):
-        return lx.linear_solve(at.hessian, vector, response.linear_solver).value
+    K = augmented(response.linear_solver, at.hessian)
 
+    def plain(problem, x):
+        return inner_gradient(problem, x, y)
+
+    def solve(vector):
+        if K is None:
+            return lx.linear_solve(at.hessian, vector, response.linear_solver).value
+        vector = tree_materialised(vector, K.in_structure())
+        return lx.linear_solve(K, vector, response.linear_solver).value[1]
+
+    gradient = plain if K is None else squares_condition(problem, x, y)
     t_y = set_y(problem).minimum_tangent(
-        at,
-        y,
-        lambda problem, x: inner_gradient(problem, x, y),
-        (problem, x),
-        (t_problem, t_x),
-        solve,
+        at, y, gradient, (problem, x), (t_problem, t_x), solve
     )
     return (y, result), (t_y, jtu.tree_map(lambda _: None, result))

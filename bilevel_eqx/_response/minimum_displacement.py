@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
@@ -21,7 +20,7 @@ from .._problem.flat import flat
 from .._problem.root import check_has_objective
 from .._solution_set.nearest import Displacement, nearest_to
 from .._solution_set.picture import flat_picture
-from .._tree import tree_norm, tree_struct
+from .._tree import tree_materialised, tree_norm, tree_struct
 from .base import AbstractResponse, Pulled, Response
 from .implicit import Implicit
 
@@ -117,16 +116,16 @@ class MinimumDisplacement(AbstractResponse):
         here = displacement.picture
 
         def push(x_tangent):
-            def constraint(x):
-                return inner_gradient(here.problem, x, here.y)
+            def condition(x):
+                return here.condition(here.problem, x)
 
             def pulled(x):
-                return _pull_of_constraint(here.problem, x, here.y, mu)
+                return _pull_of_constraint(here.problem, x, here.y, mu, image)
 
-            mu = displacement.multiplier
-            gradient_tangent = jax.jvp(constraint, (x,), (x_tangent,))[1]
+            mu, image, _ = displacement.multiplier
+            condition_tangent = jax.jvp(condition, (x,), (x_tangent,))[1]
             pull_tangent = jax.jvp(pulled, (x,), (x_tangent,))[1]
-            return layout.unravel(displacement.push(gradient_tangent, pull_tangent))
+            return layout.unravel(displacement.push(condition_tangent, pull_tangent))
 
         def pullback(u):
             cotangent, result = displacement.pull(layout.ravel(u))
@@ -178,8 +177,12 @@ class MinimumDisplacement(AbstractResponse):
         return displacement, layout, result, stats
 
 
-def _pull_of_constraint(problem, x, y, multiplier):
-    r"""$H(x, y)\, \mu$."""
+def _pull_of_constraint(problem, x, y, multiplier, image):
+    r"""$H(x, y)\, \mu$; for a linear residual $A(x)^\top$ times that image $A \mu$. Their
+    derivatives in x differ by what is orthogonal to S(x), which does not matter."""
+    if image is not None:
+        _, pull = jax.vjp(lambda y: problem.inner_residual(x, y), y)
+        return pull(image)[0]
     return jax.jvp(lambda y: inner_gradient(problem, x, y), (y,), (multiplier,))[1]
 
 
@@ -205,22 +208,19 @@ def _nearest_point_jvp(primals, tangents):
     v = layout.ravel(y)
     here = flat_picture(flat_problem, x, v, response.linear_solver, differentiable=True)
     displacement = Displacement(here, layout.ravel(anchor))
-    mu = displacement.multiplier
+    mu, image, _ = displacement.multiplier
 
-    def constraint(problem, x):
-        return inner_gradient(flat(problem, y)[0], x, v)
+    def condition(problem, x):
+        return here.condition(flat(problem, y)[0], x)
 
     def stationarity(problem, x, anchor):
-        pulled = _pull_of_constraint(flat(problem, y)[0], x, v, mu)
+        pulled = _pull_of_constraint(flat(problem, y)[0], x, v, mu, image)
         return pulled - layout.ravel(anchor)
 
-    _, t_gradient = eqx.filter_jvp(constraint, (problem, x), (t_problem, t_x))
+    like, t_condition = eqx.filter_jvp(condition, (problem, x), (t_problem, t_x))
     primals, tangents = (problem, x, anchor), (t_problem, t_x, t_anchor)
     _, t_pull = eqx.filter_jvp(stationarity, primals, tangents)
-    t_v = displacement.push(_materialised(t_gradient, v), _materialised(t_pull, v))
+    t_v = displacement.push(
+        tree_materialised(t_condition, like), tree_materialised(t_pull, v)
+    )
     return (y, result), (layout.unravel(t_v), jtu.tree_map(lambda _: None, result))
-
-
-def _materialised(tangent, v):
-    """A tangent with zeros where Equinox has `None`."""
-    return jnp.zeros_like(v) if tangent is None else tangent

@@ -11,7 +11,7 @@ from .._failure.results import first_failure, RESULTS
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._tree import tree_axpy, tree_scale, vector_norm
-from .picture import flat_picture, Lagrangian, Picture
+from .picture import Adjoint, flat_picture, Lagrangian, Picture
 from .search import select
 
 
@@ -36,9 +36,11 @@ class Displacement(NamedTuple):
     anchor: Float[Array, " n"]
 
     @property
-    def multiplier(self) -> Float[Array, " n"]:
-        """mu."""
-        return -self.picture.pinv(self.displacement)
+    def multiplier(self) -> Adjoint:
+        """mu, and for a plane that is of a sum of squares its image."""
+        negative = self.picture.adjoint(-self.displacement)
+        plane = self.picture.is_plane
+        return negative if plane else negative._replace(image=None)
 
     @property
     def displacement(self) -> Float[Array, " n"]:
@@ -59,7 +61,8 @@ class Displacement(NamedTuple):
         def half_square(x, y):
             return 0.5 * jnp.sum((y - self.anchor) ** 2)
 
-        return self.picture.lagrangian(half_square, self.multiplier)
+        mu, image, _ = self.multiplier
+        return self.picture.lagrangian(half_square, mu, image)
 
     def _solve_within(self, lagrangian: Lagrangian, vector):
         """(P W P)^+ P v, and whether it was found."""
@@ -81,12 +84,12 @@ class Displacement(NamedTuple):
         return here.project(value), result
 
     def push(
-        self, gradient_tangent: Float[Array, " n"], pull_tangent: Float[Array, " n"]
+        self, condition_tangent: PyTree[Array], pull_tangent: Float[Array, " n"]
     ) -> Float[Array, " n"]:
-        r"""$\dot y$, for $\partial (\nabla_y f)$ and $\partial (H \mu) - \dot a$ along
+        r"""$\dot y$, for the derivatives of `Picture.condition` and of $H \mu - a$ along
         the same tangent."""
         lagrangian = self._lagrangian()
-        normal = -self.picture.pinv(gradient_tangent)
+        normal = -self.picture.step_of(condition_tangent)
         change = lagrangian.push(normal)[1] + pull_tangent
         tangential, _ = self._solve_within(lagrangian, change)
         return normal - tangential
@@ -97,8 +100,9 @@ class Displacement(NamedTuple):
         here, lagrangian = self.picture, self._lagrangian()
         v, result = self._solve_within(lagrangian, u)
         null_space_term, Wv = lagrangian.push(v)
-        q, q_result = here.solve(u - Wv)
-        total = tree_axpy(1.0, here.cross_transposed(q), null_space_term)
+        q, image, q_result = here.adjoint(u - Wv)
+        pulled = here.cross_transposed(q, image=image)
+        total = tree_axpy(1.0, pulled, null_space_term)
         return tree_scale(-1, total), first_failure(q_result, result)
 
 

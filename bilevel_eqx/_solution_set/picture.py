@@ -19,22 +19,34 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._arguments import says
 from .._derivatives.first import inner_gradient, outer_gradients
-from .._derivatives.operators import LeastSquaresHessian
+from .._derivatives.operators import AugmentedHessian, LeastSquaresHessian
 from .._derivatives.second import (
+    curved_hessian,
     gradient_and_hessian,
     hessian_depends_on_y,
+    squares_condition,
+    tells_change,
     value_gradient_and_product,
 )
 from .._failure.results import RESULTS
 from .._linalg.eigenbasis import eigenbasis, singular_values
 from .._linalg.power_iteration import DENSE_SIZE
-from .._linear_solver.misc import explain, tags_for
+from .._linalg.zero_curvature import clearance, uncertainty
+from .._linear_solver.misc import augmented, explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import flat
+from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
-from .._tree import Layout, nonzero, tree_axpy, tree_waves, vector_norm
+from .._tree import (
+    Layout,
+    nonzero,
+    tree_axpy,
+    tree_dot,
+    tree_waves,
+    vector_norm,
+)
 
 
 class Outer(NamedTuple):
@@ -54,6 +66,15 @@ class Outer(NamedTuple):
     r"""$F_x + B^\top \mu = F_x - B^\top H^+ F_y$."""
     result: RESULTS
     """Whether the linear solver found the multiplier."""
+
+
+class Adjoint(NamedTuple):
+    r"""$q = H^+ v$."""
+
+    q: Float[Array, " n"]
+    image: PyTree[Array] | None
+    """For a sum of squares A q, without the rounding of that product; else `None`."""
+    result: RESULTS
 
 
 class Lagrangian(NamedTuple):
@@ -87,8 +108,7 @@ class Picture(eqx.Module):
     inverse: Any
     """The state of the linear solver that stands for the pseudoinverse."""
     spectrum: Float[Array, " k"] | None
-    """All Ritz values of K, where the pseudoinverse is made of some of them; the singular
-    values of a root's H."""
+    """The singular values of a root's H; Ritz values of them beyond the dense size."""
     max_products: int | None = eqx.field(static=True)
     """How many products with H may be taken, if that is bounded."""
     is_plane: bool = eqx.field(static=True)
@@ -120,28 +140,69 @@ class Picture(eqx.Module):
     def is_root(self) -> bool:
         return isinstance(self.problem, AbstractRootProblem)
 
-    def solve(self, vector: Float[Array, " n"]) -> tuple[Float[Array, " n"], RESULTS]:
-        r"""$H^+ v$, and whether the solver found it. In a set, $K^+ v$."""
-        return self._solve(self.at.hessian, self.inverse, vector)
+    @property
+    def system(self) -> lx.AbstractLinearOperator:
+        """What is solved with: H, or for a sum of squares its augmented form."""
+        K = augmented(self.linear_solver, self.at.hessian)
+        return self.at.hessian if K is None else K
 
-    def solve_adjoint(
-        self, vector: Float[Array, " n"]
-    ) -> tuple[Float[Array, " n"], RESULTS]:
-        r"""$H^{+\top} v$: the same at a minimum, where H is symmetric."""
-        if not self.is_root:
-            return self.solve(vector)
-        transposed, _ = self.linear_solver.transpose(self.inverse, {})
-        return self._solve(self.at.hessian.T, transposed, vector)
-
-    def _solve(self, H, inverse, vector):
+    def _solved(self, vector, transposed=False):
+        system, inverse = self.system, self.inverse
+        if transposed:
+            system = system.T
+            inverse, _ = self.linear_solver.transpose(inverse, {})
         if self.differentiable:
             out = lx.linear_solve(
-                H, vector, self.linear_solver, state=inverse, throw=False
+                system, vector, self.linear_solver, state=inverse, throw=False
             )
             q, result = out.value, out.result
         else:
             q, result, _ = self.linear_solver.compute(inverse, vector, {})
         return q, explain(self.linear_solver, result)
+
+    def adjoint(self, vector: Float[Array, " n"]) -> "Adjoint":
+        r"""$q = H^{+\top} v$, for a sum of squares with $A q$, and whether it was found.
+
+        H is symmetric but at a root.
+        """
+        K = self.system
+        if isinstance(K, AugmentedHessian):
+            (image, q), result = self._solved(K.right_side(vector))
+            return Adjoint(q, image, result)
+        q, result = self._solved(vector, transposed=self.is_root)
+        return Adjoint(q, None, result)
+
+    def solve(self, vector: Float[Array, " n"]) -> tuple[Float[Array, " n"], RESULTS]:
+        r"""$H^+ v$, and whether the solver found it. In a set, $K^+ v$."""
+        if self.is_root:
+            return self._solved(vector)
+        q, _, result = self.adjoint(vector)
+        return q, result
+
+    @property
+    def condition(self) -> Callable[[Any, PyTree], PyTree[Array]]:
+        r"""$\nabla_y f$ at this y, as a function of the problem and of x; for a sum of
+        squares that of the augmented form."""
+        if isinstance(self.system, AugmentedHessian):
+            return squares_condition(self.problem, self.x, self.y)
+        return lambda problem, x: inner_gradient(problem, x, self.y)
+
+    def step_of(self, tangent: PyTree[Array]) -> Float[Array, " n"]:
+        r"""$H^+ v$ for a tangent of `condition`."""
+        solution, _ = self._solved(tangent)
+        return solution[1] if isinstance(self.system, AugmentedHessian) else solution
+
+    def step_from(
+        self, y: Float[Array, " n"], gradient: Float[Array, " n"]
+    ) -> Float[Array, " n"]:
+        r"""$H^+ \nabla_y f$ at another y, with the H of this one. For a sum of squares
+        the right side is $A^\top r$, which is not formed."""
+        K = self.system
+        if isinstance(K, AugmentedHessian):
+            problem: Any = self.problem
+            r = problem.inner_residual(self.x, y)
+            return self.step_of((r, jnp.zeros_like(y)))
+        return self.step_of(gradient)
 
     def pinv(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         r"""$H^+ v$."""
@@ -164,19 +225,24 @@ class Picture(eqx.Module):
         return -self.at.along(self.pinv(self.at.along(slope)))
 
     def cross_transposed(
-        self, multiplier: Float[Array, " n"], y: Float[Array, " n"] | None = None
+        self,
+        multiplier: Float[Array, " n"],
+        y: Float[Array, " n"] | None = None,
+        image: PyTree[Array] | None = None,
     ) -> PyTree[Array]:
         r"""$B^\top \mu = \nabla_x \langle \mu, \nabla_y f \rangle$, at another y if one
-        is given."""
-        return self._constraint(self.y if y is None else y, multiplier)[0]
+        is given. For a sum of squares, `image` is $A \mu$ where it is known better."""
+        return self._constraint(self.y if y is None else y, multiplier, image)[0]
 
-    def _constraint(self, y, multiplier):
+    def _constraint(self, y, multiplier, image=None):
         """The gradients of <mu, f_y> in x and y, which are B^T mu and H mu.
 
         They are those of f, differentiated along mu. Not `jax.jvp`: JAX takes no second
         derivative of it where an objective has a `jax.custom_vjp`.
         """
 
+        if image is not None:
+            return self._constraint_of_squares(y, multiplier, image)
         if isinstance(self.problem, AbstractRootProblem):
             _, pull = jax.vjp(self.problem.root, self.x, y)
             return pull(multiplier)
@@ -186,24 +252,41 @@ class Picture(eqx.Module):
 
         return jax.linearize(gradients, y)[1](multiplier)
 
+    def _constraint_of_squares(self, y, multiplier, image):
+        r"""The gradients of $\langle A \mu, r \rangle$, from $A \mu$ apart: those of
+        $\langle A \mu, r(x, y) \rangle + \langle w, A(x, y)\, \mu \rangle$ for a fixed
+        image and a fixed $w = r$."""
+        problem: Any = self.problem
+        residual = problem.inner_residual
+        w = residual(self.x, y)
+
+        def total(x, y):
+            r, A_mu = jax.jvp(lambda y: residual(x, y), (y,), (multiplier,))
+            return tree_dot(image, r) + tree_dot(w, A_mu)
+
+        return jax.grad(total, argnums=(0, 1))(self.x, y)
+
     def outer(self) -> Outer:
         """The outer objective and its hypergradient."""
         value, outer_x, outer_y = outer_gradients(self.problem, self.x, self.y)
-        q, result = self.solve_adjoint(self.at.along(outer_y))
-        mu = -self.at.along(q)
-        hypergradient = tree_axpy(1.0, self.cross_transposed(mu), outer_x)
-        return Outer(value, outer_x, outer_y, q, mu, hypergradient, result)
+        q, image, result = self.adjoint(self.at.along(outer_y))
+        along = self.at.along(q)
+        pulled = self.cross_transposed(along, image=image)
+        hypergradient = tree_axpy(-1.0, pulled, outer_x)
+        return Outer(value, outer_x, outer_y, q, -along, hypergradient, result)
 
     def lagrangian(
         self,
         objective: Callable[[PyTree, Float[Array, " n"]], Scalar],
         multiplier: Float[Array, " n"],
+        image: PyTree[Array] | None = None,
     ) -> Lagrangian:
-        """The Lagrangian of an objective on S(x), linearised in y."""
+        """The Lagrangian of an objective on S(x), linearised in y; `image` as for
+        `cross_transposed`, where S(x) is a plane."""
 
         def gradients(y):
             slopes = jax.grad(objective, argnums=(0, 1))(self.x, y)
-            return tree_axpy(1.0, self._constraint(y, multiplier), slopes)
+            return tree_axpy(1.0, self._constraint(y, multiplier, image), slopes)
 
         (slope_x, slope_y), push = jax.linearize(gradients, self.y)
         return Lagrangian(slope_x, slope_y, push)
@@ -242,12 +325,19 @@ class Picture(eqx.Module):
         structure = jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
         return lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
 
-    def eigenvalues(self) -> Float[Array, " k"]:
-        """Those of H where y can move; its singular values if y is a root; Ritz values
-        beyond the dense size."""
-        if self.spectrum is not None:
-            return self.spectrum
-        return eigenbasis(self.at.definite_hessian()).values
+    def clearance(self) -> Float[Array, " k"]:
+        """The eigenvalues of H, or the singular values if y is a root, in units of their
+        uncertainty. Beyond the dense size only for a root.
+
+        Those that count as zero here are those that the pseudoinverse does not invert.
+        """
+        if self.is_dense and not set_y(self.problem).confines:
+            return self.inverse.clearance
+        values, curved = self.spectrum, False
+        if values is None:
+            values = eigenbasis(self.at.definite_hessian()).values
+            curved = not self.is_plane
+        return clearance(values, uncertainty(values, self.y.size, curved=curved))
 
     def share_of_products(self, share: float, most: int) -> int:
         """A number of steps, each as costly as three products with H, that takes no more
@@ -344,7 +434,7 @@ def flat_picture(
             start = at.along(jax.grad(problem.outer, argnums=1)(x, y))
             if anchor is not None:
                 start = _unit(start) + _unit(y - anchor)
-            inverse, spectrum = krylov_inverse(
+            inverse = krylov_inverse(
                 at.definite_hessian(), start, num_products, not is_plane
             )
     if inverse is None:
@@ -352,7 +442,8 @@ def flat_picture(
         # not go through the factors.
         dynamic, static = eqx.partition(at.hessian, eqx.is_array)
         fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
-        inverse: Any = linear_solver.init(fixed, options={})
+        K = augmented(linear_solver, fixed)
+        inverse: Any = linear_solver.init(fixed if K is None else K, options={})
     if isinstance(problem, AbstractRootProblem) and spectrum is None:
         spectrum = inverse.values if dense else singular_values(at.hessian)
     return Picture(
@@ -377,21 +468,21 @@ def _expansion(problem, x, y, dense: bool, tags):
         residual, jacobian = gradient_and_hessian(problem, x, y, tags)
         jacobian = as_operator(jacobian.mv, y, True, tags) if dense else jacobian
         return None, residual, jacobian
+    if tells_change(problem, y, tags):
+        return curved_hessian(problem, x, y, tags)
     if not dense:
         gradient, H = gradient_and_hessian(problem, x, y, tags)
         return problem.inner(x, y), gradient, H
+    if isinstance(problem, AbstractLeastSquaresProblem):
+        gradient, H = gradient_and_hessian(problem, x, y, tags)
+        assert isinstance(H, LeastSquaresHessian)
+        A = as_operator(H.residual_jacobian.mv, y, True, ())
+        C = None if H.curvature is None else as_operator(H.curvature.mv, y, True)
+        return problem.inner(x, y), gradient, LeastSquaresHessian(A, C, H.tags)
     value, gradient, product = value_gradient_and_product(
         lambda y: problem.inner(x, y), y
     )
-    _, H = gradient_and_hessian(problem, x, y, tags)
-    matrix = as_operator(product, y, True, tags)
-    if isinstance(H, LeastSquaresHessian):
-        A = as_operator(H.residual_jacobian.mv, y, True, ())
-        if not H.curved:
-            factor = A.as_matrix()
-            matrix = lx.MatrixLinearOperator(factor.T @ factor, tags)
-        return value, gradient, LeastSquaresHessian(matrix, A, H.curved)
-    return value, gradient, matrix
+    return value, gradient, as_operator(product, y, True, tags)
 
 
 def picture(
@@ -443,7 +534,7 @@ def restore(
     def body(carry):
         count, y, before, _, _ = carry
         gradient = inner_gradient(here.problem, here.x, y)
-        step = here.pinv(gradient)
+        step = here.step_from(y, gradient)
         length = vector_norm(step)
         # A step that is longer than the last leads away.
         y = jnp.where(length < before, y - step, y)

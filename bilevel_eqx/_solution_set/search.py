@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._inner_solver.newton_direction import newton_direction
+from .._linalg.newton_direction import newton_direction
 from .._linalg.power_iteration import DENSE_SIZE
 from .._optimiser.backtracking import backtrack
 from .._problem.base import AbstractBilevelProblem

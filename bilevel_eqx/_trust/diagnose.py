@@ -30,6 +30,7 @@ from .._inner_solver.projection import Projection
 from .._linalg.decompositions import eigh
 from .._linalg.eigenbasis import lanczos
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linalg.zero_curvature import margin, uncertainty
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
@@ -42,6 +43,7 @@ from .._response.implicit import Implicit
 from .._response.minimum_displacement import MinimumDisplacement
 from .._response.proximal import Proximal
 from .._response.unrolled import Unrolled
+from .._solution_set.picture import picture
 from .._text import as_code
 from .._tree import nonzero, tree_dot, tree_dtype, tree_norm, tree_size
 
@@ -70,6 +72,10 @@ _MOST_TERMS = 2**40
 _SMALL_SHARE = 1e-3
 
 
+# A decision between zero and nonzero is clear if it is by more than this factor.
+_CLEAR = 100
+
+
 # y counts as a minimum if its distance from one, relative to its size, is below this.
 _NEAR = 1e-3
 
@@ -90,6 +96,8 @@ class Diagnosis:
     - `smallest_nonzero`: the smallest absolute eigenvalue that does not count as zero;
         `inf` if all count as zero.
     - `rank`: the number of eigenvalues that do not count as zero.
+    - `margin`: by which factor the closest decision between zero and nonzero was clear.
+        Below a hundred it is not: rounding, or the error of y, may have made it.
     - `singular`: whether some eigenvalues count as zero: $H$ is singular, or numerically
         so.
     - `null_share`: $\|P F_y\|^2 / \|F_y\|^2$, with the projection $P$ on the null space
@@ -124,6 +132,7 @@ class Diagnosis:
     largest: float
     smallest_nonzero: float
     rank: int
+    margin: float
     singular: bool
     null_share: float
     gaps: dict[str, float]
@@ -142,6 +151,11 @@ class Diagnosis:
     def __str__(self):
         about = "" if self.exact else "about "
         definite = "some count as zero" if self.singular else "none count as zero"
+        if self.margin < _CLEAR:
+            definite += (
+                f", and the closest of these decisions is not clear: it is by a factor "
+                f"of {self.margin:.2g}"
+            )
         minimum = "an inner minimum" if self.at_minimum else "not an inner minimum"
         gaps = ", ".join(f"{name}: {gap:.1e}" for name, gap in self.gaps.items())
         errors = ", ".join(f"{error:g}" for error in self.terms)
@@ -296,6 +310,8 @@ class _Nodes(eqx.Module):
 class _Measured(eqx.Module):
     nodes: _Nodes
     probe: _Nodes | None
+    # The eigenvalues in units of their uncertainty, where all are known.
+    clearance: Float[Array, " n"] | None
     # B^T times each vector of the nodes.
     images: Float[Array, "k m"]
     outer_x: Float[Array, " m"]
@@ -312,8 +328,9 @@ def _measure(problem, x, y, key, num_steps: int | None, num_probes: int) -> _Mea
     outer_y, unravel = jax.flatten_util.ravel_pytree(outer_y)
     if num_steps is None:
         nodes, rows, rotation = _decomposed(H, outer_y)
-        probe = None
+        probe, clearance = None, picture(problem, x, y)[0].clearance()
     else:
+        clearance = None
         nodes, rows, rotation = _krylov(H, outer_y, num_steps)
         noise = jr.normal(key, outer_y.shape, outer_y.dtype)
         probe, _, _ = _krylov(H, noise, num_probes)
@@ -329,6 +346,7 @@ def _measure(problem, x, y, key, num_steps: int | None, num_probes: int) -> _Mea
     return _Measured(
         nodes,
         probe,
+        clearance,
         rotation.T.astype(images.dtype) @ images,
         jax.flatten_util.ravel_pytree(outer_x)[0],
         tree_norm(gradient),
@@ -366,7 +384,7 @@ def _krylov(
 
 def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
     nodes = measured.nodes
-    spectrum = _Spectrum(problem, x, y, nodes, measured.probe)
+    spectrum = _Spectrum(problem, x, y, measured)
     # Without any curvature, every step size works.
     step_size = 1 / (spectrum.size_of_H or 1.0)
     filters = _Filters(measured, spectrum.is_zero[: nodes.values.size], step_size)
@@ -377,6 +395,7 @@ def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
         largest=spectrum.largest,
         smallest_nonzero=spectrum.smallest_nonzero,
         rank=spectrum.rank,
+        margin=spectrum.margin,
         singular=spectrum.singular,
         null_share=filters.null_share,
         gaps=_gaps(filters),
@@ -400,7 +419,8 @@ def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
 class _Spectrum:
     """All eigenvalues of H that were found, and which of them count as zero."""
 
-    def __init__(self, problem, x, y, nodes: _Nodes, probe: _Nodes | None):
+    def __init__(self, problem, x, y, measured: "_Measured"):
+        nodes, probe, clearance = measured.nodes, measured.probe, measured.clearance
         n, curved = tree_size(y), hessian_depends_on_y(problem, x, y)
         seen = [nodes] if probe is None else [nodes, probe]
         values = np.concatenate([np.asarray(part.values) for part in seen])
@@ -409,15 +429,21 @@ class _Spectrum:
         self.values, self.eps = values, float(jnp.finfo(tree_dtype(y)).eps)
         self.smallest, self.largest = float(values[lowest]), float(np.max(values))
         self.size_of_H = float(np.abs(values[highest]) + bounds[highest])
-        # As in the pseudoinverse: if the minimum is not exact, the eigenvalues that
-        # should be zero are as large as its error.
-        relative = self.eps ** (2 / 3) if curved else self.eps * min(n, DENSE_SIZE)
-        threshold = relative * float(np.abs(values[highest]))
-        self.is_zero = np.abs(values) <= np.maximum(threshold, bounds)
+        dtype = tree_dtype(y)
+        uncertain = uncertainty(jnp.asarray(values, dtype), n, curved=curved)
+        uncertain = np.maximum(np.asarray(uncertain, np.float64), bounds)
+        threshold = uncertain[highest]
+        clear = values / np.where(uncertain == 0, np.inf, uncertain)
+        self.is_zero = np.abs(clear) <= 1
         # The rank of a sum of squares is at most their number.
         most = n if curved else min(n, _num_squares(problem, x, y))
-        if probe is None:
-            self.is_zero[np.argsort(np.abs(values))[: n - most]] = True
+        if clearance is not None:
+            # All of them are known: as many as the pseudoinverse inverts.
+            clear = clearance
+            self.is_zero[:] = False
+            num_zero = int(np.sum(np.abs(clear) <= 1))
+            self.is_zero[np.argsort(np.abs(values))[:num_zero]] = True
+        self.margin = float(margin(jnp.asarray(clear, dtype)))
         rank = self._seen(nodes) if probe is None else self._estimated(nodes, probe, n)
         self.rank = min(most, rank)
         self.singular = self.rank < n or bool(np.any(self.is_zero))
@@ -425,8 +451,8 @@ class _Spectrum:
         self.smallest_nonzero = float(np.min(nonzero_values, initial=np.inf))
         is_negative = bool(values[lowest] < -threshold)
         # Twice the epsilon that makes H definite, or zero.
-        margin = 2 * float(bounds[lowest] - values[lowest])
-        self.convexifying = margin if is_negative else 0.0
+        twice = 2 * float(bounds[lowest] - values[lowest])
+        self.convexifying = twice if is_negative else 0.0
 
     def _seen(self, nodes: _Nodes) -> int:
         return int(np.sum(~self.is_zero[: nodes.values.size]))

@@ -1,6 +1,5 @@
 r"""A bound on the error of a hypergradient, from its two residuals."""
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -16,10 +15,14 @@ from .._compat import is_traced
 from .._custom_types import X, Y
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
-from .._derivatives.second import cross_derivative_operator, gradient_and_hessian
+from .._derivatives.second import (
+    cross_derivative_operator,
+    gradient_and_hessian,
+    hessian_depends_on_y,
+)
 from .._hypergradient import Hypergradient
 from .._linalg.decompositions import eigvalsh
-from .._linalg.eigenbasis import lanczos
+from .._linalg.eigenbasis import extreme_eigenvalues, lanczos
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
 from .._problem.root import check_has_objective
@@ -38,14 +41,18 @@ class ErrorBound(eqx.Module):
     \bigl(\|\Lambda_y\| + \|\Lambda_{yy}\|\, \delta\bigr), \qquad
     \delta = \frac{\|\nabla_y f\|}{\mu} \ge \|y - y^*\|.$$
 
-    This follows from an identity for $g^*$ around $y$. Both residuals include rounding.
+    This follows from an identity for $g^*$ around $y$. The rounding of both residuals,
+    and that of $\Lambda_x$, are added: as much as these change when each number among the
+    data is moved by one unit in its last place, a few times over.
 
     **Attributes:**
 
     - `bound`: the right side, an upper bound on the norm of the error. Infinite if
         $\mu \le 0$.
-    - `verified`: whether $\mu$ comes from a decomposition of H or from the user. If not,
-        it is an *estimate* from above by Lanczos' method.
+    - `verified`: whether $\mu$ holds wherever the minimum may be: it comes from the
+        user, or from a decomposition of H where f is quadratic in y. If not, the bound is
+        *estimated*: $\mu$ is one from above by Lanczos' method, or it is extrapolated
+        from two points.
     - `curvature`: $\mu$.
     - `distance`: $\delta$, a bound on the distance of y from the inner minimum.
     - `inner_residual`: $\|\nabla_y f\|$.
@@ -98,8 +105,8 @@ def error_bound(
     - `hypergradient`: what [`bilevel_eqx.hypergradient`][] returned for `x`, by
         [`bilevel_eqx.Implicit`][] or [`bilevel_eqx.Proximal`][].
     - `curvature`: a lower bound on the eigenvalues of the inner Hessian. A number that is
-        right at every y, or `"dense"`, which decomposes that Hessian, makes the bound
-        *verified*. `"lanczos"` *estimates* it with 64 products.
+        right at every y makes the bound *verified*; so does `"dense"`, which decomposes
+        that Hessian, if f is quadratic in y. `"lanczos"` *estimates* it with 64 products.
 
     The norms in the bound need about a hundred more products with second derivatives.
 
@@ -142,6 +149,10 @@ def error_bound(
     return _error_bound(problem, x, hypergradient, _as_curvature(curvature))
 
 
+def _is_named(curvature: Any, name: str) -> bool:
+    return isinstance(curvature, str) and curvature == name
+
+
 def _as_curvature(curvature: Any) -> Any:
     """The name of a method, or a number as data."""
     if curvature in ("dense", "lanczos"):
@@ -168,18 +179,16 @@ def _error_bound(problem, x, hypergradient: Hypergradient, curvature: Any) -> Er
         _, pull = jax.vjp(lambda x, y: inner_gradient(problem, x, y), x, y)
         return jax.tree.map(jnp.subtract, slope, pull(q))
 
+    def measured(x, y):
+        return *gradients(x, y), inner_gradient(problem, x, y)
+
     dtype = tree_dtype(y)
-    residual = tree_norm(gradients(x, y)[1]).astype(dtype)
-    slope = tree_norm(inner_gradient(problem, x, y)).astype(dtype)
+    _, linear, inner = measured(x, y)
+    residual, slope = tree_norm(linear).astype(dtype), tree_norm(inner).astype(dtype)
+    # What of these three is rounding. A residual below that says nothing.
+    direct, residual_floor, slope_floor = _rounding(measured, x, y)
 
     here = _measure(problem, gradients, x, y, curvature)
-    # The size of a zero residual after rounding.
-    rounding = float(jnp.finfo(dtype).eps) * math.sqrt(
-        sum(u.size for u in jax.tree.leaves(y))
-    )
-    outer_y = jax.grad(problem.outer, argnums=1)(x, y)
-    slope_floor = rounding * here.hessian * jnp.maximum(tree_norm(y), 1)
-    residual_floor = rounding * (tree_norm(outer_y) + here.hessian * tree_norm(q))
 
     def distance(curvature):
         return (slope + slope_floor) / nonzero(curvature)
@@ -189,11 +198,8 @@ def _error_bound(problem, x, hypergradient: Hypergradient, curvature: Any) -> Er
     else:
         # The bound needs the norms at all points where the minimum may be. They are taken
         # at y and at that distance from it, and extrapolated from their change.
-        gradient = inner_gradient(problem, x, y)
-        length = distance(here.curvature) / nonzero(tree_norm(gradient))
-        there = _measure(
-            problem, gradients, x, tree_axpy(-length, gradient, y), curvature
-        )
+        length = distance(here.curvature) / nonzero(slope)
+        there = _measure(problem, gradients, x, tree_axpy(-length, inner, y), curvature)
         low, high = (jax.tree.map(f, here, there) for f in (jnp.minimum, jnp.maximum))
         change = jax.tree.map(jnp.subtract, high, low)
         worst = jax.tree.map(jnp.add, high, change)
@@ -203,14 +209,52 @@ def _error_bound(problem, x, hypergradient: Hypergradient, curvature: Any) -> Er
     delta = distance(worst.curvature)
     indirect = residual + residual_floor + worst.inner * delta
     bound = worst.mixed * delta + worst.cross / nonzero(worst.curvature) * indirect
+    bound = bound + direct
     return ErrorBound(
         bound=jnp.where(worst.curvature > 0, bound, jnp.inf),
         curvature=worst.curvature,
         distance=jnp.where(worst.curvature > 0, delta, jnp.inf),
         inner_residual=slope,
         linear_residual=residual,
-        verified=not (isinstance(curvature, str) and curvature == "lanczos"),
+        # A number is said to be right at every y. A decomposition is right at one.
+        verified=not isinstance(curvature, str)
+        or (curvature == "dense" and not hessian_depends_on_y(problem, x, y)),
     )
+
+
+def _rounding(measured, x, y) -> tuple[Scalar, Scalar, Scalar]:
+    """How much of each value is rounding: its change when all data are rounded anew.
+
+    The data are x, y, and every array that the objectives contain or close over. Each
+    number is moved by one unit in its last place, up or down at random. That is what a
+    rounded sum amounts to: an exact sum of data that are off by so much.
+    """
+    values = measured(x, y)
+    data = eqx.filter_closure_convert(measured, x, y), x, y
+    numbers, rest = eqx.partition(data, eqx.is_inexact_array)
+    leaves, treedef = jax.tree.flatten(numbers)
+
+    def change(key):
+        keys = jr.split(key, max(1, len(leaves)))
+        moved = [
+            u * (1 + jnp.finfo(u.dtype).eps * jr.rademacher(k, u.shape, u.dtype))
+            for u, k in zip(leaves, keys)
+        ]
+        fn, x, y = eqx.combine(treedef.unflatten(moved), rest)
+        return [
+            tree_norm(jax.tree.map(jnp.subtract, new, old))
+            for new, old in zip(fn(x, y), values)
+        ]
+
+    changes = jax.lax.map(change, jr.split(jr.PRNGKey(2), _ROUNDINGS))
+    dtype = tree_dtype(y)
+    direct, linear, inner = (_SAFETY * jnp.max(c).astype(dtype) for c in changes)
+    return direct, linear, inner
+
+
+# Of so many roundings of the data the largest change counts. The errors of a sum may add
+# up as those of its data do not, hence the factor.
+_ROUNDINGS, _SAFETY = 4, 4.0
 
 
 class _Norms(NamedTuple):
@@ -254,7 +298,7 @@ def _is_quadratic(problem, gradients, x, y) -> bool:
 def _extremes(H, curvature) -> tuple[Scalar, Scalar]:
     """A lower bound on the eigenvalues of H, and their largest magnitude."""
     dtype = tree_dtype(H.in_structure())
-    if isinstance(curvature, str) and curvature == "dense":
+    if _is_named(curvature, "dense"):
         matrix = H.as_matrix()
         values = eigvalsh(0.5 * (matrix + matrix.T))
         largest = jnp.max(jnp.abs(values))
@@ -272,28 +316,14 @@ _LANCZOS_STEPS = 64
 _NORM_STEPS = 20
 
 
-_FAILURE = 1e-6
-
-
 def _norm(operator: lx.AbstractLinearOperator) -> Scalar:
-    r"""An upper bound on the spectral norm. It fails with a probability of a millionth.
-
-    Lanczos' method on $A^\top A$ estimates the largest of n eigenvalues from below. From
-    a random vector its relative error after k steps exceeds $\epsilon$ with a probability
-    of at most $1.648 \sqrt n\, e^{-\sqrt\epsilon (2 k - 1)}$ (Kuczyński and Woźniakowski,
-    1992).
-    """
+    r"""An upper bound on the spectral norm, by Lanczos' method on $A^\top A$. It fails
+    with a probability of a millionth."""
     if operator.out_size() < operator.in_size():
         operator = operator.T
-    n = operator.in_size()
-    num_steps = min(n, _NORM_STEPS)
-    dtype = tree_dtype(operator.in_structure())
-    square = operator.T @ operator
-    values = lanczos(square, _random(n, dtype), num_steps)[1]
-    root = math.log(1.648 * math.sqrt(n) / _FAILURE) / (2 * num_steps - 1)
-    # After n steps Lanczos' method is exact.
-    share = 0.0 if num_steps == n else min(root**2, 0.9)
-    return jnp.sqrt(jnp.maximum(values[-1], 0) / jnp.asarray(1 - share, dtype))
+    _, largest, error = extreme_eigenvalues(operator.T @ operator, _NORM_STEPS)
+    share = jnp.asarray(1 - error, largest.dtype)
+    return jnp.sqrt(jnp.maximum(largest, 0) / share)
 
 
 def _random(n: int, dtype) -> Array:

@@ -6,6 +6,7 @@ import lineax as lx
 from jaxtyping import Array, Float, ScalarLike
 
 from .._tree import nonzero
+from .zero_curvature import rounding_of
 
 
 _NUM_STEPS = 100
@@ -44,7 +45,7 @@ def newton_direction(
         curvature = pHp / nonzero(pp)
         largest = jnp.maximum(largest, jnp.abs(curvature))
         # Negated, so that NaN is bad too.
-        bad = ~(curvature > eps ** (2 / 3) * largest)
+        bad = ~(curvature > rounding_of(largest, b.size))
         # At the first step steepest descent is what there is.
         length = rr / nonzero(jnp.abs(pHp))
         length = jnp.where(bad & (count > 0), 0, length)

@@ -1,0 +1,97 @@
+r"""What counts as zero curvature. There is this one rule for it.
+
+A computed eigenvalue of H counts as zero if it is no larger than its own uncertainty:
+
+- rounding, $\varepsilon\, n\, \|H\|$, the error of the eigenvalues of a rounded matrix
+  (with n of at least 16, and of at most 1,024);
+- where H depends on y, twice its change over a step towards the minimum. An eigenvalue
+  that vanishes at the minimum is as large as the error of y, and such a step takes most
+  of it away. One that is really there changes little, however small it is. (Only those
+  below $\varepsilon^{1/2} \|H\|$ are asked.)
+- where H depends on y and is too large for that test, $\varepsilon^{2/3} \|H\|$: as much
+  as is left of such an eigenvalue after an inner solve as exact as the number type.
+
+The pseudoinverse, the null space, the uniqueness of a minimum and the reports all ask
+here, so that no eigenvalue is zero to one of them and counts to another.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Scalar
+
+from .power_iteration import DENSE_SIZE
+
+
+def rounding_of(largest: Scalar, size: int) -> Scalar:
+    """The rounding error of the eigenvalues of an operator on vectors of a size, whose
+    largest magnitude is given."""
+    # Beyond the dense size nothing is decomposed, and the bound would be far too large.
+    # For a tiny matrix it would be less than the rounding of a single product.
+    n = max(_FEWEST, min(size, DENSE_SIZE))
+    return float(jnp.finfo(largest.dtype).eps) * n * largest
+
+
+_FEWEST = 16
+
+
+def is_flat(
+    curvature: Scalar, image: Scalar, largest: Scalar, size: int
+) -> Bool[Array, ""]:
+    """Whether a direction p of conjugate gradients has no curvature but by error.
+
+    `curvature` is p^T H p / p^T p, and `image` is |H p| / |p|. A direction of zero
+    curvature comes up with a small part left of directions with a large one. Its
+    curvature is then the square of that part, but its image is the part itself; for an
+    eigenvector the two are the same.
+    """
+    size_of = jnp.abs(curvature)
+    eps = float(jnp.finfo(largest.dtype).eps)
+    leftover = image**2 >= _LEFTOVER * largest * size_of
+    small = size_of <= eps ** (2 / 3) * largest
+    # Not <, because the largest curvature of the zero operator is zero.
+    return (size_of <= rounding_of(largest, size)) | (small & leftover)
+
+
+_LEFTOVER = 1e-2
+
+
+def uncertainty(
+    values: Float[Array, " k"],
+    size: int,
+    *,
+    change: Float[Array, " k"] | None = None,
+    curved: bool = False,
+) -> Float[Array, " k"]:
+    """How far eigenvalues may be from those at the minimum, one by one.
+
+    `change` is that over a step of descent, where it is known; `curved` says that H
+    depends on y.
+    """
+    largest = jnp.max(jnp.abs(values), initial=0)
+    error = rounding_of(largest, size)
+    eps = float(jnp.finfo(values.dtype).eps)
+    if change is not None:
+        # Far from a minimum large eigenvalues change too, and they are not zero there.
+        moved = jnp.minimum(2 * jnp.abs(change), eps ** (1 / 2) * largest)
+        return jnp.maximum(error, moved)
+    if curved:
+        error = jnp.maximum(error, eps ** (2 / 3) * largest)
+    return jnp.full_like(values, error)
+
+
+def clearance(
+    values: Float[Array, " k"], uncertainty: Float[Array, " k"]
+) -> Float[Array, " k"]:
+    """Eigenvalues in units of their uncertainty. Those between -1 and 1 count as zero."""
+    # Zero over zero: a zero operator is certainly zero.
+    return values / jnp.where(uncertainty == 0, jnp.inf, uncertainty)
+
+
+def margin(clearance: Float[Array, " k"]) -> Scalar:
+    """By which factor the closest of all decisions was clear; below a hundred it is not.
+
+    The smallest ratio of an eigenvalue that counts to its uncertainty, or of the
+    uncertainty to an eigenvalue that counts as zero, whichever is smaller.
+    """
+    size = jnp.abs(clearance)
+    ratio = jnp.maximum(size, 1 / jnp.where(size == 0, 1, size))
+    return jnp.min(jnp.where(size == 0, jnp.inf, ratio), initial=jnp.inf)

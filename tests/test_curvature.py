@@ -1,0 +1,394 @@
+"""Conditioning, and what counts as zero curvature."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from helpers import as_numpy, dtypes
+from jaxtyping import Array
+
+import bilevel_eqx as blx
+from bilevel_eqx._derivatives.operators import AugmentedHessian
+from bilevel_eqx._derivatives.second import expansion
+
+
+implicit = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+
+
+#
+# Random linear-quadratic problems, against their known factors
+#
+
+
+class Squares(blx.AbstractLeastSquaresProblem):
+    A: Array
+    b: Array
+    C: Array
+    t: Array
+
+    def inner_residual(self, x, y):
+        return self.A @ y - self.b - self.C @ x
+
+    def outer(self, x, y):
+        return 0.5 * jnp.sum((y - self.t) ** 2)
+
+
+class Quadratic(blx.AbstractBilevelProblem):
+    H: Array
+    b: Array
+    C: Array
+    t: Array
+
+    def inner(self, x, y):
+        return 0.5 * jnp.vdot(y, self.H @ y) - jnp.vdot(y, self.b + self.C @ x)
+
+    def outer(self, x, y):
+        return 0.5 * jnp.sum((y - self.t) ** 2)
+
+
+SIZE, ROWS, OUTER = 6, 9, 3
+
+
+def _factors(rng, rows):
+    """An orthogonal basis for each side, and singular values of a random rank, scale and
+    condition number."""
+    U = np.linalg.qr(rng.normal(size=(rows, rows)))[0]
+    V = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))[0]
+    rank = rng.integers(1, SIZE + 1)
+    condition = 10 ** rng.uniform(0, 8)
+    values = 10 ** rng.uniform(-6, 6) * condition ** -np.linspace(0, 1, rank)
+    return U[:, :rank], values, V[:, :rank], U[:, rank:]
+
+
+def _random_squares(rng, noise):
+    U, s, V, rest = _factors(rng, ROWS)
+    R = rng.normal(size=(s.size, OUTER))
+    C = (U * s) @ R
+    within, across = rng.normal(size=s.size), noise * rng.normal(size=rest.shape[1])
+    t = rng.normal(size=SIZE)
+    b = (U * s) @ within + s[0] * rest @ across
+    y = V @ within
+    gradient = R.T @ (V.T @ (y - t))
+    condition, far = s[0] / s[-1], np.linalg.norm(across) / np.linalg.norm(y)
+    # The condition of a least-squares solution: Wedin, 1973.
+    condition = condition + condition**2 * far
+    scale = np.linalg.norm(R, 2) * np.linalg.norm(y - t)
+    return ((U * s) @ V.T, b, C, t), y, gradient, condition, scale
+
+
+def _random_quadratic(rng):
+    V, s, _, _ = _factors(rng, SIZE)
+    R = rng.normal(size=(s.size, OUTER))
+    C = (V * s) @ R
+    within, t = rng.normal(size=s.size), rng.normal(size=SIZE)
+    y = V @ within
+    gradient = R.T @ (V.T @ (y - t))
+    scale = np.linalg.norm(R, 2) * np.linalg.norm(y - t)
+    return ((V * s) @ V.T, (V * s) @ within, C, t), y, gradient, s[0] / s[-1], scale
+
+
+@jax.jit
+def _gradients(problems):
+    """By the hypergradient, and by the best response in both modes."""
+    x, y = jnp.zeros(OUTER), jnp.zeros(SIZE)
+
+    def one(problem):
+        def composed(x):
+            y_at_x = blx.best_response(problem, x, y, implicit, throw=False)
+            return problem.outer(x, y_at_x)
+
+        out = blx.hypergradient(problem, x, y, implicit, throw=False)
+        nearest = blx.MinimumDisplacement()
+        displaced = blx.hypergradient(problem, x, y, nearest, throw=False)
+        modes = jax.grad(composed)(x), jax.jacfwd(composed)(x)
+        gradients = jnp.stack([out.gradient, displaced.gradient, *modes])
+        good = out.result == blx.RESULTS.successful
+        good_displaced = displaced.result == blx.RESULTS.successful
+        goods = jnp.stack([good, good_displaced, good, good])
+        return out.y, gradients, goods
+
+    return jax.vmap(one)(problems)
+
+
+def _check_random(kind, count):
+    rng = np.random.default_rng(17)
+    draw = {
+        "squares": lambda rng: _random_squares(rng, 0.0),
+        "noisy squares": lambda rng: _random_squares(rng, 1.0),
+        "quadratic": _random_quadratic,
+    }[kind]
+    cls = Quadratic if kind == "quadratic" else Squares
+    data, y, gradient, condition, scale = zip(*(draw(rng) for _ in range(count)))
+    problems = cls(*(jnp.asarray(np.stack(part)) for part in zip(*data)))
+    ys, gradients, good = map(as_numpy, _gradients(problems))
+    bound = 100 * np.finfo(float).eps * np.array(condition)
+    error_y = np.linalg.norm(ys - y, axis=1) / np.linalg.norm(y, axis=1)
+    error = np.linalg.norm(gradients - np.stack(gradient)[:, None], axis=2)
+    error = error / np.array(scale)[:, None]
+    wrong = (error > np.maximum(bound, 1e-14)[:, None]) & good.astype(bool)
+    assert not wrong.any(), (np.argwhere(wrong), error[wrong])
+    assert not np.any((error_y > np.maximum(bound, 1e-14)) & good[:, 0].astype(bool))
+    # Success is not withheld either.
+    assert np.mean(good) > 0.99
+    return error, np.array(condition)
+
+
+KINDS = ("squares", "noisy squares", "quadratic")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_wrong_gradient_is_a_success(kind):
+    _check_random(kind, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_wrong_gradient_is_a_success_in_a_thousand(kind):
+    error, condition = _check_random(kind, 1000)
+    if kind == "squares":
+        # Not by the square of the condition number, which would lose all digits here.
+        assert np.all(error[condition > 1e7] < 1e-5)
+
+
+#
+# Sums of squares
+#
+
+
+class _Sloped(blx.AbstractLeastSquaresProblem):
+    """Residuals of condition number 1 / w, whose minimum is known."""
+
+    w: Array
+    rotation: Array
+    bent: bool = eqx.field(static=True)
+
+    def inner_residual(self, x, y):
+        z = self.rotation @ y
+        s = z[0] + z[1]
+        curve = s + s**3 if self.bent else s
+        return jnp.stack([curve - x[0], self.w * (z[0] - z[1])])
+
+    def outer(self, x, y):
+        return jnp.sum((self.rotation @ y - 1) ** 2)
+
+
+@pytest.mark.parametrize("w", (1e-4, 1e-8, 1e-9))
+@pytest.mark.parametrize(
+    "bent, angle, x, s, slope",
+    # s = x, or s + s^3 = x.
+    ((False, 0.0, 1.0, 1.0, 1.0), (False, 0.7, 3.0, 3.0, 1.0), (True, 0.3, 2, 1, 0.25)),
+)
+def test_a_sum_of_squares_does_not_square_its_condition(w, bent, angle, x, s, slope):
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    problem = _Sloped(jnp.array(w), jnp.asarray(rotation), bent)
+    x, y0 = jnp.array([float(x)]), jnp.zeros(2)
+
+    def composed(x):
+        return problem.outer(x, blx.best_response(problem, x, y0, implicit))
+
+    # z = (s, s) / 2, and F = 2 (s / 2 - 1)^2.
+    gradient, rtol = (s - 2) * slope, 100 * np.finfo(float).eps / w
+    for response in (implicit, blx.MinimumDisplacement()):
+        out = blx.hypergradient(problem, x, y0, response)
+        assert np.allclose(rotation @ as_numpy(out.y), s / 2, rtol=rtol)
+        assert np.allclose(out.gradient, gradient, rtol=rtol)
+    assert np.allclose(jax.grad(composed)(x), gradient, rtol=rtol)
+    assert np.allclose(jax.jvp(composed, (x,), (x / x,))[1], gradient, rtol=rtol)
+
+
+@pytest.mark.parametrize("degree, tolerance", ((3, 1e-4), (6, 1e-3)))
+def test_a_polynomial_fit_in_single_precision(degree, tolerance):
+    # x are the targets. The condition number is 1.8e4 for degree 6.
+    grid = np.linspace(0, 1, 20)
+    A = np.vander(grid, degree + 1)
+    t = np.cos(np.arange(degree + 1))
+    pinv = np.linalg.pinv(A)
+    x = np.sin(3 * grid)
+    expected = pinv.T @ (pinv @ x - t)
+    problem = Squares(*(jnp.asarray(u, jnp.float32) for u in (A, 0 * x, np.eye(20), t)))
+    y0 = jnp.zeros(degree + 1, jnp.float32)
+    out = blx.hypergradient(problem, jnp.asarray(x, jnp.float32), y0, implicit)
+    error = np.linalg.norm(as_numpy(out.gradient) - expected)
+    assert error < tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dense_size", (1024, 1))
+def test_the_augmented_hessian(dense_size):
+    # Both forms of its inverse, against a matrix, with a curved residual.
+    def residual(x, y):
+        return jnp.concatenate([jnp.tanh(y) - x, 0.1 * y**2 - 0.2, y[:1] * y[1:2]])
+
+    problem = blx.LeastSquaresProblem(lambda x, y: jnp.sum(y), residual)
+    x, y = jnp.array([0.1, 0.2, 0.4]), jnp.array([0.3, 0.1, 0.5])
+    K = AugmentedHessian(expansion(problem, x, y)[1])
+    w = residual(x, y)
+
+    def saddle(z):
+        w, y = z[:7], z[7:]
+        return jnp.vdot(w, residual(x, y)) - jnp.vdot(w, w) / 2
+
+    expected = jax.hessian(saddle)(jnp.concatenate([w, y]))
+    assert np.allclose(K.as_matrix(), expected, rtol=1e-12, atol=1e-12)
+    right = jnp.cos(jnp.arange(7.0)), jnp.sin(jnp.arange(3.0))
+    solver = blx.Pseudoinverse(dense_size=dense_size)
+    p, q = lx.linear_solve(K, right, solver).value
+    exact = np.linalg.solve(expected, np.concatenate(right))
+    assert np.allclose(np.concatenate([p, q]), exact, rtol=1e-8, atol=1e-8)
+
+
+#
+# Zero curvature
+#
+
+
+class Separable(blx.AbstractBilevelProblem):
+    w: Array
+    kind: str = eqx.field(static=True)
+
+    def inner(self, x, y):
+        d = y - x
+        curve = {
+            "log cosh": lambda: jnp.log(jnp.cosh(d)),
+            "cosh": lambda: jnp.cosh(d) - 1,
+            "exp": lambda: jnp.exp(d) - d,
+            "quartic": lambda: d**2 / 2 + d**4,
+        }
+        return jnp.sum(self.w * curve[self.kind]())
+
+    def outer(self, x, y):
+        return 0.5 * jnp.sum((y - 2) ** 2)
+
+
+at_anchor = blx.Implicit(None, blx.Pseudoinverse())
+
+
+@pytest.mark.parametrize("kind", ("log cosh", "cosh", "exp", "quartic"))
+@pytest.mark.parametrize("dtype, w", ((jnp.float32, 2e-5), (jnp.float64, 1e-11)))
+def test_small_curvature_is_not_zero_curvature(kind, dtype, w):
+    problem = Separable(jnp.array([1, w], dtype), kind)
+    x = jnp.ones(2, dtype)
+    for response in (
+        at_anchor,
+        blx.MinimumDisplacement(None),
+        blx.Implicit(None, blx.TruncatedCG(10)),
+    ):
+        out = blx.hypergradient(problem, x, x, response)
+        assert np.allclose(out.gradient, [-1, -1], rtol=1e-2)
+    z = jnp.array([2, 1], dtype)
+    certificate = blx.certify(problem, blx.Stackelberg(), z, z)
+    assert certificate.residuals["uniqueness"] == 0
+    assert certificate.residuals["outer"] > 0.5
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_unique_is_what_is_inverted(dtype):
+    # At each size of an eigenvalue, whether it counts is one decision.
+    decisions = set()
+
+    @eqx.filter_jit
+    def both(problem, x):
+        out = blx.hypergradient(problem, x, x, at_anchor, throw=False)
+        certificate = blx.certify(problem, blx.Stackelberg(), x, x)
+        return out.stats["linear_rank"], certificate.residuals["uniqueness"]
+
+    x = jnp.ones(2, dtype)
+    for kind in ("log cosh", "quadratic"):
+        for w in 10.0 ** np.linspace(-18, -2, 65):
+            if kind == "quadratic":
+                H = jnp.diag(jnp.array([1, w], dtype))
+                zero = jnp.zeros(2, dtype)
+                problem = Quadratic(H, zero, H, zero)
+            else:
+                problem = Separable(jnp.array([1, w], dtype), kind)
+            rank, missing = both(problem, x)
+            assert (rank == 2) == (missing == 0), (kind, w)
+            decisions.add((kind, int(rank)))
+    assert len(decisions) == 4
+
+
+@pytest.mark.parametrize("off", (1e-3, 1e-6, 1e-9, 0.0))
+@pytest.mark.parametrize("dtype", dtypes)
+def test_what_vanishes_at_the_minimum_is_zero_near_it(dtype, off):
+    # S is a sphere, and its two tangents have eigenvalues of about 2 off.
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum((y - x) ** 2), lambda x, y: (jnp.vdot(y, y) - 1) ** 2 / 4
+    )
+    if off > np.sqrt(np.finfo(dtype).eps):
+        pytest.skip("not a minimum for this type")
+    y = jnp.asarray((1 + off) * np.array([0.6, 0.8, 0.0]), dtype)
+    found = blx.diagnose(problem, jnp.ones(3, dtype), y)
+    assert found.rank == 1 and found.singular
+
+
+def test_unclear_decisions_are_reported():
+    for w, clear in ((1e-6, True), (5e-14, False), (1e-16, False), (1e-19, True)):
+        H = jnp.diag(jnp.array([1.0, w]))
+        problem = Quadratic(H, jnp.zeros(2), H, jnp.zeros(2))
+        x = jnp.ones(2)
+        out = blx.hypergradient(problem, x, x, at_anchor)
+        found = blx.diagnose(problem, x, x)
+        # The uncertainty is 16 eps.
+        ratio = w / (16 * np.finfo(float).eps)
+        expected = max(ratio, 1 / ratio)
+        assert np.isclose(out.stats["linear_margin"], expected, rtol=1e-6)
+        assert np.isclose(found.margin, expected, rtol=1e-6)
+        assert ("not clear" in str(found)) == (not clear)
+
+
+#
+# Truncated conjugate gradients
+#
+
+
+@pytest.mark.parametrize(
+    "exponent, num_steps, good",
+    ((8, 30, False), (8, 400, False), (4, 5, False), (1, 5, True), (2, 60, True)),
+)
+def test_truncated_cg_succeeds_if_it_is_better_than_nothing(exponent, num_steps, good):
+    d = jnp.logspace(0, -exponent, 200)
+    problem = Quadratic(jnp.diag(d), jnp.zeros(200), jnp.diag(d), jnp.ones(200))
+    response = blx.Implicit(None, blx.TruncatedCG(num_steps))
+    x = jnp.zeros(200)
+    out = blx.hypergradient(problem, x, x, response, throw=False)
+    q = as_numpy(out.adjoint)
+    residual = np.linalg.norm(as_numpy(d) * q + 1) / np.sqrt(200)
+    assert np.isclose(out.stats["linear_residual"], residual, rtol=1e-4)
+    assert (residual < 1) == good
+    assert (out.result == blx.RESULTS.successful) == good
+    if not good:
+        match = f"ended after {num_steps} steps with a relative residual of"
+        with pytest.raises(eqx.EquinoxRuntimeError, match=match):
+            blx.hypergradient(problem, x, x, response)
+
+
+#
+# Uniqueness beyond the dense size
+#
+
+
+@pytest.mark.parametrize(
+    "values, missing",
+    (
+        (np.r_[np.logspace(0, -3, 1499), 0], (0.5, 1)),
+        (np.r_[np.logspace(0, -3, 999), 0], (1, 1)),
+        (np.r_[np.ones(1499), -1e-3], (1, 1)),
+        (np.r_[np.linspace(1, 2, 1499), 0], (0.9, 1)),
+        (np.linspace(0.2, 1, 1500), (0, 0)),
+    ),
+)
+def test_uniqueness_is_not_claimed_without_a_bound(values, missing):
+    class Diagonal(blx.AbstractBilevelProblem):
+        def outer(self, x, y):
+            return 0.5 * jnp.sum((y - 1) ** 2)
+
+        def inner(self, x, y):
+            return 0.5 * jnp.sum(jnp.asarray(values) * (y - x) ** 2)
+
+    x = jnp.ones(values.size)
+    certificate = blx.certify(Diagonal(), blx.Stackelberg(), x, x)
+    low, high = missing
+    assert low <= float(certificate.residuals["uniqueness"]) <= high
+    if values.size > 1024:
+        assert "uniqueness is shown by 64 products" in str(certificate)
