@@ -23,6 +23,8 @@ from .._tree import Layout, nonzero, tree_dtype, tree_struct, vector_norm
 class _ProjectionState(eqx.Module):
     num_steps: Scalar
     first_norm: Scalar
+    # Of the last step.
+    length: Scalar
     terminate: Bool[Array, ""]
 
 
@@ -94,7 +96,7 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         zero = jnp.zeros((), tree_dtype(y))
-        return _ProjectionState(jnp.array(0), zero, jnp.array(False))
+        return _ProjectionState(jnp.array(0), zero, zero, jnp.array(False))
 
     def step(self, fn, y, args, options, state, tags):
         # In one vector, which makes the program shorter.
@@ -132,17 +134,16 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
                 # On a quadratic the gradient at the end of the step is known.
                 new_gradient = gradient + hessian.mv(new_v - v)
                 small = small | (vector_norm(new_gradient) <= rtol * first_norm)
-            return new_v, small | (t == 0)
+            return new_v, length, small | (t == 0)
 
         curved = _hessian_depends_on_y(objective, v)
         solved = norm <= rtol * first_norm
         if curved:
             # Small beside the first one is not enough where f flattens, as a logistic
-            # loss does: the minimum along the gradient must be near, too.
-            square, bend = jnp.vdot(gradient, gradient), product(gradient)
-            near = _NEAR * vector_norm(v) * jnp.abs(jnp.vdot(gradient, bend))
-            solved = solved & (norm * square <= near)
-        new_v, small = jax.lax.cond(solved, lambda: (v, jnp.array(True)), move)
+            # loss does: the last step must have been short, too.
+            solved = solved & (state.length <= _SHORT * vector_norm(v))
+        stay = v, state.length, jnp.array(True)
+        new_v, length, small = jax.lax.cond(solved, lambda: stay, move)
         num_steps = state.num_steps + 1
         terminate = small | (num_steps >= self.max_steps)
         new_y = layout.unravel(new_v)
@@ -150,7 +151,7 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         aux = eqx.filter_eval_shape(fn, new_y, args)[1]
         if jtu.tree_leaves(aux):
             _, aux = fn(new_y, args)
-        return new_y, _ProjectionState(num_steps, first_norm, terminate), aux
+        return new_y, _ProjectionState(num_steps, first_norm, length, terminate), aux
 
     def _newton(self, layout, v, gradient, hessian, options, curved, shrunk):
         """The Newton step, up to its sign."""
@@ -198,4 +199,4 @@ def _hessian_depends_on_y(objective, y) -> bool:
 _MAX_TRIALS = 30
 
 
-_NEAR = 1e-4
+_SHORT = 1e-3
