@@ -45,6 +45,23 @@ def is_literal(variable: Any) -> bool:
     return isinstance(variable, jax.extend.core.Literal)
 
 
+def primitives(program: Any) -> set[str]:
+    """The names of the primitives in a jaxpr and in those within it."""
+    names = set()
+    for equation in program.eqns:
+        names.add(equation.primitive.name)
+        for within in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=_is_program
+        ):
+            if _is_program(within):
+                names |= primitives(getattr(within, "jaxpr", within))
+    return names
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
+
+
 def as_function(program: Any, constants: list[Any]) -> Callable[..., list[Array]]:
     """The function of the arrays that a jaxpr, changed by hand, computes."""
     closed = jax.extend.core.ClosedJaxpr(program, constants)
@@ -193,7 +210,7 @@ def stack_inside() -> str:
 
 _NOT_THE_USERS = (
     os.path.dirname(__file__) + os.sep,
-    *(m.__path__[0] + os.sep for m in (beartype, eqx, jax, jaxtyping)),
+    *(m.__path__[0] + os.sep for m in (beartype, eqx, jax, jaxtyping, lx)),
     "<@beartype",
 )
 

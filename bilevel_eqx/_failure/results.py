@@ -106,15 +106,25 @@ _PARTS = {
 }
 
 
-def figures_of(x: PyTree, stats: dict[str, Any], **parts: PyTree) -> dict[str, Array]:
-    """The numbers that a message may contain: those in `stats`, and which of x and of the
-    `parts` (`y`, `value`, `gradient`) are finite.
+# Those that only some failures know of.
+_MORE_PARTS = {
+    "solved_for": "what a linear solve of the derivative was given (in reverse mode, the "
+    "gradient of what is computed from y)",
+    "solution": "the solution of a linear solve of the derivative",
+}
 
-    The entries are always the same, in the type of x, so that a loop can carry them.
+
+def figures_of(x: PyTree, stats: dict[str, Any], /, **parts: PyTree) -> dict[str, Array]:
+    """The numbers that a message may contain: those in `stats`, and which of x and of the
+    `parts` are finite.
+
+    Their type is that of x. The entries are always the same, so that a loop can carry
+    them, and those of further parts.
     """
     dtype = tree_dtype(x)
     numbers = {k: jnp.asarray(stats.get(k, _UNKNOWN), dtype) for k in _NUMBERS}
-    return numbers | {k: all_finite({"x": x, **parts}.get(k)) for k in _PARTS}
+    parts = {**dict.fromkeys(_PARTS), "x": x, **parts}
+    return numbers | {name: all_finite(part) for name, part in parts.items()}
 
 
 class Verdict(eqx.Module):

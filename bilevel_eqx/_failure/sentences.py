@@ -5,7 +5,7 @@ from typing import Any
 import jax.tree_util as jtu
 import numpy as np
 
-from .results import _NUMBERS, _PARTS, _UNKNOWN, RESULTS
+from .results import _MORE_PARTS, _NUMBERS, _PARTS, _UNKNOWN, RESULTS
 
 
 def _sentence(result: RESULTS, figures: dict[str, Any]) -> str:
@@ -26,7 +26,8 @@ def _is(message: str, name: str) -> bool:
 
 def _numbers(message: str, figures: dict[str, Any]) -> str:
     if _is(message, "nonfinite_step"):
-        names = [name for part, name in _PARTS.items() if not figures[part]]
+        parts = {**_PARTS, **_MORE_PARTS}
+        names = [name for part, name in parts.items() if not figures.get(part, True)]
         if len(names) == 0:
             return "x and y are finite, but the outer objective or a derivative is not."
         return f"Not finite: {', '.join(names)}."

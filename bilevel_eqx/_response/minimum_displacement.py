@@ -14,6 +14,7 @@ from .._compat import nondifferentiable
 from .._derivatives.first import inner_gradient
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.projection import Projection
+from .._linear_solver.judged import throwing
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.closure import closure_converted
 from .._problem.constraints import set_y
@@ -201,7 +202,8 @@ def _nearest_point_jvp(primals, tangents):
     y, result = _nearest_point(response, problem, x, anchor)
     flat_problem, layout = flat(problem, y)
     v = layout.ravel(y)
-    here = flat_picture(flat_problem, x, v, response.linear_solver, differentiable=True)
+    solver = throwing(response.linear_solver)
+    here = flat_picture(flat_problem, x, v, solver, differentiable=True)
     displacement = Displacement(here, layout.ravel(anchor))
     mu = displacement.multiplier
 

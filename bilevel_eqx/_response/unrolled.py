@@ -17,7 +17,7 @@ from .._compat import checkpointed_while_loop, is_traced
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
 from .._failure.results import RESULTS
-from .._optimiser.step import optimiser_step
+from .._optimiser.step import optimiser_step, searches
 from .._problem.constraints import set_y
 from .._tree import tree_dtype, tree_struct
 from .base import AbstractResponse, Response, TransposedJacobian
@@ -82,6 +82,16 @@ class Unrolled(AbstractResponse):
     def _unroll(self, problem, x, anchor, state, mode):
         if state is None:
             state = self.optimiser.init(anchor)
+        if searches(self.optimiser, anchor, state):
+            raise ValueError(
+                "`Unrolled` cannot differentiate this optimiser: it has a line search "
+                "or another loop whose length depends on the values. Reverse mode "
+                "cannot store such a loop, and forward mode is wrong once the search "
+                "has converged, because it then stops before its result depends on x. "
+                "Use an optimiser without a search (`optax.sgd`, `optax.adam`, "
+                "`optax.lbfgs(linesearch=None)`), or differentiate the minimum instead "
+                "of the steps: `Implicit(Projection(), Pseudoinverse())`."
+            )
         # A rate in float64 must not make float32 data or state float64.
         structure = tree_struct(eqx.filter(state, eqx.is_array))
 
@@ -107,7 +117,9 @@ class Unrolled(AbstractResponse):
 
 Unrolled.__init__.__doc__ = """**Arguments:**
 
-- `optimiser`: any optax optimiser.
+- `optimiser`: any optax optimiser without a line search. Those with one
+    (`optax.lbfgs()`, `optax.scale_by_zoom_linesearch`) cannot be differentiated, and are
+    refused when the response is called.
 - `num_steps`: the number $K$ of steps, at least one. It may be known only at run time
     (to vmap over it, for instance); the mode must then be `"checkpointed"` or
     `"forward"`.

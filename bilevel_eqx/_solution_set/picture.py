@@ -28,6 +28,7 @@ from .._derivatives.second import (
 from .._failure.results import RESULTS
 from .._linalg.eigenbasis import eigenbasis
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linear_solver.judged import judged
 from .._linear_solver.misc import explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
 from .._problem.base import AbstractBilevelProblem
@@ -287,6 +288,7 @@ def flat_picture(
     """
     dense = y.size <= DENSE_SIZE and not differentiable
     is_plane = not hessian_depends_on_y(problem, x, y)
+    linear_solver = judged(linear_solver)
     tags = tags_for(linear_solver, not is_plane)
     if computed is None:
         computed = (*_expansion(problem, x, y, dense, tags), None)
