@@ -130,6 +130,11 @@ def nondifferentiable(tree: PyTree, *, name: str) -> PyTree:
     return eqxi.nondifferentiable(tree, name=name)
 
 
+def not_differentiable(tree: PyTree, sentence: str) -> PyTree:
+    """`tree`. A derivative of it raises an error with this sentence."""
+    return eqxi.nondifferentiable(tree, msg=sentence)
+
+
 def static(value: Any) -> PyTree:
     """`value` as a pytree without leaves, for the state of a lineax solver, which must be
     a pytree.

@@ -18,7 +18,7 @@ from .._problem.checks import check_problem
 from .._problem.constraints import set_x, set_y
 from .._solution_set.picture import Picture
 from .._text import aligned
-from .._tree import tree_norm, tree_size
+from .._tree import tree_eps, tree_norm, tree_size, widened
 
 
 MAX_PRODUCTS = 128
@@ -201,6 +201,9 @@ def certify(
     x, y = as_variables(x, "x"), as_variables(y, "y")
     if y0 is not None:
         y0 = as_variables(y0, "y0")
+    if tree_eps((x, y)) > float(jnp.finfo(jnp.float32).eps):
+        # In half precision nothing can be decomposed, nor be told from zero.
+        problem, x, y, y0 = widened((problem, x, y, y0))
     check_problem(problem, x, y)
     equilibrium.check_constraints(problem)
     check_count(max_products, "max_products", "certify")

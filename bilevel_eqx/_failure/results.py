@@ -18,9 +18,17 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
     inner_not_converged = (
         "The inner solve did not converge, but the Jacobian of this response is right "
         "only at an inner minimum. Give the inner solver more steps or a larger step "
-        "size (a smaller one if it diverges). Or use `Proximal`, which assumes less, or "
-        "`Unrolled`, which assumes nothing. If an approximate hypergradient is enough, "
-        "raise the `tolerance` of the response (`None` accepts any point)."
+        "size, or use `Proximal`, which assumes less. If the inner objective has kinks "
+        "(an L1 norm, a hinge, ReLUs), that does not help: state the kinks as "
+        "constraints (`project_y`), or smooth them. If it is smooth and an approximate "
+        "hypergradient is enough, use `Unrolled`, which assumes nothing, or raise the "
+        "`tolerance` of the response (`None` accepts any point)."
+    )
+    inner_diverged = (
+        "The inner solve diverged: the inner objective is larger where it ended than "
+        "where it started. Lower the step size of the inner solver, or use one that "
+        "chooses its steps itself, such as `Projection` (`ProjectedGradient` if y is "
+        "confined to a set). More steps do not help."
     )
     not_selected = (
         "An inner minimum was found, but not the nearest one: the search along the set "
@@ -50,7 +58,11 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
         "The hypergradient is exactly zero for all x and y: x does not reach the outer "
         "objective. x does not appear in `problem.outer`, and the inner variables that "
         "appear there do not depend on x. Look for a `stop_gradient`, a cast to "
-        "integers, arguments in the wrong order, or a `Fixed` response."
+        "integers, arguments in the wrong order, or a `Fixed` response. If x is the "
+        "anchor (MAML, where training starts at x): the derivative of a response is at a "
+        "fixed anchor. Differentiate `best_response(problem, x, x, response)` with an "
+        "`Unrolled` or `Proximal` response, or let y be the displacement from x: "
+        "`inner(x, d) = f(x + d)`, from d = 0."
     )
     nonfinite_step = (
         "NaN or infinity appeared. Lower the outer learning rate or the inner step "
@@ -108,6 +120,11 @@ _PARTS = {
 
 # Those that only some failures know of.
 _MORE_PARTS = {
+    "outer_x": "F_x (the gradient of the outer objective in x)",
+    "outer_y": "F_y (the gradient of the outer objective in y)",
+    "inner": "the inner objective",
+    "inner_y": "the gradient of the inner objective in y",
+    "inner_yy": "the Hessian of the inner objective in y",
     "solved_for": "what a linear solve of the derivative was given (in reverse mode, the "
     "gradient of what is computed from y)",
     "solution": "the solution of a linear solve of the derivative",

@@ -16,7 +16,7 @@ from .._depends_on import depends_on
 from .._derivatives.second import value_gradient_and_product
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._optimiser.backtracking import backtrack
-from .._tree import Layout, nonzero, tree_dtype, tree_struct, vector_norm
+from .._tree import Layout, nonzero, tree_dtype, tree_eps, tree_struct, vector_norm
 from .newton_direction import newton_direction
 
 
@@ -107,7 +107,7 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         value, gradient, product = value_gradient_and_product(objective, v)
         norm = vector_norm(gradient)
         first_norm = jnp.where(state.num_steps == 0, norm, state.first_norm)
-        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in layout.leaves)
+        eps = tree_eps(y)
         rtol = 100 * eps if self.rtol is None else self.rtol
 
         def move():

@@ -11,13 +11,14 @@ from jaxtyping import Array, Bool, Float, Scalar
 from .._arguments import check_count
 from .._compat import lsmr
 from .._derivatives.operators import curved_tag, LeastSquaresHessian
-from .._linalg.decompositions import eigh, inv, qr, svd
+from .._linalg.decompositions import check_precision, eigh, inv, qr, svd
 from .._linalg.eigenbasis import lanczos
 from .._linalg.power_iteration import DENSE_SIZE
 from .._tree import (
     Layout,
     nonzero,
     tree_dtype,
+    tree_eps,
     tree_norm,
     tree_sub,
     tree_waves,
@@ -69,7 +70,7 @@ class Pseudoinverse(lx.AbstractLinearSolver):
             return _FactorInverse(operator, self.max_steps)
         rcond = self.rcond
         if rcond is None and _is_curved(operator):
-            rcond = float(jnp.finfo(tree_dtype(operator.in_structure())).eps) ** (2 / 3)
+            rcond = tree_eps(operator.in_structure()) ** (2 / 3)
         if self._is_small(operator):
             return _dense_inverse(operator, rcond)
         return _MatrixFreeInverse(lx.linearise(operator), rcond, self.max_steps)
@@ -131,7 +132,20 @@ def _as_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "m n"]:
     # One product for each row or for each column, whichever are fewer.
     if operator.out_size() < operator.in_size():
         return operator.transpose().as_matrix().T
-    return operator.as_matrix()
+    in_layout, out_layout = (
+        Layout(operator.in_structure()),
+        Layout(operator.out_structure()),
+    )
+    if len({leaf.dtype for leaf in in_layout.leaves}) == 1:
+        return operator.as_matrix()
+    for leaf in in_layout.leaves:
+        check_precision(leaf.dtype, "`Pseudoinverse`")
+
+    # lineax makes a matrix of leaves of one type only.
+    def column(entries):
+        return out_layout.ravel(operator.mv(in_layout.unravel(entries)))
+
+    return jax.vmap(column, out_axes=1)(jnp.eye(in_layout.size, dtype=in_layout.dtype))
 
 
 def _svd(matrix: Float[Array, "m n"]):
@@ -182,6 +196,8 @@ def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
     else:
         left, values, right = _svd(matrix)
         left = left.T
+    if rcond is None:
+        rcond = tree_eps(operator.in_structure()) * max(matrix.shape)
     keep = _significant(values, matrix.shape, rcond)
     return _DenseInverse(
         jnp.where(keep[:, None], right, 0),

@@ -13,6 +13,7 @@ from .._tree import (
     tree_axpy,
     tree_dot,
     tree_dtype,
+    tree_eps,
     tree_max,
     tree_norm,
     tree_scale,
@@ -78,8 +79,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
     def compute(self, state, vector, options):
         operator = state
         dtype = tree_dtype(vector)
-        # The rounding of the narrowest type among the leaves, which limits the residual.
-        eps = max(float(jnp.finfo(u.dtype).eps) for u in jtu.tree_leaves(vector))
+        eps = tree_eps(vector)
         # Curvature below this, relative to the largest, counts as zero. It is above the
         # rounding error of a zero curvature. A step along a smaller one would spoil the
         # last digits of the residual.

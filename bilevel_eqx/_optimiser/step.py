@@ -1,6 +1,5 @@
 """One step of an optax optimiser."""
 
-import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -27,20 +26,16 @@ def optimiser_step(
     the projection on the set that the variables live in."""
     # Optax relies on promotion, which the user's own code may have forbidden.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        update = ft.partial(
-            optax.with_extra_args_support(optimiser).update,
-            gradient,
-            state,
-            variables,
-            grad_fn=lambda at, _: jax.grad(value_fn)(at),
-        )
+        update = optax.with_extra_args_support(optimiser).update
+        given = {"value": value, "grad": gradient, "value_fn": value_fn}
         try:
-            updates, state = update(value=value, grad=gradient, value_fn=value_fn)
+            updates, state = update(gradient, state, variables, **given)
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
-            # `optax.contrib.sam` refuses what it does not know.
-            updates, state = update()
+            # `optax.contrib.sam` refuses all but this one, which others refuse.
+            given = {"grad_fn": lambda at, _: jax.grad(value_fn)(at)}
+            updates, state = update(gradient, state, variables, **given)
         variables = optax.apply_updates(variables, updates)
     return project(variables), state
 

@@ -1,7 +1,6 @@
 """Unrolled descent on both objectives at once."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import ScalarLike
 

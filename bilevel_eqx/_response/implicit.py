@@ -19,8 +19,8 @@ from .._derivatives.second import (
     expansion,
     hessian_depends_on_y,
 )
-from .._failure.results import first_failure, RESULTS
-from .._inner_solver.minimum import minimise_inner
+from .._failure.results import finite_or_not, first_failure, RESULTS
+from .._inner_solver.minimum import InnerSolver, minimise_inner
 from .._linear_solver.judged import judged, linear_stats, throwing
 from .._linear_solver.misc import explain, tags_for
 from .._problem.closure import closure_converted
@@ -30,6 +30,7 @@ from .._tree import (
     Layout,
     nonzero,
     tree_dot,
+    tree_eps,
     tree_norm,
     tree_scale,
     tree_struct,
@@ -73,7 +74,7 @@ class Implicit(AbstractResponse):
         Differentiation*, 2020.
     """
 
-    solver: optx.AbstractMinimiser | None
+    solver: InnerSolver
     linear_solver: lx.AbstractLinearSolver
     tolerance: float | None = 1e-3
     max_steps: int | None = 10_000
@@ -82,8 +83,8 @@ class Implicit(AbstractResponse):
     answers_itself: ClassVar[bool] = True
 
     def __check_init__(self):
-        minimiser, linear_solver = optx.AbstractMinimiser | None, lx.AbstractLinearSolver
-        check_type(self.solver, minimiser, "solver", "Implicit")
+        linear_solver = lx.AbstractLinearSolver
+        check_type(self.solver, InnerSolver, "solver", "Implicit")
         check_type(self.linear_solver, linear_solver, "linear_solver", "Implicit")
         if self.tolerance is not None:
             check_positive(self.tolerance, "tolerance", "Implicit")
@@ -135,8 +136,12 @@ class Implicit(AbstractResponse):
                 '`options["projection"]`, give it the class attribute `projects = True`.'
             )
         solution = minimise_inner(problem, x, anchor, self.solver, self.max_steps)
-        finite = solution.result != optx.RESULTS.nonfinite
-        result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite_step)
+        result = RESULTS.successful
+        for theirs, ours in (
+            (optx.RESULTS.nonfinite, RESULTS.nonfinite_step),
+            (optx.RESULTS.nonlinear_divergence, RESULTS.inner_diverged),
+        ):
+            result = RESULTS.where(solution.result == theirs, ours, result)
         stats = {"inner_steps": jnp.asarray(solution.stats["num_steps"])}
         return solution.value, result, stats
 
@@ -148,29 +153,32 @@ class Implicit(AbstractResponse):
 
     def judge(self, result, anchor, y, gradient, hessian):
         """Whether y is a minimum. The test does not depend on the scale of f."""
-        if self.solver is None or self.tolerance is None:
-            return result
-        # The distance of the minimum along the gradient, if f is a quadratic.
         gg = tree_dot(gradient, gradient)
+        # Not `finite_or_not`, which takes more operations.
+        finite = jnp.isfinite(gg)
+        if self.solver is None or self.tolerance is None:
+            verdict = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite_step)
+            return first_failure(result, verdict)
+        # The distance of the minimum along the gradient, if f is a quadratic.
         curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
         distance = gg / nonzero(curvature) * jnp.sqrt(gg)
         distance = jnp.where(curvature == 0, jnp.inf, distance)
         # Not `tree_norm`, which takes care of a derivative that is not asked for here.
         displacement = tree_sub(y, anchor)
         scale = jnp.sqrt(tree_dot(y, y)) + jnp.sqrt(tree_dot(displacement, displacement))
-        eps = jnp.finfo(gg.dtype).eps
+        eps = tree_eps(y)
         floor = eps * jnp.maximum(scale, eps)
         converged = (gg == 0) | (distance <= self.tolerance * scale + floor)
-        verdict = RESULTS.where(
-            converged, RESULTS.successful, RESULTS.inner_not_converged
-        )
+        why = RESULTS.where(finite, RESULTS.inner_not_converged, RESULTS.nonfinite_step)
+        verdict = RESULTS.where(converged, RESULTS.successful, why)
         return first_failure(result, verdict)
 
 
 Implicit.__init__.__doc__ = """**Arguments:**
 
 - `solver`: any optimistix minimiser, run on the inner objective from the anchor; for
-    instance [`bilevel_eqx.GradientDescent`][] or [`bilevel_eqx.Projection`][]. With
+    instance [`bilevel_eqx.GradientDescent`][] or [`bilevel_eqx.Projection`][]. For a sum
+    of squares also a least-squares solver, such as `optx.LevenbergMarquardt`. With
     `None`, the anchor must already be a solution.
 - `linear_solver`: any lineax solver, for $H q = F_y$; for instance
     [`bilevel_eqx.Neumann`][], [`bilevel_eqx.TruncatedCG`][] or
@@ -208,7 +216,9 @@ class _Pullback(eqx.Module):
         H, u = self.at.hessian, self.at.along(u)
         solver = judged(self.linear_solver)
         solve = lx.linear_solve(H, u, solver, throw=False)
-        return solve.value, explain(solver, solve.result), linear_stats(solve.stats)
+        # The solver is not to be blamed for what it is given.
+        result = first_failure(finite_or_not(u), explain(solver, solve.result))
+        return solve.value, result, linear_stats(solve.stats)
 
 
 #

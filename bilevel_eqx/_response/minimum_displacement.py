@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-import optimistix as optx
 
 from .._arguments import check_count, check_positive
 from .._compat import nondifferentiable
 from .._derivatives.first import inner_gradient
 from .._failure.results import first_failure, RESULTS
+from .._inner_solver.minimum import InnerSolver
 from .._inner_solver.projection import Projection
 from .._linear_solver.judged import throwing
 from .._linear_solver.pseudoinverse import Pseudoinverse
@@ -57,7 +57,7 @@ class MinimumDisplacement(AbstractResponse):
         squares problems whose variables separate*, 1973, for the linear case.
     """
 
-    solver: optx.AbstractMinimiser | None
+    solver: InnerSolver
     linear_solver: lx.AbstractLinearSolver
     tolerance: float | None
     max_steps: int | None
@@ -69,7 +69,7 @@ class MinimumDisplacement(AbstractResponse):
 
     def __init__(
         self,
-        solver: optx.AbstractMinimiser | None = Projection(),
+        solver: InnerSolver = Projection(),
         linear_solver: lx.AbstractLinearSolver = Pseudoinverse(),
         tolerance: float | None = 1e-3,
         max_steps: int | None = 10_000,

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -19,7 +18,7 @@ from .._derivatives.first import inner_gradient
 from .._failure.results import RESULTS
 from .._optimiser.step import optimiser_step, searches
 from .._problem.constraints import set_y
-from .._tree import tree_dtype, tree_struct
+from .._tree import Layout, tree_dtype, tree_struct
 from .base import AbstractResponse, Response, TransposedJacobian
 
 
@@ -224,17 +223,19 @@ def _cast(state, structure):
 
 def _forward_jacobian(unroll, x) -> tuple[Any, Any, lx.AbstractLinearOperator]:
     """One K-step run that also carries the tangents of x."""
-    flat_x, unravel_x = jax.flatten_util.ravel_pytree(x)
-    basis = jnp.eye(flat_x.size, dtype=flat_x.dtype)
+    layout = Layout(x)
+    basis = jnp.eye(layout.size, dtype=layout.dtype)
 
     def push(tangent):
-        y, t_y, state = jax.jvp(unroll, (x,), (unravel_x(tangent),), has_aux=True)
-        return y, jax.flatten_util.ravel_pytree(t_y)[0], state
+        tangent = layout.unravel(tangent)
+        y, t_y, state = jax.jvp(unroll, (x,), (tangent,), has_aux=True)
+        return y, Layout(t_y).ravel(t_y), state
 
     y, columns, state = jax.vmap(push, out_axes=(None, 0, None))(basis)
-    _, unravel_y = jax.flatten_util.ravel_pytree(y)
 
     def mv(tangent):
-        return unravel_y(jax.flatten_util.ravel_pytree(tangent)[0] @ columns)
+        # In one type, since the user may have forbidden promotion.
+        flat = layout.ravel(tangent).astype(columns.dtype)
+        return Layout(y).unravel(flat @ columns)
 
     return y, state, lx.FunctionLinearOperator(mv, tree_struct(x))

@@ -7,7 +7,7 @@ import lineax as lx
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._derivatives.second import hessian_depends_on_y
-from .._failure.results import first_failure, RESULTS
+from .._failure.results import finite_or_not, first_failure, RESULTS
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._tree import tree_axpy, tree_scale, vector_norm
@@ -99,7 +99,9 @@ class Displacement(NamedTuple):
         null_space_term, Wv = lagrangian.push(v)
         q, q_result = here.solve(u - Wv)
         total = tree_axpy(1.0, here.cross_transposed(q), null_space_term)
-        return tree_scale(-1, total), first_failure(q_result, result)
+        # The solvers are not to be blamed for what they are given.
+        result = first_failure(finite_or_not(u), q_result, result)
+        return tree_scale(-1, total), result
 
 
 def nearest_to(
