@@ -72,6 +72,10 @@ def _message(message: str, figures: dict[str, Any]) -> str:
     return message
 
 
+def _not_finite(parts: dict[str, str], figures: dict[str, Any]) -> list[str]:
+    return [name for part, name in parts.items() if not figures.get(part, True)]
+
+
 def _safe_step(figures: dict[str, Any]) -> str:
     curvature = float(figures.get("inner_curvature", 0))
     if not 0 < curvature < np.inf:
@@ -95,8 +99,8 @@ def _where_x_went(message: str, figures: dict[str, Any]) -> str:
 
 def _numbers(message: str, figures: dict[str, Any]) -> str:
     if _is(message, "nonfinite_step"):
-        parts = {**_MORE_PARTS, **_PARTS}
-        names = [name for part, name in parts.items() if not figures.get(part, True)]
+        causes = _not_finite(_MORE_PARTS, figures)
+        names = causes + _not_finite(_PARTS, figures)
         inner_norm = float(figures["inner_residual"])
         if "inner_y" not in figures and inner_norm != _UNKNOWN:
             if not np.isfinite(inner_norm):
@@ -104,7 +108,7 @@ def _numbers(message: str, figures: dict[str, Any]) -> str:
         if len(names) == 0:
             return "x and y are finite, but the outer objective or a derivative is not."
         said = f"Not finite: {', '.join(names)}."
-        if not figures["y"] and figures["x"] and figures.get("inner_y", False):
+        if not figures["y"] and "inner_y" in figures and causes == []:
             said += (
                 " At the start of the inner solve its objective is finite, so that the "
                 f"inner solve may have diverged. {_safe_step(figures)}"

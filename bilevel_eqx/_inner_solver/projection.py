@@ -35,6 +35,9 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
     a backtracking line search on $f$ damps the steps, and least-squares problems take
     Gauss–Newton steps, which always descend.
 
+    The gradient at the end of a step is always computed, also on a quadratic: an
+    objective that is quadratic in pieces (with ReLUs, or squared hinges) looks like one.
+
     Near minima that are not isolated, the Hessian of a nonlinear problem has small
     eigenvalues of either sign, which vanish only at a minimum. Their inverses would give
     large wrong steps. So conjugate gradients solve the Newton system, with a tolerance
@@ -128,10 +131,6 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             )
             length = t.astype(v.dtype) * vector_norm(direction)
             small = length <= self.atol + rtol * vector_norm(new_v)
-            if not curved:
-                # On a quadratic the gradient at the end of the step is known.
-                new_gradient = gradient + hessian.mv(new_v - v)
-                small = small | (vector_norm(new_gradient) <= rtol * first_norm)
             return new_v, small | (t == 0)
 
         curved = _hessian_depends_on_y(objective, v)

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 
-from .._arguments import check_count, check_positive, check_type, says
+from .._arguments import check_count, check_mesh, check_positive, check_type, says
 from .._compat import nondifferentiable
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
@@ -125,6 +125,7 @@ class Implicit(AbstractResponse):
 
     def minimum(self, problem, x, anchor):
         """The last point of the inner solver, whether it is finite, and `stats`."""
+        check_mesh((problem, x, anchor))
         if self.solver is None:
             return anchor, RESULTS.successful, {}
         if set_y(problem).confines and not says(self.solver, "projects", False):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._arguments import says
+from .._arguments import check_mesh, says
 from .._derivatives.first import inner_gradient, outer_gradients
 from .._derivatives.operators import LeastSquaresHessian
 from .._derivatives.second import (
@@ -286,6 +286,7 @@ def flat_picture(
     pseudoinverse. That is then one of a Krylov space of F_y, and of the displacement from
     the `anchor` if there is one.
     """
+    check_mesh((problem, x, y))
     dense = y.size <= DENSE_SIZE and not differentiable
     is_plane = not hessian_depends_on_y(problem, x, y)
     linear_solver = judged(linear_solver)
