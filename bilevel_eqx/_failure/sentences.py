@@ -100,7 +100,7 @@ def _where_x_went(message: str, figures: dict[str, Any]) -> str:
 def _numbers(message: str, figures: dict[str, Any]) -> str:
     if _is(message, "nonfinite_step"):
         causes = _not_finite(_MORE_PARTS, figures)
-        names = causes + _not_finite(_PARTS, figures)
+        names = _not_finite(_PARTS, figures) + causes
         inner_norm = float(figures["inner_residual"])
         if "inner_y" not in figures and inner_norm != _UNKNOWN:
             if not np.isfinite(inner_norm):

@@ -40,7 +40,7 @@ def throw_if_failed(
         if not failed:
             return out
         if mode == "raise":
-            known = jax.lax.stop_gradient({**figures(), **_found(more_figures)})
+            known = jax.lax.stop_gradient({**_found(more_figures), **figures()})
             raise eqx.EquinoxRuntimeError(sentences(failed, result, known))
     one = _ONE_OR[mode](failed, result, figures, stack_inside())
     # Only the numbers carry the error: it cannot pass through a typed key. The one is a

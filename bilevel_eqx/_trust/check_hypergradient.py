@@ -565,7 +565,7 @@ def _differences(problem, x, y0, y, directions, kind) -> _Differences:
         (4 * near - far) / 3,
         float(roughness),
         bool(still),
-        1e-6 * changes,
+        float(1e-6 * changes),
         (np.minimum(*sides), np.maximum(*sides)),
     )
 
