@@ -87,13 +87,40 @@ def as_variables(tree: PyTree, name: str) -> PyTree[Array]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"Every leaf of `{name}` must be a floating-point array, but {where} "
-                f"has type {leaf.dtype}: there is no derivative with respect to it. "
-                "Cast it with `.astype(float)` if it should be optimised; otherwise keep "
-                "it in the problem."
+                f"has type {leaf.dtype}: {_instead(leaf.dtype)}"
             )
         # A weak type changes when it meets data, but the carry of a loop may not change.
         leaves.append(jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype))
     return jtu.tree_unflatten(treedef, leaves)
+
+
+def check_mesh(tree: PyTree) -> None:
+    """Refuses arrays on a mesh with Explicit axes, which lineax takes for arrays of other
+    structures (https://github.com/patrick-kidger/lineax/issues/185)."""
+    shardings = [jax.typeof(u).sharding for u in jtu.tree_leaves(tree) if eqx.is_array(u)]
+    meshes = [s.mesh for s in shardings] + [jax.sharding.get_abstract_mesh()]
+    if any(jax.sharding.AxisType.Explicit in mesh.axis_types for mesh in meshes):
+        raise ValueError(
+            "An array is on a mesh with Explicit axes, which are JAX's default, and "
+            "linear solves do not work on them yet. Make the mesh with Auto axes: "
+            "`jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * "
+            "len(names))`. `Unrolled` works on both."
+        )
+
+
+def _instead(dtype: Any) -> str:
+    """What to do with a leaf that is not of real numbers."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return (
+            "optimisation is over real numbers. Pass the real and the imaginary part as "
+            "two leaves, and put them together in the objectives (`jax.lax.complex`)."
+        )
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return "a random key cannot be optimised. Keep it in the problem."
+    return (
+        "there is no derivative with respect to it. Cast it with `.astype(float)` if it "
+        "should be optimised; otherwise keep it in the problem."
+    )
 
 
 def says(part: Any, what: str, default: Any) -> Any:

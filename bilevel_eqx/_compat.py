@@ -49,6 +49,17 @@ def is_literal(variable: Any) -> bool:
     return isinstance(variable, jax.extend.core.Literal)
 
 
+def primitives(program: Any) -> set[str]:
+    """The names of the primitives in a jaxpr and in those within it."""
+    names = set()
+    for equation in program.eqns:
+        names.add(equation.primitive.name)
+        for within in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+            if is_program(within):
+                names |= primitives(getattr(within, "jaxpr", within))
+    return names
+
+
 def is_program(value: Any) -> bool:
     """Whether `value` is a jaxpr, with its constants or without."""
     return isinstance(value, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
@@ -179,6 +190,11 @@ def nondifferentiable(tree: PyTree, *, name: str) -> PyTree:
     return eqxi.nondifferentiable(tree, name=name)
 
 
+def not_differentiable(tree: PyTree, sentence: str) -> PyTree:
+    """`tree`. A derivative of it raises an error with this sentence."""
+    return eqxi.nondifferentiable(tree, msg=sentence)
+
+
 def static(value: Any) -> PyTree:
     """`value` as a pytree without leaves, for the state of a lineax solver, which must be
     a pytree.
@@ -259,7 +275,7 @@ def stack_inside() -> str:
 
 _NOT_THE_USERS = (
     os.path.dirname(__file__) + os.sep,
-    *(m.__path__[0] + os.sep for m in (beartype, eqx, jax, jaxtyping)),
+    *(m.__path__[0] + os.sep for m in (beartype, eqx, jax, jaxtyping, lx)),
     "<@beartype",
 )
 

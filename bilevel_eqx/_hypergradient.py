@@ -12,6 +12,7 @@ from ._arguments import as_variables
 from ._custom_types import typechecked, X, Y
 from ._depends_on import depends_on
 from ._derivatives.first import inner_gradient, outer_gradients
+from ._derivatives.post_mortem import kink_met, post_mortem
 from ._failure.results import figures_of, finite_or_not, first_failure, RESULTS
 from ._failure.throw import throw_if_failed
 from ._problem.base import AbstractBilevelProblem
@@ -142,8 +143,20 @@ def hypergradient(
     """
     out = _hypergradient(problem, x, anchor, response, throw)
     if throw:
-        return throw_if_failed(out, out.result, jtu.Partial(_figures, x, out))
+        return throw_if_failed(
+            out,
+            out.result,
+            jtu.Partial(_figures, x, out),
+            lambda: _post_mortem(problem, x, anchor, response, out.y),
+        )
     return out
+
+
+def _post_mortem(problem, x, anchor, response, y) -> dict[str, Array]:
+    x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
+    if isinstance(response, Proximal):
+        problem = proximal(problem, anchor, response.epsilon)
+    return post_mortem(problem, x, anchor, y) | {"kink": kink_met(problem, x, anchor, y)}
 
 
 def _figures(x: PyTree, out: Hypergradient) -> dict[str, Array]:
@@ -198,7 +211,9 @@ def best_response(
     y, result = _best_response(problem, x, anchor, response)
     if throw:
         figures = jtu.Partial(_figures_of_response, problem, x, anchor, response, y)
-        return throw_if_failed(y, result, figures)
+        return throw_if_failed(
+            y, result, figures, lambda: _post_mortem(problem, x, anchor, response, y)
+        )
     return y
 
 

@@ -123,6 +123,22 @@ def tree_dtype(a: PyTree) -> Any:
     return max(dtypes, key=lambda d: jnp.finfo(d).nmant) if dtypes else jnp.float32
 
 
+def tree_eps(a: PyTree) -> float:
+    """The machine precision of the narrowest type among the leaves of `a`: numbers that
+    are computed from all of them are no better."""
+    return max(float(jnp.finfo(u.dtype).eps) for u in jtu.tree_leaves(a))
+
+
+def widened(a: PyTree) -> PyTree:
+    """`a` with its arrays of half precision in float32."""
+
+    def widen(u):
+        is_half = eqx.is_inexact_array(u) and jnp.finfo(u.dtype).bits < 32
+        return u.astype(jnp.float32) if is_half else u
+
+    return jtu.tree_map(widen, a)
+
+
 def tree_struct(a: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     """The shapes and types of a pytree of arrays."""
     return jtu.tree_map(lambda u: jax.ShapeDtypeStruct(u.shape, u.dtype), a)

@@ -178,36 +178,75 @@ def _twice(u):
     return _softly(u)
 
 
+@jax.custom_vjp
+def _tanh(u):
+    return jnp.tanh(u)
+
+
+_tanh.defvjp(lambda u: (_tanh(u), u), lambda u, c: (c / jnp.cosh(u) ** 2,))
+
+
+@jax.custom_vjp
+def _twice(u):
+    return jnp.log(jnp.cosh(u))
+
+
 # A rule that calls a second one: forward over reverse mode meets a reverse-only function.
-_twice.defvjp(lambda u: (_twice(u), u), lambda u, c: (c * jnp.tanh(_softly(u)),))
+_twice.defvjp(lambda u: (_twice(u), u), lambda u, c: (c * _tanh(u),))
 
 
-@pytest.mark.parametrize("rule", (_softly, _twice))
-def test_a_rule_for_reverse_mode_alone(rule):
-    problem = blx.BilevelProblem(
+@jax.custom_vjp
+def _wrong(u):
+    return jnp.log(jnp.cosh(u))
+
+
+_wrong.defvjp(lambda u: (_wrong(u), u), lambda u, c: (c * _tanh(2 * u),))
+
+
+def _ruled(rule):
+    return blx.BilevelProblem(
         lambda x, y: jnp.sum(_softly(y - 2)),
         lambda x, y: jnp.sum(rule(y - x)) + 0.5 * jnp.sum(y**2),
     )
+
+
+def test_a_rule_for_reverse_mode_alone():
     x = jnp.array([0.3, 1.0])
-    check = blx.check_hypergradient(problem, x, jnp.zeros(2))
-    if rule is _softly:
-        assert check.sound and check.findings == ()
-        assert check.responses["Implicit, Pseudoinverse"].right
-        assert check.responses["Unrolled, 100 steps"].right
-        # It takes third derivatives, in forward mode.
-        nearest = check.responses["MinimumDisplacement"]
-        assert nearest.right or "`jax.custom_vjp`" in nearest.verdict
-        singular = blx.BilevelProblem(
-            problem.outer, lambda x, y: _softly(jnp.sum(y) - x[0])
-        )
-        check = blx.check_hypergradient(singular, x, jnp.zeros(2), [exact])
-        (row,) = check.responses.values()
-        assert row.right and row.errors["warm"] < 1e-6
-        return
-    # Its rule is wrong besides, and to see that takes no second derivative.
-    assert not check.sound and check.responses == {}
+    check = blx.check_hypergradient(_ruled(_softly), x, jnp.zeros(2))
+    assert check.sound and check.findings == ()
+    assert check.responses["Implicit, Pseudoinverse"].right
+    assert check.responses["Unrolled, 100 steps"].right
+    # It takes third derivatives, in forward mode.
+    nearest = check.responses["MinimumDisplacement"]
+    assert nearest.right or "`jax.custom_vjp`" in nearest.verdict
+    singular = blx.BilevelProblem(
+        lambda x, y: jnp.sum(_softly(y - 2)), lambda x, y: _softly(jnp.sum(y) - x[0])
+    )
+    check = blx.check_hypergradient(singular, x, jnp.zeros(2), [exact])
+    (row,) = check.responses.values()
+    assert row.right and row.errors["warm"] < 1e-6
+
+
+def test_rules_that_call_rules():
+    """There are no second derivatives in forward mode. The check takes them in reverse
+    mode, and says which responses cannot."""
+    x = jnp.array([0.3, 1.0])
+    unrolled = blx.Unrolled(optax.sgd(0.3), 200)
+    check = blx.check_hypergradient(
+        _ruled(_twice), x, jnp.zeros(2), {"implicit": exact, "unrolled": unrolled}
+    )
+    (finding,) = check.findings
+    assert check.sound and "cannot be computed in forward mode" in finding
+    assert "`jax.custom_vjp`" in check.responses["implicit"].verdict
+    assert check.responses["unrolled"].errors["true"] < 1e-8
+    # tanh(y - x) + y = 0, and dy/dx = s / (1 + s) with s the slope of tanh.
+    smooth = _ruled(lambda u: jnp.log(jnp.cosh(u)))
+    again = blx.check_hypergradient(smooth, x, jnp.zeros(2), [exact])
+    assert np.allclose(check.differences["true"], again.differences["true"], rtol=1e-8)
+    # A wrong rule is seen to be wrong.
+    check = blx.check_hypergradient(_ruled(_wrong), x, jnp.zeros(2), [exact])
+    assert not check.sound
     assert any("`inner` in y is not that of its values" in f for f in check.findings)
-    assert any("second derivatives cannot be computed" in f for f in check.findings)
 
 
 @pytest.mark.parametrize("scale", (1e-10, 1e10))
@@ -235,6 +274,68 @@ def test_a_kink_at_x_itself():
     assert not check.sound
     (finding,) = check.findings
     assert "kink" in finding
+
+
+@pytest.mark.parametrize(
+    "outer, between",
+    (
+        (lambda x, y: jnp.sum(jnp.abs(x)), True),
+        (lambda x, y: jnp.sum(jnp.abs(x)) + jnp.sum((y - 1) ** 2), True),
+        (lambda x, y: 5 + jnp.sum(jnp.abs(y)), True),
+        (lambda x, y: 1e-10 * jnp.sum(jax.nn.relu(y)), True),
+    ),
+    ids=("x", "x and y", "y", "relu"),
+)
+def test_a_kink_is_no_wrong_sign(outer, between):
+    problem = blx.BilevelProblem(outer, lambda x, y: jnp.sum((y - x) ** 2))
+    responses = {"exact": exact, "negated": Negated(exact)}
+    check = blx.check_hypergradient(problem, jnp.zeros(2), jnp.zeros(2), responses)
+    assert not check.sound and any("kink" in f for f in check.findings)
+    assert not any("does not reach" in f for f in check.findings)
+    verdict = check.responses["exact"].verdict
+    assert ("lies between them" in verdict) == between, verdict
+    assert "sign" not in verdict
+
+
+@pytest.mark.parametrize("scale", (1.0, 1e-10))
+def test_a_stationary_point_is_no_kink(scale):
+    problem = blx.BilevelProblem(
+        lambda x, y: scale * jnp.sum(y**2), lambda x, y: jnp.sum((y - x) ** 2)
+    )
+    check = blx.check_hypergradient(problem, jnp.zeros(2), jnp.ones(2), [exact])
+    (row,) = check.responses.values()
+    assert check.sound and check.findings == () and row.right
+
+
+def _pieces(kind):
+    """Convex inner problems with kinks, and what their minimum is at seed 0."""
+    rng = np.random.default_rng(0)
+    A, t = jnp.asarray(rng.normal(size=(30, 3))), jnp.asarray(rng.normal(size=30))
+    inner = {
+        # Its minimum is within a piece, on which it is quadratic.
+        "ridge of ReLUs": lambda x, y: (
+            jnp.sum((jax.nn.relu(A @ y) + 1) ** 2) / 30 + jnp.exp(x[0]) * jnp.sum(y**2)
+        ),
+        "lasso": lambda x, y: (
+            0.5 * jnp.sum((A @ y - t) ** 2) + 10 * jnp.exp(x[0]) * jnp.sum(jnp.abs(y))
+        ),
+        "hinge": lambda x, y: (
+            jnp.sum(jax.nn.relu(1 - A @ y)) / 30 + jnp.exp(x[0]) * jnp.sum(y**2)
+        ),
+        "median": lambda x, y: jnp.sum(jnp.abs(A @ y - x[0])),
+    }[kind]
+    return blx.BilevelProblem(lambda x, y: jnp.sum((y - 1) ** 2), inner)
+
+
+@pytest.mark.parametrize("kind", ("lasso", "hinge", "median"))
+def test_a_minimum_at_a_kink(kind):
+    response = blx.Implicit(blx.GradientDescent(0.01, 301), blx.Pseudoinverse(), None)
+    x = jnp.array([-1.0])
+    check = blx.check_hypergradient(_pieces(kind), x, jnp.ones(3), [response])
+    (row,) = check.responses.values()
+    assert not check.sound and not row.right
+    assert any("the inner minimum is at a kink" in f for f in check.findings)
+    assert "kink" in row.verdict and "sign" not in row.verdict
 
 
 def test_few_programs():

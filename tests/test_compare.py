@@ -138,7 +138,7 @@ def test_retrain_gap():
     drawn = blx.retrain_gap(
         problem,
         solution,
-        lambda key: 0.3 * jr.normal(key, (3,)),
+        init=lambda key: 0.3 * jr.normal(key, (3,)),
         num_initialisations=3,
         key=jr.key(2),
         response=blx.Unrolled(optax.sgd(0.3), 300),
@@ -180,10 +180,10 @@ def test_a_model_is_inner_variables():
     # A stack of models, and a function that makes them.
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
     assert blx.retrain_gap(problem, solution, stack).retrained.shape == (3,)
-    drawn = blx.retrain_gap(problem, solution, lambda k: eqx.nn.Linear(2, 1, key=k))
+    drawn = blx.retrain_gap(problem, solution, init=lambda k: eqx.nn.Linear(2, 1, key=k))
     assert drawn.retrained.shape == (5,)
-    # One of another structure is called with a key, and the error says so.
-    with pytest.raises(ValueError, match="called it with a key"):
+    # One of another structure is not called.
+    with pytest.raises(ValueError, match="structure of the inner variables"):
         blx.retrain_gap(problem, solution, eqx.nn.Linear(2, 1, False, key=jr.key(0)))
 
 

@@ -224,6 +224,34 @@ def test_nondifferentiable():
         jax.grad(square)(x)
 
 
+def test_not_differentiable():
+    def square(x):
+        return _compat.not_differentiable({"square": x**2}, "No slope.")["square"]
+
+    x = jnp.array(3.0)
+    assert square(x) == 9 and jax.jit(square)(x) == 9
+    for derivative in (jax.grad(square), lambda x: jax.jvp(square, (x,), (x,))):
+        with pytest.raises(RuntimeError, match="No slope."):
+            derivative(x)
+
+
+def test_primitives():
+    def search(x):
+        return jax.lax.while_loop(lambda x: x < 9, lambda x: 2 * x, x)
+
+    def nested(x):
+        return jax.jit(lambda x: jax.lax.cond(x > 0, search, jnp.sin, x))(x)
+
+    def counted(x):
+        return jax.lax.fori_loop(0, 5, lambda _, x: 2 * x, x)
+
+    def of(fn):
+        return _compat.primitives(jax.make_jaxpr(fn)(1.0).jaxpr)
+
+    assert {"while", "cond", "sin"} <= of(nested)
+    assert "scan" in of(counted) and "while" not in of(counted)
+
+
 def test_static():
     state = _compat.static(None)
     assert jax.tree.leaves(state) == []

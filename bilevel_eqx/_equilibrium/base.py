@@ -19,7 +19,7 @@ from .._problem.constraints import set_x, set_y
 from .._problem.root import check_has_objective
 from .._solution_set.picture import Picture
 from .._text import aligned
-from .._tree import nonzero, tree_norm, tree_size, vector_norm
+from .._tree import nonzero, tree_eps, tree_norm, tree_size, vector_norm, widened
 
 
 MAX_PRODUCTS = 128
@@ -213,6 +213,9 @@ def certify(
     x, y = as_variables(x, "x"), as_variables(y, "y")
     if y0 is not None:
         y0 = as_variables(y0, "y0")
+    if tree_eps((x, y)) > float(jnp.finfo(jnp.float32).eps):
+        # In half precision nothing can be decomposed, nor be told from zero.
+        problem, x, y, y0 = widened((problem, x, y, y0))
     check_problem(problem, x, y)
     equilibrium.check_kind(problem)
     check_count(max_products, "max_products", "certify")

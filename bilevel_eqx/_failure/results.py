@@ -18,9 +18,17 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
     inner_not_converged = (
         "The inner solve did not converge, but the Jacobian of this response is right "
         "only at an inner minimum. Give the inner solver more steps or a larger step "
-        "size (a smaller one if it diverges). Or use `Proximal`, which assumes less, or "
-        "`Unrolled`, which assumes nothing. If an approximate hypergradient is enough, "
-        "raise the `tolerance` of the response (`None` accepts any point)."
+        "size, or use `Proximal`, which assumes less. If the inner objective has kinks "
+        "(an L1 norm, a hinge, ReLUs), that does not help: state the kinks as "
+        "constraints (`project_y`), or smooth them. If it is smooth and an approximate "
+        "hypergradient is enough, use `Unrolled`, which assumes nothing, or raise the "
+        "`tolerance` of the response (`None` accepts any point)."
+    )
+    inner_diverged = (
+        "The inner solve diverged: the inner objective is larger where it ended than "
+        "where it started. Lower the step size of the inner solver, or use one that "
+        "chooses its steps itself, such as `Projection` (`ProjectedGradient` if y is "
+        "confined to a set). More steps do not help."
     )
     root_not_converged = (
         "The solve for the inner root did not converge, but the Jacobian of this "
@@ -68,7 +76,12 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
         "The hypergradient is exactly zero for all x and y: x does not reach the outer "
         "objective. x does not appear in `problem.outer`, and the inner variables that "
         "appear there do not depend on x. Look for a `stop_gradient`, a cast to "
-        "integers, arguments in the wrong order, or a `Fixed` response."
+        "integers, arguments in the wrong order, a `Fixed` response, or an inner "
+        "objective in which x is only in kinks, such as |y - x|. If x is the "
+        "anchor (MAML, where training starts at x): the derivative of a response is at a "
+        "fixed anchor. Differentiate `best_response(problem, x, x, response)` with an "
+        "`Unrolled` or `Proximal` response, or let y be the displacement from x: "
+        "`inner(x, d) = f(x + d)`, from d = 0."
     )
     nonfinite_step = (
         "NaN or infinity appeared. Lower the outer learning rate or the inner step "
@@ -125,15 +138,30 @@ _PARTS = {
 }
 
 
-def figures_of(x: PyTree, stats: dict[str, Any], **parts: PyTree) -> dict[str, Array]:
-    """The numbers that a message may contain: those in `stats`, and which of x and of the
-    `parts` (`y`, `value`, `gradient`) are finite.
+# Those that only some failures know of.
+_MORE_PARTS = {
+    "outer_x": "F_x (the gradient of the outer objective in x)",
+    "outer_y": "F_y (the gradient of the outer objective in y)",
+    "inner": "the inner objective",
+    "inner_y": "the gradient of the inner objective in y",
+    "inner_yy": "the Hessian of the inner objective in y",
+    "solved_for": "what a linear solve of the derivative was given (in reverse mode, the "
+    "gradient of what is computed from y)",
+    "solution": "the solution of a linear solve of the derivative",
+}
 
-    The entries are always the same, in the type of x, so that a loop can carry them.
+
+def figures_of(x: PyTree, stats: dict[str, Any], /, **parts: PyTree) -> dict[str, Array]:
+    """The numbers that a message may contain: those in `stats`, and which of x and of the
+    `parts` are finite.
+
+    Their type is that of x. The entries are always the same, so that a loop can carry
+    them, and those of further parts.
     """
     dtype = tree_dtype(x)
     numbers = {k: jnp.asarray(stats.get(k, _UNKNOWN), dtype) for k in _NUMBERS}
-    return numbers | {k: all_finite({"x": x, **parts}.get(k)) for k in _PARTS}
+    parts = {**dict.fromkeys(_PARTS), "x": x, **parts}
+    return numbers | {name: all_finite(part) for name, part in parts.items()}
 
 
 class Verdict(eqx.Module):

@@ -5,15 +5,41 @@ from typing import Any
 import jax.tree_util as jtu
 import numpy as np
 
-from .results import _NUMBERS, _PARTS, _UNKNOWN, RESULTS
+from .results import _MORE_PARTS, _NUMBERS, _PARTS, _UNKNOWN, RESULTS
+
+
+# Instead of the message of `inner_not_converged`, where that is known to be the reason.
+_AT_A_KINK = (
+    "The inner solve did not converge: it met a kink of the inner objective, such as an "
+    "L1 norm, a hinge or a ReLU has. There is no Hessian at a kink, and every derivative "
+    "of this objective is wrong there, also with `Unrolled` or `tolerance=None`. State "
+    "the kink as a constraint (`project_y`): for an L1 norm, y = u - v with u, v >= 0. "
+    "Or smooth it: `jax.nn.softplus` for a ReLU or a hinge."
+)
+
+
+# Of the gradient, relative to its size: a smooth objective has none but rounding.
+_JUMP = 0.1
+
+
+# By how much x may grow before a failure is put down to it.
+_GROWTH = 4.0
 
 
 def _sentence(result: RESULTS, figures: dict[str, Any]) -> str:
     """What happened and at which step, the numbers, and what to do."""
-    message = RESULTS[result]
+    message = _message(RESULTS[result], figures)
     what, stop, way_out = message.partition(". ")
     sentence = " ".join(
-        filter(None, (what + stop.strip(), _numbers(message, figures), way_out))
+        filter(
+            None,
+            (
+                what + stop.strip(),
+                _numbers(message, figures),
+                way_out,
+                _where_x_went(message, figures),
+            ),
+        )
     )
     if "num_steps" in figures and not _is(message, "outer_max_steps_reached"):
         sentence = f"At outer step {int(figures['num_steps']) + 1}: {sentence}"
@@ -24,12 +50,72 @@ def _is(message: str, name: str) -> bool:
     return message == RESULTS[getattr(RESULTS, name)]
 
 
+_BLAMED = (
+    "inner_not_converged",
+    "not_selected",
+    "neumann_diverged",
+    "negative_curvature",
+    "linear_not_converged",
+    "singular",
+    "nonfinite_input",
+)
+
+
+def _message(message: str, figures: dict[str, Any]) -> str:
+    """The message; or that of the cause, if there is another one."""
+    if not any(_is(message, name) for name in _BLAMED):
+        return message
+    if not all(figures.get(part, True) for part in ("value", *_MORE_PARTS)):
+        return RESULTS[RESULTS.nonfinite_step]
+    if _is(message, "inner_not_converged") and figures.get("kink", 0) > _JUMP:
+        return _AT_A_KINK
+    return message
+
+
+def _not_finite(parts: dict[str, str], figures: dict[str, Any]) -> list[str]:
+    return [name for part, name in parts.items() if not figures.get(part, True)]
+
+
+def _safe_step(figures: dict[str, Any]) -> str:
+    curvature = float(figures.get("inner_curvature", 0))
+    if not 0 < curvature < np.inf:
+        return ""
+    return (
+        f"At its start the curvature of the inner objective is about {curvature:.3g}: a "
+        f"step size below {2 / curvature:.3g} does not diverge there."
+    )
+
+
+def _where_x_went(message: str, figures: dict[str, Any]) -> str:
+    before, now = (float(figures.get(k, 0)) for k in ("first_x", "last_x"))
+    if _is(message, "interrupted") or now <= _GROWTH * max(before, 1):
+        return ""
+    return (
+        f"The largest entry of x has grown from {before:.3g} to {now:.3g}: if x runs off "
+        "to infinity, where the inner problem becomes flat, bound it (`project_x`), or "
+        "add a penalty on x to the outer objective."
+    )
+
+
 def _numbers(message: str, figures: dict[str, Any]) -> str:
     if _is(message, "nonfinite_step"):
-        names = [name for part, name in _PARTS.items() if not figures[part]]
+        causes = _not_finite(_MORE_PARTS, figures)
+        names = _not_finite(_PARTS, figures) + causes
+        inner_norm = float(figures["inner_residual"])
+        if "inner_y" not in figures and inner_norm != _UNKNOWN:
+            if not np.isfinite(inner_norm):
+                names.append(_MORE_PARTS["inner_y"])
         if len(names) == 0:
             return "x and y are finite, but the outer objective or a derivative is not."
-        return f"Not finite: {', '.join(names)}."
+        said = f"Not finite: {', '.join(names)}."
+        if not figures["y"] and "inner_y" in figures and causes == []:
+            said += (
+                " At the start of the inner solve its objective is finite, so that the "
+                f"inner solve may have diverged. {_safe_step(figures)}"
+            )
+        return said.strip()
+    if _is(message, "inner_diverged"):
+        return _safe_step(figures)
     if _is(message, "outer_max_steps_reached"):
         return (
             f"After {int(figures['num_steps'])} outer steps the outer residual is "

@@ -16,13 +16,17 @@ from .sentences import sentences
 
 
 def throw_if_failed(
-    out: PyTree, result: RESULTS, figures: Callable[[], dict[str, Array]]
+    out: PyTree,
+    result: RESULTS,
+    figures: Callable[[], dict[str, Array]],
+    more_figures: Callable[[], dict[str, Array]] = dict,
 ) -> PyTree:
     """`out`, or an error with the `figures` in its message if `result` is a failure.
 
     The figures are computed only after a failure. Inside a transformation they are in a
     branch of the program. `figures` is a pytree (a `jtu.Partial` of a function of a
-    module), so that the program is compiled once.
+    module), so that the program is compiled once. Those of `more_figures` are computed
+    only outside of transformations: no program is longer for them.
 
     The environment variable `EQX_ON_ERROR` says what a failure does, as for
     `eqx.error_if`: `raise` (the default); `nan`, which makes the numbers of `out` NaN;
@@ -36,7 +40,7 @@ def throw_if_failed(
         if not failed:
             return out
         if mode == "raise":
-            known = jax.lax.stop_gradient(figures())
+            known = jax.lax.stop_gradient({**_found(more_figures), **figures()})
             raise eqx.EquinoxRuntimeError(sentences(failed, result, known))
     one = _ONE_OR[mode](failed, result, figures, stack_inside())
     # Only the numbers carry the error: it cannot pass through a typed key. The one is a
@@ -44,6 +48,16 @@ def throw_if_failed(
     # not contain the numbers themselves.
     numeric, rest = eqx.partition(out, eqx.is_inexact_array)
     return eqx.combine(tree_scale(one, numeric), rest)
+
+
+def _found(figures: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+    """The figures that can be computed now."""
+    try:
+        found = figures()
+    except Exception:
+        # What cannot be found out about a failure may not stand in its place.
+        return {}
+    return {name: value for name, value in found.items() if not is_traced(value)}
 
 
 #

@@ -13,11 +13,21 @@ from .._arguments import as_rate, check_count, check_positive
 from .._tree import tree_axpy
 
 
-class GradientDescent(optx.AbstractMinimiser[Any, Any, Int[Array, ""]]):
+class _DescentState(eqx.Module):
+    num_steps: Int[Array, ""]
+    # At the start, and before the last step.
+    first_value: Scalar
+    value: Scalar
+
+
+class GradientDescent(optx.AbstractMinimiser[Any, Any, _DescentState]):
     r"""$y \leftarrow y - \alpha \nabla_y f(x, y)$, a fixed number of times.
 
     On a quadratic it converges to the projection of its start $y_0$ on the set of minima,
     $\Pi(y_0, S(x))$. This is the implicit bias of a cold start.
+
+    If the objective is larger at the end than at the start, the result is
+    `optimistix.RESULTS.nonlinear_divergence`.
 
     If the problem confines y to a set, each step is projected on it (the option
     `projection` of `optimistix.minimise`).
@@ -51,16 +61,26 @@ class GradientDescent(optx.AbstractMinimiser[Any, Any, Int[Array, ""]]):
         check_count(self.num_steps, "num_steps", "GradientDescent")
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        return jnp.array(0)
+        zero = jnp.zeros((), f_struct.dtype)
+        return _DescentState(jnp.array(0), zero, zero)
 
     def step(self, fn, y, args, options, state, tags):
-        gradient, aux = jax.grad(fn, has_aux=True)(y, args)
+        (value, aux), gradient = jax.value_and_grad(fn, has_aux=True)(y, args)
         y = tree_axpy(-jnp.asarray(self.step_size), gradient, y)
         projection = options.get("projection")
-        return y if projection is None else projection(y), state + 1, aux
+        y = y if projection is None else projection(y)
+        first_value = jnp.where(state.num_steps == 0, value, state.first_value)
+        return y, _DescentState(state.num_steps + 1, first_value, value), aux
 
     def terminate(self, fn, y, args, options, state, tags):
-        return state >= self.num_steps, optx.RESULTS.successful
+        done = state.num_steps >= self.num_steps
+        # Not of the order of rounding: at a minimum that decides which value is larger.
+        scale = jnp.abs(state.first_value) + jnp.abs(state.value)
+        slack = jnp.sqrt(jnp.finfo(scale.dtype).eps) * scale
+        diverged = done & (state.value - state.first_value > slack)
+        return done, optx.RESULTS.where(
+            diverged, optx.RESULTS.nonlinear_divergence, optx.RESULTS.successful
+        )
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
         return y, aux, {}

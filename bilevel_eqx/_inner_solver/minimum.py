@@ -19,6 +19,10 @@ from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
 
 
+InnerSolver = optx.AbstractIterativeSolver | None
+"""The type of an inner solver. With `None` the anchor must be a solution."""
+
+
 def _options(problem: AbstractBilevelProblem, x: PyTree[Array]) -> dict[str, Any]:
     """The `options` of `optimistix.minimise` for the inner problem at x."""
     options = {"hessian": HessianAt(problem, x), "projection": None, "residual": None}
@@ -34,22 +38,32 @@ def _objective(y, args):
     return problem.inner(x, y)
 
 
+def _residual(y, args):
+    problem, x = args
+    return problem.inner_residual(x, y)
+
+
 def minimise_inner(
     problem: AbstractBilevelProblem,
     x: PyTree[Array],
     y: PyTree[Array],
-    solver: optx.AbstractMinimiser,
+    solver: optx.AbstractMinimiser | optx.AbstractLeastSquaresSolver,
     max_steps: int | None = None,
 ) -> optx.Solution:
     """Runs a minimiser on the inner problem at x, from y. It does not throw."""
     # Some minimisers have their own largest number of steps.
     counts = says(solver, "counts_its_steps", False)
+    args, max_steps = (problem, x), None if counts else max_steps
+    if isinstance(solver, optx.AbstractLeastSquaresSolver):
+        if not isinstance(problem, AbstractLeastSquaresProblem):
+            raise ValueError(
+                f"`{type(solver).__name__}` needs the residual of a sum of squares. "
+                "State the problem as a `LeastSquaresProblem`, or use a minimiser."
+            )
+        return optx.least_squares(
+            _residual, solver, y, args, max_steps=max_steps, throw=False
+        )
+    options = _options(problem, x)
     return optx.minimise(
-        _objective,
-        solver,
-        y,
-        args=(problem, x),
-        options=_options(problem, x),
-        max_steps=None if counts else max_steps,
-        throw=False,
+        _objective, solver, y, args, options, max_steps=max_steps, throw=False
     )

@@ -17,7 +17,7 @@ from .._derivatives.second import value_gradient_and_product
 from .._linalg.newton_direction import newton_direction
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._optimiser.backtracking import backtrack
-from .._tree import Layout, nonzero, tree_dtype, tree_struct, vector_norm
+from .._tree import Layout, nonzero, tree_dtype, tree_eps, tree_struct, vector_norm
 
 
 class _ProjectionState(eqx.Module):
@@ -36,6 +36,9 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
     a linear least-squares problem with one row this is Kaczmarz' step. On other problems
     a backtracking line search on $f$ damps the steps, and least-squares problems take
     Gauss–Newton steps, which always descend.
+
+    The gradient at the end of a step is always computed, also on a quadratic: an
+    objective that is quadratic in pieces (with ReLUs, or squared hinges) looks like one.
 
     Near minima that are not isolated, the Hessian of a nonlinear problem has small
     eigenvalues of either sign, which vanish only at a minimum. Their inverses would give
@@ -109,7 +112,7 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         value, gradient, product = value_gradient_and_product(objective, v)
         norm = vector_norm(gradient)
         first_norm = jnp.where(state.num_steps == 0, norm, state.first_norm)
-        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in layout.leaves)
+        eps = tree_eps(y)
         rtol = 100 * eps if self.rtol is None else self.rtol
 
         def move():
@@ -130,10 +133,6 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             )
             length = t.astype(v.dtype) * vector_norm(direction)
             small = length <= self.atol + rtol * vector_norm(new_v)
-            if not curved:
-                # On a quadratic the gradient at the end of the step is known.
-                new_gradient = gradient + hessian.mv(new_v - v)
-                small = small | (vector_norm(new_gradient) <= rtol * first_norm)
             return new_v, length, small | (t == 0)
 
         curved = _hessian_depends_on_y(objective, v)

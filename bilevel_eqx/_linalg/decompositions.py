@@ -1,22 +1,45 @@
 """Decompositions of matrices. Under `vmap` on a CPU they take one matrix at a time."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from .._compat import one_matrix_at_a_time
 
 
-eigh = one_matrix_at_a_time(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
+def check_precision(dtype: Any, owner: str) -> None:
+    """Refuses types in which no matrix can be decomposed."""
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{owner} decomposes a matrix, and matrices of type {dtype} cannot be "
+            "decomposed. Cast the variables to float32; or use what only multiplies with "
+            "the inner Hessian: `TruncatedCG` or `Neumann` as the linear solver and "
+            "`GradientDescent` as the inner solver, or `Unrolled`."
+        )
 
 
-eigvalsh = one_matrix_at_a_time(lambda matrix: jnp.linalg.eigvalsh(matrix))
+def _checked(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    in_turn = one_matrix_at_a_time(decompose)
+
+    def checked(matrix: Array) -> Any:
+        check_precision(matrix.dtype, "`Pseudoinverse`, or a certificate or audit,")
+        return in_turn(matrix)
+
+    return checked
 
 
-svd = one_matrix_at_a_time(
-    lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False))
-)
+eigh = _checked(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
 
 
-qr = one_matrix_at_a_time(lambda matrix: tuple(jnp.linalg.qr(matrix)))
+eigvalsh = _checked(lambda matrix: jnp.linalg.eigvalsh(matrix))
 
 
-inv = one_matrix_at_a_time(lambda matrix: jnp.linalg.inv(matrix))
+svd = _checked(lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)))
+
+
+qr = _checked(lambda matrix: tuple(jnp.linalg.qr(matrix)))
+
+
+inv = _checked(lambda matrix: jnp.linalg.inv(matrix))

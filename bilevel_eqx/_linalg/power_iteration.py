@@ -11,9 +11,8 @@ from .._tree import nonzero, tree_norm, tree_scale, tree_waves
 def largest_curvature(fn: Callable[[PyTree], Scalar], at: PyTree[Array]) -> Scalar:
     """An estimate from below of the largest curvature of `fn`, by power iteration.
 
-    It is for a step size that does not diverge. It has no derivative.
+    It is for a step size that does not diverge.
     """
-    at = jax.lax.stop_gradient(at)
     return largest_magnitude(jax.linearize(jax.grad(fn), at)[1], at)
 
 

@@ -11,12 +11,14 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._arguments import says
 from .._derivatives.operators import AugmentedHessian, curved_tag, LeastSquaresHessian
 from .._failure.results import RESULTS
+from .._linalg.decompositions import check_precision
 from .._problem.base import AbstractBilevelProblem
 from .._problem.root import AbstractRootProblem
 from .._tree import nonzero, tree_norm
@@ -38,9 +40,18 @@ def relative(residual: PyTree[Array], vector: PyTree[Array]) -> Scalar:
     return jnp.where(scale == 0, size, size / nonzero(scale))
 
 
-def judges_itself(solver: lx.AbstractLinearSolver) -> bool:
-    """Whether the result of a linear solver can be trusted."""
-    return says(solver, "judges_itself", False)
+def check_factorisable(operator: lx.AbstractLinearOperator, owner: str) -> None:
+    """Refuses types that no factorisation of another library can work with."""
+    dtypes = {leaf.dtype for leaf in jtu.tree_leaves(operator.in_structure())}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"The leaves of y have several types ({names}), and `{owner}` would make one "
+            "matrix of the inner Hessian. Use `Pseudoinverse`, `TruncatedCG` or "
+            "`Neumann`, or cast y to one type."
+        )
+    for dtype in dtypes:
+        check_precision(dtype, f"`{owner}`")
 
 
 def check_symmetry(

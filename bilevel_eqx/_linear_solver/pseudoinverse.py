@@ -16,7 +16,7 @@ from .._derivatives.operators import (
     CurvedHessian,
     LeastSquaresHessian,
 )
-from .._linalg.decompositions import eigh, eigvalsh, inv, qr, svd
+from .._linalg.decompositions import check_precision, eigh, eigvalsh, inv, qr, svd
 from .._linalg.eigenbasis import lanczos
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import clearance, margin, uncertainty
@@ -24,6 +24,7 @@ from .._tree import (
     Layout,
     tree_axpy,
     tree_dtype,
+    tree_eps,
     tree_norm,
     tree_sub,
     tree_waves,
@@ -77,7 +78,7 @@ class Pseudoinverse(lx.AbstractLinearSolver):
             return _dense_inverse(operator, self.rcond)
         rcond = self.rcond
         if rcond is None and _is_curved(operator):
-            rcond = float(jnp.finfo(tree_dtype(operator.in_structure())).eps) ** (2 / 3)
+            rcond = tree_eps(operator.in_structure()) ** (2 / 3)
         return _MatrixFreeInverse(lx.linearise(operator), rcond, self.max_steps)
 
     def _factor_inverse(self, operator: LeastSquaresHessian):
@@ -132,7 +133,20 @@ def _as_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "m n"]:
     # One product for each row or for each column, whichever are fewer.
     if operator.out_size() < operator.in_size():
         return operator.transpose().as_matrix().T
-    return operator.as_matrix()
+    in_layout, out_layout = (
+        Layout(operator.in_structure()),
+        Layout(operator.out_structure()),
+    )
+    if len({leaf.dtype for leaf in in_layout.leaves}) == 1:
+        return operator.as_matrix()
+    for leaf in in_layout.leaves:
+        check_precision(leaf.dtype, "`Pseudoinverse`")
+
+    # lineax makes a matrix of leaves of one type only.
+    def column(entries):
+        return out_layout.ravel(operator.mv(in_layout.unravel(entries)))
+
+    return jax.vmap(column, out_axes=1)(jnp.eye(in_layout.size, dtype=in_layout.dtype))
 
 
 def _svd(matrix: Float[Array, "m n"]):

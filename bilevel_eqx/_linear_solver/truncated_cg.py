@@ -14,6 +14,7 @@ from .._tree import (
     tree_axpy,
     tree_dot,
     tree_dtype,
+    tree_eps,
     tree_max,
     tree_norm,
     tree_scale,
@@ -83,8 +84,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
     def compute(self, state, vector, options):
         operator = state
         dtype = tree_dtype(vector)
-        # The rounding of the narrowest type among the leaves, which limits the residual.
-        eps = max(float(jnp.finfo(u.dtype).eps) for u in jtu.tree_leaves(vector))
+        eps = tree_eps(vector)
         size = tree_size(vector)
         rtol = jnp.maximum(jnp.asarray(options.get("rtol", 0), dtype), eps)
         # b scaled to order one, so that no square below overflows or underflows.

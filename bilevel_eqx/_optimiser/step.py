@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import optax
 from jaxtyping import Array, PyTree, Scalar
 
+from .._compat import primitives
 from .._tree import tree_cast, tree_dot, tree_sub
 
 
@@ -24,11 +26,39 @@ def optimiser_step(
     the projection on the set that the variables live in."""
     # Optax relies on promotion, which the user's own code may have forbidden.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        updates, state = optax.with_extra_args_support(optimiser).update(
-            gradient, state, variables, value=value, grad=gradient, value_fn=value_fn
-        )
+        update = optax.with_extra_args_support(optimiser).update
+        given = {"value": value, "grad": gradient, "value_fn": value_fn}
+        try:
+            updates, state = update(gradient, state, variables, **given)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            # `optax.contrib.sam` refuses all but this one, which others refuse.
+            given = {"grad_fn": lambda at, _: jax.grad(value_fn)(at)}
+            updates, state = update(gradient, state, variables, **given)
         variables = optax.apply_updates(variables, updates)
     return project(variables), state
+
+
+def searches(optimiser: Any, variables: PyTree[Array], state: Any) -> bool:
+    """Whether a step of an optax optimiser has a loop of unknown length, as a line search
+    has."""
+    dynamic, static = eqx.partition(state, eqx.is_array)
+
+    def step(variables, dynamic):
+        new, _ = optimiser_step(
+            optimiser,
+            variables,
+            eqx.combine(dynamic, static),
+            value=tree_dot(variables, variables),
+            gradient=variables,
+            # Not the user's objective, in which there may be a loop too.
+            value_fn=lambda v: tree_dot(v, v),
+            project=lambda v: v,
+        )
+        return new
+
+    return "while" in primitives(jax.make_jaxpr(step)(variables, dynamic).jaxpr)
 
 
 def first_order(value: Scalar, gradient: PyTree, x: PyTree, at: PyTree) -> Scalar:

@@ -1,7 +1,6 @@
 """Unrolled descent on both objectives at once."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import ScalarLike
 
@@ -70,12 +69,12 @@ class Aggregated(AbstractResponse):
     def _unroll(self, problem, x, anchor):
         check_has_objective(problem, "`Aggregated`")
         project = set_y(problem).project
-        x_fixed = jax.lax.stop_gradient(x)
+        # The estimated step sizes depend on x, and so the derivative goes through them.
         inner_step, outer_step = self.inner_step_size, self.outer_step_size
         if inner_step is None:
-            inner_step = _safe_step(lambda y: problem.inner(x_fixed, y), anchor)
+            inner_step = _safe_step(lambda y: problem.inner(x, y), anchor)
         if outer_step is None:
-            outer_step = _safe_step(lambda y: problem.outer(x_fixed, y), anchor)
+            outer_step = _safe_step(lambda y: problem.outer(x, y), anchor)
 
         def step(carry, _):
             y, count = carry
@@ -102,7 +101,9 @@ Aggregated.__init__.__doc__ = r"""**Arguments:**
 
 - `num_steps`: $K$, the number of steps.
 - `inner_step_size`: $t$, below two over the largest curvature of f in y. `None`, the
-    default, estimates that curvature at the anchor with 20 Hessian-vector products.
+    default, estimates that curvature at the anchor with 20 Hessian-vector products. The
+    estimate depends on x, and the derivative includes that. A number is cheaper to
+    differentiate.
 - `outer_step_size`: $s$, the same for F.
 - `mixing`: $\alpha$, between 0 and 1.
 """

@@ -6,13 +6,14 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import lineax as lx
-import optimistix as optx
 
 from .._arguments import check_count, check_positive
 from .._compat import nondifferentiable
 from .._derivatives.first import inner_gradient
 from .._failure.results import first_failure, RESULTS
+from .._inner_solver.minimum import InnerSolver
 from .._inner_solver.projection import Projection
+from .._linear_solver.judged import throwing
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.closure import closure_converted
 from .._problem.constraints import set_y
@@ -56,7 +57,7 @@ class MinimumDisplacement(AbstractResponse):
         squares problems whose variables separate*, 1973, for the linear case.
     """
 
-    solver: optx.AbstractMinimiser | None
+    solver: InnerSolver
     linear_solver: lx.AbstractLinearSolver
     tolerance: float | None
     max_steps: int | None
@@ -68,7 +69,7 @@ class MinimumDisplacement(AbstractResponse):
 
     def __init__(
         self,
-        solver: optx.AbstractMinimiser | None = Projection(),
+        solver: InnerSolver = Projection(),
         linear_solver: lx.AbstractLinearSolver = Pseudoinverse(),
         tolerance: float | None = 1e-3,
         max_steps: int | None = 10_000,
@@ -206,7 +207,8 @@ def _nearest_point_jvp(primals, tangents):
     y, result = _nearest_point(response, problem, x, anchor)
     flat_problem, layout = flat(problem, y)
     v = layout.ravel(y)
-    here = flat_picture(flat_problem, x, v, response.linear_solver, differentiable=True)
+    solver = throwing(response.linear_solver)
+    here = flat_picture(flat_problem, x, v, solver, differentiable=True)
     displacement = Displacement(here, layout.ravel(anchor))
     mu, image, _ = displacement.multiplier
 

@@ -5,10 +5,10 @@ import dataclasses
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
-import optimistix as optx
 from jaxtyping import Array, PyTree, ScalarLike
 
 from .._arguments import as_rate, check_positive
+from .._inner_solver.minimum import InnerSolver
 from .._problem.proximal import proximal
 from .._tree import tree_dtype
 from .base import AbstractResponse
@@ -37,7 +37,7 @@ class Proximal(AbstractResponse):
     """
 
     epsilon: ScalarLike = eqx.field(converter=as_rate)
-    solver: optx.AbstractIterativeSolver | None
+    solver: InnerSolver
     linear_solver: lx.AbstractLinearSolver
     tolerance: float | None = 1e-3
     max_steps: int | None = 10_000

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -17,10 +16,10 @@ from .._compat import checkpointed_while_loop, is_traced
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
 from .._failure.results import RESULTS
-from .._optimiser.step import optimiser_step
+from .._optimiser.step import optimiser_step, searches
 from .._problem.constraints import set_y
 from .._problem.root import AbstractRootProblem
-from .._tree import tree_dtype, tree_norm, tree_struct
+from .._tree import Layout, tree_dtype, tree_norm, tree_struct
 from .base import AbstractResponse, Response, TransposedJacobian
 
 
@@ -89,6 +88,16 @@ class Unrolled(AbstractResponse):
     def _unroll(self, problem, x, anchor, state, mode):
         if state is None:
             state = self.optimiser.init(anchor)
+        if searches(self.optimiser, anchor, state):
+            raise ValueError(
+                "`Unrolled` cannot differentiate this optimiser: it has a line search "
+                "or another loop whose length depends on the values. Reverse mode "
+                "cannot store such a loop, and forward mode is wrong once the search "
+                "has converged, because it then stops before its result depends on x. "
+                "Use an optimiser without a search (`optax.sgd`, `optax.adam`, "
+                "`optax.lbfgs(linesearch=None)`), or differentiate the minimum instead "
+                "of the steps: `Implicit(Projection(), Pseudoinverse())`."
+            )
         # A rate in float64 must not make float32 data or state float64.
         structure = tree_struct(eqx.filter(state, eqx.is_array))
 
@@ -126,7 +135,9 @@ def _value_and_gradient(problem, x, y):
 
 Unrolled.__init__.__doc__ = """**Arguments:**
 
-- `optimiser`: any optax optimiser.
+- `optimiser`: any optax optimiser without a line search. Those with one
+    (`optax.lbfgs()`, `optax.scale_by_zoom_linesearch`) cannot be differentiated, and are
+    refused when the response is called.
 - `num_steps`: the number $K$ of steps, at least one. It may be known only at run time
     (to vmap over it, for instance); the mode must then be `"checkpointed"` or
     `"forward"`.
@@ -232,17 +243,19 @@ def _cast(state, structure):
 
 def _forward_jacobian(unroll, x) -> tuple[Any, Any, lx.AbstractLinearOperator]:
     """One K-step run that also carries the tangents of x."""
-    flat_x, unravel_x = jax.flatten_util.ravel_pytree(x)
-    basis = jnp.eye(flat_x.size, dtype=flat_x.dtype)
+    layout = Layout(x)
+    basis = jnp.eye(layout.size, dtype=layout.dtype)
 
     def push(tangent):
-        y, t_y, state = jax.jvp(unroll, (x,), (unravel_x(tangent),), has_aux=True)
-        return y, jax.flatten_util.ravel_pytree(t_y)[0], state
+        tangent = layout.unravel(tangent)
+        y, t_y, state = jax.jvp(unroll, (x,), (tangent,), has_aux=True)
+        return y, Layout(t_y).ravel(t_y), state
 
     y, columns, state = jax.vmap(push, out_axes=(None, 0, None))(basis)
-    _, unravel_y = jax.flatten_util.ravel_pytree(y)
 
     def mv(tangent):
-        return unravel_y(jax.flatten_util.ravel_pytree(tangent)[0] @ columns)
+        # In one type, since the user may have forbidden promotion.
+        flat = layout.ravel(tangent).astype(columns.dtype)
+        return Layout(y).unravel(flat @ columns)
 
     return y, state, lx.FunctionLinearOperator(mv, tree_struct(x))

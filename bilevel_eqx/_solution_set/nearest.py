@@ -7,7 +7,7 @@ import lineax as lx
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._derivatives.second import hessian_depends_on_y
-from .._failure.results import first_failure, RESULTS
+from .._failure.results import finite_or_not, first_failure, RESULTS
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._tree import tree_axpy, tree_scale, vector_norm
@@ -103,7 +103,9 @@ class Displacement(NamedTuple):
         q, image, q_result = here.adjoint(u - Wv)
         pulled = here.cross_transposed(q, image=image)
         total = tree_axpy(1.0, pulled, null_space_term)
-        return tree_scale(-1, total), first_failure(q_result, result)
+        # The solvers are not to be blamed for what they are given.
+        result = first_failure(finite_or_not(u), q_result, result)
+        return tree_scale(-1, total), result
 
 
 def nearest_to(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._arguments import says
+from .._arguments import check_mesh, says
 from .._derivatives.first import inner_gradient, outer_gradients
 from .._derivatives.operators import AugmentedHessian, LeastSquaresHessian
 from .._derivatives.second import (
@@ -32,6 +32,7 @@ from .._failure.results import RESULTS
 from .._linalg.eigenbasis import eigenbasis, singular_values
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import clearance, uncertainty
+from .._linear_solver.judged import judged
 from .._linear_solver.misc import augmented, explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
 from .._problem.base import AbstractBilevelProblem
@@ -410,8 +411,10 @@ def flat_picture(
     pseudoinverse. That is then one of a Krylov space of F_y, and of the displacement from
     the `anchor` if there is one.
     """
+    check_mesh((problem, x, y))
     dense = y.size <= DENSE_SIZE and not differentiable
     is_plane = not hessian_depends_on_y(problem, x, y)
+    linear_solver = judged(linear_solver)
     tags = tags_for(problem, linear_solver, not is_plane)
     if computed is None:
         computed = (*_expansion(problem, x, y, dense, tags), None)

@@ -294,7 +294,23 @@ def _halves(run: Run, state: Any) -> Halves:
 
 
 def _entry(run: Run, state: Any, metrics: dict[str, Array]) -> PyTree[Array]:
-    return jtu.tree_map(jnp.asarray, run.record(state.x, state.y, metrics))
+    entry = run.record(state.x, state.y, metrics)
+    return jtu.tree_map_with_path(_recorded, entry)
+
+
+def _recorded(path: Any, leaf: Any) -> Array:
+    try:
+        array = jnp.asarray(leaf)
+    except TypeError:
+        array = None
+    if array is None or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        raise ValueError(
+            "`solve(record=...)` must return a pytree of numeric arrays, but "
+            f"`record(x, y, metrics){jtu.keystr(path)}` is {leaf!r}, of type "
+            f"`{type(leaf).__name__}`. Leave it out. (Of a random key, record "
+            "`jax.random.key_data(key)`.)"
+        )
+    return array
 
 
 def _blank(like) -> Array:

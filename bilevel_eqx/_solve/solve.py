@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._arguments import as_rate, as_variables, check_count, check_positive
-from .._compat import is_traced
+from .._compat import is_traced, not_differentiable
 from .._custom_types import typechecked, X, Y
+from .._derivatives.post_mortem import post_mortem
 from .._equilibrium.base import AbstractEquilibrium, certify as certify_, stated_cost
 from .._failure.results import first_failure, RESULTS
 from .._failure.throw import throw_if_failed
@@ -21,6 +22,7 @@ from .._pipeline.base import AbstractPipeline
 from .._pipeline.registry import check_pair, default_pipeline, pipeline_named
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
+from .._tree import tree_max
 from .checkpoint import Checkpoint
 from .loop import Progress, Run, run_in_one, Start
 from .report import print_progress, Report, Reporter
@@ -154,13 +156,19 @@ def solve(
     start = Start(x0, y0, key, state)
     end = None
     if not any(is_traced(leaf) for leaf in jtu.tree_leaves((run, start))):
-        end = run_in_segments(
-            run,
-            start,
-            num_steps,
-            checkpoint=file,
-            reporter=Reporter(report, num_steps, save_every),
-        )
+        try:
+            end = run_in_segments(
+                run,
+                start,
+                num_steps,
+                checkpoint=file,
+                reporter=Reporter(report, num_steps, save_every),
+            )
+        except RuntimeError as error:
+            # JAX says this of reverse mode with respect to what the problem closes over,
+            # because a segment writes over its arguments. Below it is refused.
+            if "Array has been deleted" not in str(error):
+                raise
     if end is not None:
         interrupted = np.asarray(end.interrupted)
         value, result, figures = _conclude_alone(
@@ -194,7 +202,9 @@ def solve(
             raise KeyboardInterrupt(
                 _interruption(int(last.num_steps), num_steps, checkpoint)
             )
-        throw_if_failed(solution, result, lambda: figures)
+        throw_if_failed(
+            solution, result, lambda: figures, lambda: _post_mortem(problem, x0, y0, last)
+        )
     if certify:
         cost = stated_cost(equilibrium, y0)
         if report is print_progress and cost is not None:
@@ -203,7 +213,18 @@ def solve(
         solution = dataclasses.replace(solution, certificate=certificate)
     if throw and end is None:
         solution = throw_if_failed(solution, result, lambda: figures)
+    if any(is_traced(leaf) for leaf in jtu.tree_leaves(solution)):
+        solution = not_differentiable(solution, _NO_DERIVATIVE)
     return solution
+
+
+_NO_DERIVATIVE = (
+    "`solve` cannot be differentiated: the derivative of an iteration that has converged "
+    "is not that of its limit. For the derivative of the outer objective use "
+    "`hypergradient`; for that of the inner variables, also with respect to data, use "
+    "`best_response`. At an equilibrium, apply the implicit function theorem to its "
+    "hypergradient."
+)
 
 
 @eqx.filter_jit
@@ -241,6 +262,13 @@ def _conclude(
         figures["last_outer_residual"] = end.metrics["outer_residual"]
         figures["last_inner_residual"] = end.metrics["inner_residual"]
     return problem.outer(end.state.x, end.state.y), result, figures
+
+
+def _post_mortem(problem, x0: PyTree, y0: PyTree, last: Progress) -> dict[str, Array]:
+    """What is found out at the last good step."""
+    x, y = last.state.x, last.state.y
+    grown = {"first_x": tree_max(x0), "last_x": tree_max(x)}
+    return grown | post_mortem(problem, x, y0, y)
 
 
 _conclude_alone = eqx.filter_jit(_conclude)

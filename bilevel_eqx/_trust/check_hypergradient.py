@@ -18,6 +18,8 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._arguments import as_variables, check_count
 from .._derivatives.first import inner_gradient
+from .._derivatives.post_mortem import kink_met
+from .._derivatives.reverse_only import reverse_only
 from .._failure.results import RESULTS
 from .._hypergradient import hypergradient
 from .._inner_solver.projected_gradient import ProjectedGradient
@@ -182,24 +184,46 @@ def check_hypergradient(
 
 
 def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
+    # What is differentiated for the check; the responses are given the problem itself.
+    smooth_problem, findings = problem, []
     try:
         disagreements = _disagreements(problem, x, y0)
         y, distance, spectrum = _resolved(problem, x, y0, directions)
     except _UNDIFFERENTIABLE as error:
-        finding = (
-            "its second derivatives cannot be computed. The finite differences and all "
+        smooth_problem = reverse_only(problem)
+        findings.append(
+            "its second derivatives cannot be computed in forward mode, and all "
             f"responses except `Unrolled` need them. {_why(error)}"
         )
-        findings = (*_disagreements(problem, x, y0, second=False), finding)
-        return HypergradientCheck({}, findings, {}, False)
-    findings = list(disagreements)
+        try:
+            disagreements = _disagreements(smooth_problem, x, y0)
+            y, distance, spectrum = _resolved(smooth_problem, x, y0, directions)
+        except _UNDIFFERENTIABLE as error:
+            findings[0] = (
+                "its second derivatives cannot be computed. The finite differences and "
+                f"all responses except `Unrolled` need them. {_why(error)}"
+            )
+            findings = [*_disagreements(problem, x, y0, second=False), *findings]
+            return HypergradientCheck({}, tuple(findings), {}, False)
+    findings += disagreements
     solved = distance <= 1e-6
-    if not solved and isinstance(problem, AbstractRootProblem):
+    is_root = isinstance(problem, AbstractRootProblem)
+    at_a_kink = False
+    if not solved and not is_root:
+        at_a_kink = float(kink_met(smooth_problem, x, y0, y)) > _CLOSE
+    if not solved and is_root:
         findings.append(
             "the inner problem was not solved: after many Newton steps the root is still "
             f"{distance:.1e} of the size of y away, so the differences are not those of "
             "a root. There may be no root; or y0 is too far from it; or the problem may "
             "take its arguments in another order than (x, y)."
+        )
+    elif at_a_kink:
+        findings.append(
+            "the inner minimum is at a kink of `inner`, such as an L1 norm, a hinge or a "
+            "ReLU has. There is no Hessian there, and neither the differences nor the "
+            "responses mean anything. State the kink as a constraint (`project_y`), or "
+            "smooth it."
         )
     elif not solved:
         findings.append(
@@ -215,7 +239,7 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
     differences = {}
     for kind in _kinds(problem, singular):
         try:
-            differences[kind] = _differences(problem, x, y0, y, directions, kind)
+            differences[kind] = _differences(smooth_problem, x, y0, y, directions, kind)
         except _UNDIFFERENTIABLE as error:
             findings.append(
                 f"there are no differences of a {kind} start: its inner minimum needs "
@@ -228,6 +252,7 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
             "to this x, or the inner solution jumps."
         )
     references = {kind: d.slopes for kind, d in differences.items()}
+    reasons = _Reasons(differences, at_a_kink, smooth, largest)
     if singular and set_y(problem).confines:
         findings.append(
             "the inner minimum is not unique in its set, and the differences are those "
@@ -251,17 +276,16 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
             )
         findings.append(finding + ".")
     still = all(d.still for d in differences.values())
-    if still:
+    if still and not at_a_kink:
         findings.append(
-            "x does not reach F: F does not change if x moves and the inner problem is "
-            "solved again."
+            "x does not reach F: F does not change by more than its rounding if x moves "
+            "and the inner problem is solved again. (If F is a small number plus a large "
+            "constant, leave out the constant.)"
         )
     unit = _time(lambda: _gradient(problem, x, y0))
     checked = {}
     for name, (response, anchor) in _named(problem, responses, y0, y, largest).items():
-        checked[name] = _checked(
-            problem, x, anchor, response, directions, references, unit, largest
-        )
+        checked[name] = _checked(problem, x, anchor, response, directions, reasons, unit)
     sound = solved and smooth and not still and not disagreements
     return HypergradientCheck(checked, tuple(findings), references, sound)
 
@@ -332,10 +356,21 @@ def _named(problem, responses, y0, y, largest) -> dict[str, _Started]:
     return named
 
 
+class _Reasons(NamedTuple):
+    """What a verdict is made of."""
+
+    differences: dict[str, "_Differences"]
+    at_a_kink: bool
+    smooth: bool
+    # The largest eigenvalue of H.
+    largest: float
+
+
 def _checked(
-    problem, x, anchor, response, directions, references, unit, largest
+    problem, x, anchor, response, directions, reasons: _Reasons, unit
 ) -> CheckedResponse:
     """One row of the table."""
+    references = reasons.differences
 
     def run():
         return hypergradient(problem, x, anchor, response, throw=False)
@@ -350,13 +385,13 @@ def _checked(
             nothing, nothing, np.nan, np.nan, np.nan, False, f"refused. {why}"
         )
     along = directions @ _flat(out.gradient)
-    errors = {kind: _relative(r, along) for kind, r in references.items()}
-    cosines = {kind: _cosine(r, along) for kind, r in references.items()}
+    errors = {k: _relative(d.slopes, along, d.noise) for k, d in references.items()}
+    cosines = {k: _cosine(d.slopes, along) for k, d in references.items()}
     inner = float(out.stats.get("inner_residual", 0.0))
     linear = float(out.stats.get("linear_residual", np.nan))
     best = min(errors, key=lambda kind: errors[kind])
-    right = errors[best] <= _RIGHT
-    verdict = _verdict(out, response, errors, cosines, linear, largest, references)
+    right = errors[best] <= _RIGHT and not reasons.at_a_kink
+    verdict = _verdict(out, response, errors, cosines, linear, along, reasons)
     return CheckedResponse(
         errors, cosines, inner, linear, _time(run) / unit, right, verdict
     )
@@ -369,23 +404,36 @@ _MEANING = {
 }
 
 
-def _verdict(out, response, errors, cosines, linear, largest, references) -> str:
+def _verdict(out, response, errors, cosines, linear, along, reasons: _Reasons) -> str:
     """Which derivative a hypergradient is, or the likeliest reason why it is wrong."""
+    if reasons.at_a_kink:
+        return "not checked: the inner minimum is at a kink."
     matching = [kind for kind, error in errors.items() if error <= _RIGHT]
     if matching:
         meant = "the derivative" if len(matching) > 1 else _MEANING[matching[0]]
         return f"right: {meant}, to {min(errors.values()):.0e}."
     best = min(errors, key=lambda kind: errors[kind])
     far = f"off by {errors[best]:.1e} from {_MEANING[best]}"
+    succeeded = bool(out.result == RESULTS.successful)
+    if succeeded and not reasons.smooth:
+        low, high = reasons.differences[best].sides
+        slack = _RIGHT * np.max(np.abs([low, high]))
+        between = np.all((low - slack <= along) & (along <= high + slack))
+        where = "between" if between else "not between"
+        return (
+            f"{far}, which means nothing at a kink: on the two sides of x the slopes of "
+            f"F differ. This hypergradient lies {where} them."
+        )
     is_zero = not np.any(_flat(out.gradient))
-    moves = any(float(np.linalg.norm(r)) > 0 for r in references.values())
+    known = reasons.differences.values()
+    moves = any(float(np.linalg.norm(d.slopes)) > d.noise for d in known)
     if bool(out.result == RESULTS.zero_hypergradient) or (is_zero and moves):
         return (
             "wrong: it is exactly zero, but F depends on x. The derivative with respect "
             "to x is cut off by a `stop_gradient`, a cast to integers, or a `Fixed` "
             "response."
         )
-    if bool(out.result != RESULTS.successful):
+    if not succeeded:
         return f"{far}. {RESULTS[out.result]}"
     if cosines[best] < -0.9:
         return (
@@ -397,7 +445,9 @@ def _verdict(out, response, errors, cosines, linear, largest, references) -> str
         is_series = isinstance(solver, Neumann)
         count = np.max(solver.num_terms if is_series else solver.num_steps)
         unit = "terms" if is_series else "steps"
-        hint = f", and a step size close to {1 / largest:.1e}" if is_series else ""
+        hint = (
+            f", and a step size close to {1 / reasons.largest:.1e}" if is_series else ""
+        )
         return (
             f"{far}: {as_code(solver)} has not converged. It stopped after {int(count)} "
             f"{unit} with a linear residual of {linear:.1e}. Give it more {unit}{hint}."
@@ -424,6 +474,9 @@ def _verdict(out, response, errors, cosines, linear, largest, references) -> str
 _STEP = 1e-4
 
 
+_DESCENT_STEPS = 20_000
+
+
 # In units of the step. The first is x itself.
 _OFFSETS = np.array([1.0, -1.0, 2.0, -2.0])
 
@@ -436,12 +489,20 @@ class _Differences(NamedTuple):
     roughness: float
     # Whether F is the same everywhere.
     still: bool
+    # The size of slopes that are zero to rounding.
+    noise: float
+    # The smaller and the larger one of the slopes on the two sides of x.
+    sides: tuple[np.ndarray, np.ndarray]
 
 
 def _minimum(problem, x, anchor):
     """An accurate inner minimum near the anchor."""
-    confined = set_y(problem).confines
-    solver = ProjectedGradient() if confined else Projection(max_steps=300)
+    if not set_y(problem).confines:
+        solver = Projection(max_steps=300)
+        anchor = Implicit(solver, Pseudoinverse()).minimum(problem, x, anchor)[0]
+    # Also without constraints: Newton steps do not know of pieces with another Hessian,
+    # as an objective with ReLUs has. At a minimum it takes one step.
+    solver = ProjectedGradient(max_steps=_DESCENT_STEPS)
     return Implicit(solver, Pseudoinverse()).minimum(problem, x, anchor)[0]
 
 
@@ -527,13 +588,21 @@ def _differences(problem, x, y0, y, directions, kind) -> _Differences:
     close = around[:, 0] - 2 * here + around[:, 1]
     wide = around[:, 2] - 2 * here + around[:, 3]
     jump = (4 * close - wide) / (2 * h)
-    size = max(np.linalg.norm(near), np.linalg.norm(jump))
+    # Slopes cancel where F is stationary, but changes do not.
+    changes = np.linalg.norm(np.max(np.abs(around - here), axis=1)) / h
     largest = float(np.max(np.abs(values), initial=0))
     wrong = np.linalg.norm(np.concatenate([near - far, jump]))
-    roughness = wrong / max(size, 1e-9 * largest, np.finfo(float).tiny)
+    roughness = wrong / max(changes, 1e-9 * largest, np.finfo(float).tiny)
+    sides = (around[:, 0] - here) / h, (here - around[:, 1]) / h
     # Relative, so that the units of F do not matter.
     still = np.max(np.abs(values - here)) <= 1e-9 * h * largest
-    return _Differences((4 * near - far) / 3, float(roughness), bool(still))
+    return _Differences(
+        (4 * near - far) / 3,
+        float(roughness),
+        bool(still),
+        float(1e-6 * changes),
+        (np.minimum(*sides), np.maximum(*sides)),
+    )
 
 
 #
@@ -571,9 +640,12 @@ def _generator(key: PRNGKeyArray | None) -> np.random.Generator:
     return np.random.default_rng(np.asarray(jr.key_data(key) if is_typed else key))
 
 
-def _relative(reference, other) -> float:
-    """The relative error: at most 2, without overflow; infinite if not finite."""
+def _relative(reference, other, noise: float = 0.0) -> float:
+    """The relative error: at most 2, without overflow; infinite if not finite; zero if
+    both are noise."""
     largest = np.max(np.abs([reference, other]))
+    if largest <= noise:
+        return 0.0
     if not 0 < largest < np.inf:
         return 0.0 if largest == 0 else np.inf
     reference, other = reference / largest, other / largest
@@ -631,7 +703,7 @@ def _looked_at(problem, x, y, u, v, h, second: bool):
     slopes = [jax.grad(lambda t, i=i: objectives(t)[i])(zero) for i in range(count)]
     slopes += jax.jvp(gradients, (zero,), (jnp.ones_like(h),))[1]
     both = jax.lax.map(
-        lambda t: jnp.stack([*objectives(t), *gradients(t)]), jnp.stack([h, -h])
+        lambda t: jnp.stack([*objectives(t), *gradients(t)]), jnp.stack([h, -h, 0 * h])
     )
     return jnp.stack(slopes), both
 
@@ -649,19 +721,33 @@ def _disagreements(problem, x, y, second: bool = True) -> list[str]:
     h = 1e-5
     names = _names_looked_at(problem)
     slopes, both = _looked_at(problem, x, moved, u, v, np.asarray(h), second)
-    slopes, (ahead, behind) = np.asarray(slopes), np.asarray(both)
+    slopes, (ahead, behind, here) = np.asarray(slopes), np.asarray(both)
     differences = (ahead - behind) / (2 * h)
     noise = 1e-8 * (np.abs(ahead) + np.abs(behind))
     allowed = 1e-4 * (np.abs(slopes) + np.abs(differences)) + noise
     # Negated, so that NaN is a disagreement too.
     disagree = ~(np.abs(slopes - differences) <= allowed)
+    sides = zip((here - behind) / h, (ahead - here) / h)
     return [
+        _disagreement(what, slope, difference, *both)
+        for what, slope, difference, both, bad in zip(
+            names, slopes, differences, sides, disagree
+        )
+        if bad
+    ]
+
+
+def _disagreement(what: str, slope, difference, left, right) -> str:
+    if abs(right - left) > _CLOSE * max(abs(left), abs(right)):
+        return (
+            f"there is no derivative of {what}: along a random direction the slope is "
+            f"{left:.4g} on one side and {right:.4g} on the other, which is a kink."
+        )
+    return (
         f"the derivative of {what} is not that of its values: along a random direction "
         f"it is {slope:.4g}, but differences of the values give {difference:.4g}. The "
         "reason may be a `stop_gradient`, a cast to integers or a custom derivative rule."
-        for what, slope, difference, bad in zip(names, slopes, differences, disagree)
-        if bad
-    ]
+    )
 
 
 def _out_of_order(problem, x, y) -> str | None:

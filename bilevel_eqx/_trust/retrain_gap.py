@@ -1,7 +1,6 @@
 """The test for leakage: train the inner variables again from scratch."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -70,8 +69,9 @@ class RetrainGap(eqx.Module):
 def retrain_gap(
     problem: AbstractBilevelProblem,
     solution: Solution,
-    initial: PyTree | Callable[[PRNGKeyArray], PyTree] | None = None,
+    initial: PyTree | None = None,
     *,
+    init: Callable[[PRNGKeyArray], PyTree] | None = None,
     response: AbstractResponse | None = None,
     num_initialisations: int = 5,
     key: PRNGKeyArray | None = None,
@@ -88,15 +88,15 @@ def retrain_gap(
     - `problem`: the bilevel problem.
     - `solution`: what [`bilevel_eqx.solve`][] returned.
     - `initial`: the start of training: inner variables; or a stack of them, along a
-        leading axis; or a function from a key to inner variables, which is called
-        `num_initialisations` times. A callable model counts as inner variables if its
-        floating-point arrays have their structure. By default the $y_0$ of the run.
+        leading axis. Of a model, its floating-point arrays count. By default the $y_0$ of
+        the run.
+    - `init`: instead of `initial`, a function from a key to inner variables, which is
+        called `num_initialisations` times. Keyword only argument.
     - `response`: a response whose `y` are the trained inner variables. The default,
         `Implicit(Projection(), Pseudoinverse())`, trains to convergence. To train with
         the optimiser of the run, use `Unrolled(optimiser, num_steps)`. Keyword only
         argument.
-    - `num_initialisations`, `key`: for an `initial` that is a function. Keyword only
-        arguments.
+    - `num_initialisations`, `key`: for `init`. Keyword only arguments.
 
     **Returns:**
 
@@ -104,8 +104,8 @@ def retrain_gap(
 
     **Raises:**
 
-    A `ValueError` if `initial` does not fit the inner variables, or if it is missing and
-    the state of the run does not contain it.
+    A `ValueError` if `initial` does not fit the inner variables, if it is missing and the
+    state of the run does not contain it, or if both `initial` and `init` are given.
     """
     check_type(solution, Solution, "solution", "retrain_gap")
     check_has_objective(
@@ -115,7 +115,7 @@ def retrain_gap(
     )
     if response is None:
         response = Implicit(Projection(), Pseudoinverse(), tolerance=None)
-    starts = _starts(solution, initial, num_initialisations, key)
+    starts = _starts(solution, initial, init, num_initialisations, key)
     return _retrain_gap(problem, solution.x, solution.y, starts, response)
 
 
@@ -133,22 +133,23 @@ def _retrain_gap(problem, x, y, starts, response: AbstractResponse) -> RetrainGa
     )
 
 
-def _drawn(initial: Callable, number: int, key: PRNGKeyArray | None) -> PyTree[Array]:
-    """A stack of inner variables from a function of a key."""
-    check_count(number, "num_initialisations", "retrain_gap")
-    keys = jr.split(jr.key(0) if key is None else key, number)
-    try:
-        return jax.vmap(initial)(keys)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "`initial` is callable and does not have the structure of the inner "
-            "variables, so `retrain_gap` called it with a key. That raised: "
-            f"{error}"
-        ) from error
-
-
-def _starts(solution: Solution, initial: Any, number: int, key) -> PyTree[Array]:
+def _starts(
+    solution: Solution,
+    initial: PyTree | None,
+    init: Callable[[PRNGKeyArray], PyTree] | None,
+    number: int,
+    key: PRNGKeyArray | None,
+) -> PyTree[Array]:
     """A stack of initial inner variables."""
+    if initial is not None and init is not None:
+        raise ValueError(
+            "`retrain_gap` was given both `initial` and `init`. Pass inner variables as "
+            "`initial`, or a function from a key to inner variables as `init`."
+        )
+    if init is not None:
+        check_count(number, "num_initialisations", "retrain_gap")
+        keys = jr.split(jr.key(0) if key is None else key, number)
+        initial = eqx.filter_vmap(init)(keys)
     if initial is None:
         initial = getattr(solution.state, "y0", None)
         if initial is None:
@@ -156,13 +157,14 @@ def _starts(solution: Solution, initial: Any, number: int, key) -> PyTree[Array]
                 "This solution does not contain the start of its inner variables. Pass "
                 "inner variables as `retrain_gap(problem, solution, initial)`."
             )
-    if callable(initial):
-        # A model is callable too, but it is inner variables if its arrays fit.
-        arrays = eqx.filter(initial, eqx.is_inexact_array)
-        if jtu.tree_structure(arrays) == jtu.tree_structure(solution.y):
-            initial = arrays
-        else:
-            initial = _drawn(initial, number, key)
+    if jtu.tree_structure(initial) != jtu.tree_structure(solution.y):
+        # A model has more leaves than the arrays that are optimised.
+        initial = eqx.filter(initial, eqx.is_inexact_array)
+        if len(jtu.tree_leaves(initial)) == 0:
+            raise ValueError(
+                "`initial` contains no arrays. A function from a key to inner variables "
+                "is passed as `retrain_gap(..., init=...)`."
+            )
     initial = as_variables(initial, "initial")
     if jtu.tree_structure(initial) != jtu.tree_structure(solution.y):
         raise ValueError(

@@ -1,0 +1,102 @@
+"""What can be found out about a failure, after it: at the point where it happened."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree, Scalar
+
+from .._linalg.power_iteration import largest_curvature
+from .._problem.base import AbstractBilevelProblem
+from .._problem.constraints import set_y
+from .._tree import (
+    all_finite,
+    nonzero,
+    tree_axpy,
+    tree_dot,
+    tree_eps,
+    tree_norm,
+    tree_scale,
+    tree_sub,
+    tree_where,
+)
+from .first import inner_gradient, outer_gradients
+from .second import gradient_and_hessian, hessian_depends_on_y
+
+
+# A program of its own, which is compiled only after a failure.
+@eqx.filter_jit
+def post_mortem(
+    problem: AbstractBilevelProblem,
+    x: PyTree[Array],
+    anchor: PyTree[Array],
+    y: PyTree[Array],
+) -> dict[str, Array]:
+    """Figures for the sentence of a failure: which derivatives are not finite at (x, y),
+    or at the anchor if y is not finite; and the curvature at the anchor.
+    """
+    at = tree_where(all_finite(y), y, anchor)
+    value, outer_x, outer_y = outer_gradients(problem, x, at)
+    inner, inner_y = jax.value_and_grad(problem.inner, argnums=1)(x, at)
+    _, hessian = gradient_and_hessian(problem, x, at)
+    parts = {
+        "value": value,
+        "outer_x": outer_x,
+        "outer_y": outer_y,
+        "inner": inner,
+        "inner_y": inner_y,
+        "inner_yy": hessian.mv(at),
+    }
+    curvature = largest_curvature(lambda y: problem.inner(x, y), anchor)
+    finite = {name: all_finite(part) for name, part in parts.items()}
+    return finite | {"inner_curvature": curvature}
+
+
+_BISECTIONS = 60
+
+
+@eqx.filter_jit
+def kink_met(
+    problem: AbstractBilevelProblem,
+    x: PyTree[Array],
+    anchor: PyTree[Array],
+    y: PyTree[Array],
+) -> Scalar:
+    r"""How far the inner gradient jumps where an inner solve has ended, relative to its
+    size there. It is zero, to rounding, if the inner objective is smooth.
+
+    It looks along $d$, the direction of steepest descent from y: close to y, where a
+    search has come to rest; and at the lowest point, which is between the points of an
+    oscillation. If the Hessian does not depend on y, it also looks from the anchor to y.
+    """
+    gradient, hessian = gradient_and_hessian(problem, x, y)
+    residual = set_y(problem).remaining_step(gradient, y)
+    size, scale = tree_norm(residual), jnp.maximum(tree_norm(y), 1)
+    d = tree_scale(-1 / nonzero(size), residual)
+    curvature = tree_dot(d, hessian.mv(d))
+
+    def slope(t):
+        return tree_dot(inner_gradient(problem, x, tree_axpy(t, d, y)), d)
+
+    def unexpected(t):
+        return jnp.abs(slope(t) - slope(0) - t * curvature)
+
+    def bisect(_, bounds):
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        descends = slope(middle) < 0
+        return jnp.where(descends, middle, low), jnp.where(descends, high, middle)
+
+    # A minimum that is further away than y is large is not next to y.
+    bounds = jnp.zeros_like(size), scale
+    low, high = jax.lax.fori_loop(0, _BISECTIONS, bisect, bounds)
+    eps = tree_eps(y)
+    close = eps ** (1 / 3) * scale
+    jump = jnp.maximum(unexpected(close), unexpected(-close))
+    jump = jnp.maximum(jump, jnp.abs(slope(high) - slope(low)))
+    if not hessian_depends_on_y(problem, x, y):
+        moved, before = tree_sub(y, anchor), inner_gradient(problem, x, anchor)
+        change = tree_axpy(-1, hessian.mv(moved), tree_sub(gradient, before))
+        jump = jnp.maximum(jump, tree_norm(change))
+    # Below this, gradients are of the order of their rounding.
+    rounding = 1e3 * eps * scale * largest_curvature(lambda y: problem.inner(x, y), y)
+    return jump / nonzero(jnp.maximum(size, rounding))

@@ -1,0 +1,668 @@
+"""Derivatives that are right or refused, and errors that name their cause."""
+
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+from helpers import finite_difference_gradient, finite_difference_jvp, tree_allclose
+from jaxtyping import Array
+
+import bilevel_eqx as blx
+
+
+exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+
+
+class Rows(blx.AbstractBilevelProblem[Array, Array]):
+    """A linear regression with targets x, singular if it has fewer rows than columns."""
+
+    rows: Array
+
+    def outer(self, x, y):
+        return jnp.sum((y - 1) ** 2)
+
+    def inner(self, x, y):
+        return 0.5 * jnp.sum((self.rows @ y - x) ** 2)
+
+
+def _rows(singular_values, num_columns, dtype=jnp.float64):
+    rng = np.random.default_rng(0)
+    size = len(singular_values)
+    left = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    right = np.linalg.qr(rng.normal(size=(num_columns, size)))[0]
+    rows = (left * np.asarray(singular_values)) @ right.T
+    x = rng.normal(size=size)
+    return Rows(jnp.asarray(rows, dtype)), jnp.asarray(x, dtype), rows, x
+
+
+#
+# Linear solvers of other libraries
+#
+
+_KINDS = {
+    "regular": ((1.4, 1.0, 0.6), 3),
+    "singular": ((1.4, 1.0, 0.6), 5),
+    "very singular": ((1.4, 1.0), 8),
+    "ill-conditioned": ((1.0, 1e-2, 1e-7), 3),
+    "scaled": ((1e-6, 2e-6), 4),
+}
+
+
+def _derivatives(problem, x, solver):
+    """In reverse and in forward mode, with and without `jit` and `vmap`."""
+    response = blx.Implicit(blx.Projection(), solver)
+    y0 = jnp.zeros(problem.rows.shape[1], x.dtype)
+
+    def answer(x):
+        return blx.best_response(problem, x, y0, response)
+
+    gradient = jax.grad(lambda x: problem.outer(x, answer(x)))
+
+    def push(x):
+        return jax.jvp(answer, (x,), (x,))[1]
+
+    return {
+        "hypergradient": lambda: (
+            blx.hypergradient(problem, x, y0, response).gradient,
+            "reverse",
+        ),
+        "reverse": lambda: (eqx.filter_jit(gradient)(x), "reverse"),
+        "forward": lambda: (eqx.filter_jit(push)(x), "forward"),
+        "vmap": lambda: (eqx.filter_jit(jax.vmap(gradient))(x[None])[0], "reverse"),
+    }
+
+
+@pytest.mark.parametrize("kind", list(_KINDS))
+@pytest.mark.parametrize(
+    "solver",
+    (
+        lx.LU(),
+        lx.QR(),
+        lx.Cholesky(),
+        lx.CG(1e-12, 1e-12),
+        lx.GMRES(1e-12, 1e-12),
+        lx.SVD(),
+        lx.AutoLinearSolver(well_posed=None),
+    ),
+    ids=lambda solver: type(solver).__name__,
+)
+def test_foreign_solvers_are_right_or_raise(solver, kind):
+    values, num_columns = _KINDS[kind]
+    problem, x, rows, at = _rows(values, num_columns)
+    pinv = np.linalg.pinv(rows)
+    truth = {"reverse": 2 * pinv.T @ (pinv @ at - 1), "forward": pinv @ at}
+    raised = []
+    for way, compute in _derivatives(problem, x, solver).items():
+        try:
+            value, mode = compute()
+        except eqx.EquinoxRuntimeError as error:
+            raised.append(way)
+            assert "linear solve" in str(error) or "linear solver" in str(error)
+            continue
+        error = np.linalg.norm(value - truth[mode]) / np.linalg.norm(truth[mode])
+        assert error < 1e-2, way
+    if kind == "regular" or isinstance(solver, lx.SVD) and kind != "ill-conditioned":
+        assert raised == []
+    if isinstance(solver, lx.LU | lx.QR | lx.Cholesky) and "singular" in kind:
+        assert raised == ["hypergradient", "reverse", "forward", "vmap"]
+
+
+@pytest.mark.parametrize("solver", (lx.LU(), lx.Cholesky()))
+def test_foreign_solvers_in_float32(solver):
+    problem, x, rows, at = _rows((1.4, 1.0, 0.6), 5, jnp.float32)
+    for compute in _derivatives(problem, x, solver).values():
+        with pytest.raises(eqx.EquinoxRuntimeError):
+            compute()
+    response = blx.Proximal(0.5, blx.Projection(), solver)
+    y0 = jnp.zeros(5, jnp.float32)
+    gradient = jax.grad(
+        lambda x: problem.outer(x, blx.best_response(problem, x, y0, response))
+    )(x)
+    inverse = np.linalg.solve(rows.T @ rows + 0.5 * np.eye(5), rows.T)
+    assert tree_allclose(gradient, 2 * inverse.T @ (inverse @ at - 1), rtol=1e-4)
+
+
+def test_jacobians_and_nearest_minima_check_too():
+    problem, x, _, _ = _rows((1.4, 1.0, 0.6), 5)
+    y = blx.best_response(problem, x, jnp.zeros(5), exact)
+    jacobian = blx.Implicit(None, lx.LU())(problem, x, y).jacobian
+    with pytest.raises(eqx.EquinoxRuntimeError, match="linear solve"):
+        eqx.filter_jit(jacobian.mv)(x)
+    nearest = blx.MinimumDisplacement(blx.Projection(), lx.LU())
+    with pytest.raises(eqx.EquinoxRuntimeError):
+        blx.hypergradient(problem, x, jnp.zeros(5), nearest)
+
+
+def test_second_derivatives_of_checked_solves():
+    # y = x / (1 + s), with s a leaf: d2y / ds2 = 2 x / (1 + s)^3.
+    class Ridge(blx.AbstractBilevelProblem):
+        s: Array
+
+        def outer(self, x, y):
+            return jnp.sum(y)
+
+        def inner(self, x, y):
+            return 0.5 * jnp.sum((y - x) ** 2) + 0.5 * self.s * jnp.sum(y**2)
+
+    x, response = jnp.array([1.0, 2.0]), blx.Implicit(blx.Projection(), lx.LU())
+
+    def total(s):
+        return jnp.sum(blx.best_response(Ridge(s), x, jnp.zeros(2), response))
+
+    second = eqx.filter_jit(jax.grad(jax.grad(total)))(jnp.array(0.5))
+    assert np.isclose(second, 2 * 3.0 / 1.5**3, rtol=1e-10)
+
+
+#
+# Aggregated differentiates what it does
+#
+
+
+def _bda():
+    rs = np.random.RandomState(0)
+    A, c = jnp.asarray(rs.randn(3, 5)), jnp.asarray(rs.randn(5))
+    problem = blx.BilevelProblem(
+        lambda x, y: 0.5 * jnp.exp(x[0]) * jnp.sum((y - c) ** 2) + 0.05 * jnp.sum(x**2),
+        lambda x, y: 0.5 * jnp.sum(((A * jnp.exp(x)[:, None]) @ y - 1) ** 2),
+    )
+    return problem, jnp.asarray(0.3 * rs.randn(3))
+
+
+@pytest.mark.parametrize(
+    "response",
+    (
+        blx.Aggregated(20),
+        blx.Aggregated(50),
+        blx.Aggregated(20, inner_step_size=0.1),
+        blx.Aggregated(20, outer_step_size=0.1),
+        blx.Aggregated(20, 0.1, 0.1),
+    ),
+)
+def test_aggregated_differentiates_its_rates(response):
+    problem, x = _bda()
+
+    @eqx.filter_jit
+    def total(x, anchor):
+        return problem.outer(x, blx.best_response(problem, x, anchor, response))
+
+    anchor = 0.1 * jnp.arange(5.0)
+    gradient = blx.hypergradient(problem, x, anchor, response).gradient
+    expected = finite_difference_gradient(lambda x: total(x, anchor), x)
+    assert tree_allclose(gradient, expected, rtol=1e-8)
+    # And with respect to the anchor, where its step sizes are measured.
+    along = jnp.cos(jnp.arange(5.0))
+    pushed = jax.jvp(lambda a: total(x, a), (anchor,), (along,))[1]
+    expected = finite_difference_jvp(lambda a: total(x, a), anchor, along)
+    assert tree_allclose(pushed, expected, rtol=1e-8)
+
+
+#
+# Optimisers that cannot be differentiated
+#
+
+
+def _quartic(x, y):
+    return jnp.sum((y - x) ** 2) + 0.1 * jnp.sum(y**4)
+
+
+_curved = blx.BilevelProblem(lambda x, y: jnp.sum((y - 1) ** 2), _quartic)
+_x = jnp.array([0.5, -0.3])
+
+
+@pytest.mark.parametrize("mode", ("checkpointed", "reverse", "forward"))
+@pytest.mark.parametrize(
+    "optimiser",
+    (
+        optax.lbfgs(),
+        optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5)),
+        optax.chain(optax.scale(-1.0), optax.scale_by_zoom_linesearch(5)),
+        optax.chain(optax.clip(1.0), optax.chain(optax.lbfgs())),
+        optax.masked(optax.lbfgs(), True),
+    ),
+    ids=("lbfgs", "backtracking", "zoom", "nested", "masked"),
+)
+def test_line_searches_are_not_unrolled(optimiser, mode):
+    response = blx.Unrolled(optimiser, 20, mode)
+    for call in (blx.hypergradient, blx.best_response):
+        with pytest.raises(ValueError, match="line search.*Implicit\\(Projection"):
+            call(_curved, _x, _x, response)
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    (
+        optax.lbfgs(0.3, linesearch=None),
+        optax.adam(0.05),
+        optax.sgd(0.1, momentum=0.5),
+        optax.sgd(optax.cosine_decay_schedule(0.1, 100)),
+        optax.polyak_sgd(0.1),
+        optax.apply_if_finite(optax.sgd(0.1), 3),
+        optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)),
+        optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True),
+        optax.chain(optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), optax.scale(0.5)),
+    ),
+    ids=(
+        "lbfgs",
+        "adam",
+        "momentum",
+        "schedule",
+        "polyak",
+        "if",
+        "sam",
+        "opaque",
+        "chain",
+    ),
+)
+def test_other_optimisers_are(optimiser):
+    response = blx.Unrolled(optimiser, 15)
+
+    @eqx.filter_jit
+    def total(x):
+        return _curved.outer(x, blx.best_response(_curved, x, 0.5 * _x, response))
+
+    gradient = blx.hypergradient(_curved, _x, 0.5 * _x, response).gradient
+    expected = finite_difference_gradient(total, _x, 1e-4)
+    assert tree_allclose(gradient, expected, rtol=1e-6)
+
+
+#
+# Kinks
+#
+
+_RNG = np.random.default_rng(0)
+_A, _T = jnp.asarray(_RNG.normal(size=(8, 5))), jnp.asarray(_RNG.normal(size=8))
+
+
+def _kinked(name):
+    inner = {
+        "lasso": lambda x, y: (
+            0.5 * jnp.sum((_A @ y - _T) ** 2) + 3 * jnp.exp(x[0]) * jnp.sum(jnp.abs(y))
+        ),
+        "hinge": lambda x, y: (
+            jnp.sum(jax.nn.relu(1 - _A @ y)) + jnp.exp(x[0]) * jnp.sum(y**2)
+        ),
+        "deviation": lambda x, y: (
+            jnp.sum(jnp.abs(y - 0.3)) + 1e-3 * jnp.exp(x[0]) * jnp.sum(y**2)
+        ),
+        "largest": lambda x, y: (
+            jnp.max(jnp.abs(y - 0.3)) + 1e-3 * jnp.exp(x[0]) * jnp.sum(y**2)
+        ),
+    }[name]
+    return blx.BilevelProblem(lambda x, y: jnp.sum((y - 1) ** 2), inner)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+@pytest.mark.parametrize("name", ("lasso", "hinge", "deviation", "largest"))
+def test_a_kink_is_named(name, dtype):
+    solver = blx.GradientDescent(0.0123, 501)
+    response = blx.Implicit(solver, blx.Pseudoinverse())
+    x, y0 = jnp.zeros(1, dtype), jnp.ones(5, dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(eqx.EquinoxRuntimeError, match="met a kink") as info:
+            blx.hypergradient(_kinked(name), x, y0, response)
+    assert "`project_y`" in str(info.value)
+    # In a program the sentence knows less, and recommends nothing that is wrong.
+    jitted = eqx.filter_jit(
+        lambda x: blx.hypergradient(_kinked("lasso"), x, jnp.ones(5), response).value
+    )
+    with pytest.raises(eqx.EquinoxRuntimeError, match="If it is smooth and"):
+        jitted(jnp.zeros(1))
+
+
+def test_x_in_a_kink_alone():
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum(jnp.abs(y - x))
+    )
+    with pytest.raises(ValueError, match=r"x is only in kinks, such as \|y - x\|"):
+        blx.hypergradient(problem, _x, _x, blx.Unrolled(optax.sgd(0.1), 5))
+
+
+def test_newton_steps_that_meet_a_kink():
+    # On each piece it is a quadratic.
+    with pytest.raises(eqx.EquinoxRuntimeError, match="met a kink"):
+        blx.hypergradient(_kinked("lasso"), jnp.zeros(1), jnp.ones(5), exact)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    (
+        lambda x, y: jnp.sum(jnp.cosh(3 * (y - x[0]))) + jnp.sum(y**4),
+        lambda x, y: jnp.sum(jnp.sqrt(1e-2 + (y - x[0]) ** 2)),
+        lambda x, y: 0.5 * jnp.sum((_A @ y - x[0]) ** 2),
+    ),
+    ids=("steep", "nearly a kink", "quadratic"),
+)
+def test_too_few_steps_are_no_kink(inner):
+    problem = blx.BilevelProblem(lambda x, y: jnp.sum(y**2), inner)
+    response = blx.Implicit(blx.GradientDescent(1e-4, 20), blx.Pseudoinverse())
+    with pytest.raises(eqx.EquinoxRuntimeError, match="the inner solver more steps"):
+        blx.hypergradient(problem, jnp.zeros(1), 2 * jnp.ones(5), response)
+
+
+def test_minima_inside_of_a_piece():
+    """A convex quadratic in pieces. The support of the minimum says on which it is."""
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum((y - 1) ** 2),
+        lambda x, y: (
+            0.5 * jnp.sum(jax.nn.relu(_A @ y + 1) ** 2)
+            + 0.5 * jnp.exp(x[0]) * jnp.sum((y - 1) ** 2)
+        ),
+    )
+    x = jnp.zeros(1)
+    out = blx.hypergradient(problem, x, jnp.zeros(5), exact)
+    active = np.asarray(_A)[np.asarray(_A @ out.y + 1) > 0]
+    assert 0 < len(active) < 8
+    H = active.T @ active + np.eye(5)
+    y = np.linalg.solve(H, np.ones(5) - active.sum(axis=0))
+    assert tree_allclose(out.y, y, rtol=1e-10)
+    expected = -2 * (y - 1) @ np.linalg.solve(H, y - 1)
+    assert tree_allclose(out.gradient, np.array([expected]), rtol=1e-10)
+
+
+#
+# Divergence
+#
+
+
+@pytest.mark.parametrize("tolerance", (1e-3, None))
+@pytest.mark.parametrize("step_size", (1.1, 2.0, 3.0))
+def test_a_diverging_inner_solve(step_size, tolerance):
+    # Curvature 2: below 1 it does not diverge.
+    problem = blx.BilevelProblem(_curved.outer, lambda x, y: jnp.sum((y - x) ** 2))
+    solver = blx.GradientDescent(step_size, 60)
+    response = blx.Implicit(solver, blx.TruncatedCG(5), tolerance)
+    match = "inner solve diverged.*a step size below 1 does not diverge"
+    with pytest.raises(eqx.EquinoxRuntimeError, match=match):
+        blx.hypergradient(problem, _x, 3 * _x, response)
+    out = blx.hypergradient(problem, _x, 3 * _x, response, throw=False)
+    assert out.result == blx.RESULTS.inner_diverged
+    # Also to the end of all numbers.
+    steep = blx.Implicit(blx.GradientDescent(step_size, 300), blx.TruncatedCG(5), None)
+    if step_size > 2.5:
+        with pytest.raises(eqx.EquinoxRuntimeError, match="diverge"):
+            blx.hypergradient(_curved, _x, 3 * _x, steep)
+
+
+def test_descent_that_does_not_diverge():
+    problem = blx.BilevelProblem(_curved.outer, lambda x, y: 1e6 + jnp.sum((y - x) ** 2))
+    # From the minimum, where rounding decides which value is larger; and in one step.
+    for solver in (blx.GradientDescent(0.9, 50), blx.GradientDescent(0.1, 1)):
+        response = blx.Implicit(solver, blx.TruncatedCG(5), None)
+        out = blx.hypergradient(problem, _x, _x + 1e-9, response)
+        assert tree_allclose(out.gradient, 2 * (_x - 1), rtol=1e-6)
+
+
+#
+# Not finite
+#
+
+_RESPONSES = {
+    "neumann": blx.Implicit(blx.Projection(), blx.Neumann(5, 0.1)),
+    "pseudoinverse": exact,
+    "cg": blx.Implicit(None, blx.TruncatedCG(5)),
+    "lu": blx.Implicit(blx.Projection(), lx.LU()),
+    "proximal": blx.Proximal(0.1, blx.Projection(), lx.Cholesky()),
+    "nearest": blx.MinimumDisplacement(),
+    "unrolled": blx.Unrolled(optax.sgd(0.1), 2),
+}
+
+
+def _parabola(x, y):
+    return 0.5 * jnp.sum((y - x) ** 2)
+
+
+@pytest.mark.parametrize("name", list(_RESPONSES))
+@pytest.mark.parametrize(
+    "outer, inner, said",
+    (
+        (lambda x, y: jnp.sum(jnp.sqrt(y - y) + x), _parabola, "F_y"),
+        (lambda x, y: jnp.sum(jnp.log(y - 9)), _parabola, "the outer objective"),
+        (
+            lambda x, y: jnp.sum(y**2),
+            lambda x, y: _parabola(x, y) + jnp.sum(jnp.sqrt(y - y)),
+            "the gradient of the inner objective in y",
+        ),
+    ),
+    ids=("F_y", "F", "f_y"),
+)
+def test_what_is_not_finite_is_named(name, outer, inner, said):
+    problem, response = blx.BilevelProblem(outer, inner), _RESPONSES[name]
+    match = f"NaN or infinity appeared. Not finite: .*{re.escape(said)}"
+    with pytest.raises(eqx.EquinoxRuntimeError, match=match):
+        blx.hypergradient(problem, _x, _x, response)
+    out = blx.hypergradient(problem, _x, _x, response, throw=False)
+    assert out.result == blx.RESULTS.nonfinite_step
+
+
+def test_a_gradient_that_is_given_to_a_derivative():
+    problem = blx.BilevelProblem(_curved.outer, _parabola)
+
+    @eqx.filter_jit
+    @jax.grad
+    def total(x):
+        y = blx.best_response(problem, x, x, blx.Implicit(blx.Projection(), lx.LU()))
+        return jnp.sum(jnp.sqrt(y - y))
+
+    with pytest.raises(eqx.EquinoxRuntimeError, match="what a linear solve .* was given"):
+        total(_x)
+
+
+@pytest.mark.parametrize(
+    "equilibrium, pipeline",
+    (
+        (blx.ColdStart(), "minimum displacement"),
+        (blx.WarmStart(), "implicit"),
+        (blx.Optimistic(), "aggregation"),
+    ),
+)
+def test_a_run_names_what_is_not_finite(equilibrium, pipeline):
+    problem = blx.BilevelProblem(lambda x, y: jnp.sum(jnp.sqrt(y - y) + x), _parabola)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="At outer step 1.*F_y"):
+        blx.solve(problem, equilibrium, _x, _x, pipeline=pipeline, num_steps=2)
+
+
+def test_an_x_that_runs_off():
+    # The larger x, the better, and the flatter the inner problem.
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(jnp.exp(-y)),
+        lambda x, y: jnp.sum(jax.nn.softplus(-y)) + jnp.exp(-x[0]) * jnp.sum(y**2),
+    )
+    x, y = jnp.zeros(1, jnp.float32), jnp.zeros(3, jnp.float32)
+    match = "largest entry of x has grown from 0 to .*`project_x`.*penalty"
+    with pytest.raises(eqx.EquinoxRuntimeError, match=match):
+        blx.solve(problem, blx.WarmStart(), x, y, num_steps=400)
+    bounded = blx.BilevelProblem(
+        problem.outer, problem.inner, project_x=lambda x: jnp.clip(x, -3.0, 3.0)
+    )
+    assert blx.solve(bounded, blx.WarmStart(), x, y, num_steps=20).x == 3
+
+
+#
+# Types
+#
+
+
+def _two_leaves(dtypes):
+    return {k: jnp.zeros(2, d) for k, d in zip("ab", dtypes)}
+
+
+def _square(u, x):
+    return jnp.sum((u - x.astype(u.dtype)) ** 2).astype(jnp.float32)
+
+
+_typed = blx.BilevelProblem(
+    lambda x, y: _square(y["a"], 0 * x + 1) + _square(y["b"], 0 * x + 1),
+    lambda x, y: _square(y["a"], x) + _square(y["b"], 2 * x),
+)
+_TYPES = {
+    "f64, f32": (jnp.float64, jnp.float32),
+    "bf16": (jnp.bfloat16, jnp.bfloat16),
+    "f16": (jnp.float16, jnp.float16),
+    "f32, bf16": (jnp.float32, jnp.bfloat16),
+}
+_DESCENT = blx.GradientDescent(0.2, 60)
+
+
+@pytest.mark.parametrize("types", list(_TYPES))
+@pytest.mark.parametrize(
+    "response",
+    (
+        blx.Unrolled(optax.sgd(0.1), 50),
+        blx.Unrolled(optax.sgd(0.1), 50, "forward"),
+        blx.Implicit(_DESCENT, blx.Neumann(30, 0.2)),
+        blx.Implicit(_DESCENT, blx.TruncatedCG(5)),
+    ),
+    ids=("unrolled", "forward", "neumann", "cg"),
+)
+def test_types_that_need_no_factorisation(response, types):
+    x, y0 = jnp.asarray(_x, jnp.float32), _two_leaves(_TYPES[types])
+    with jax.numpy_dtype_promotion("standard"):
+        gradient = blx.hypergradient(_typed, x, y0, response).gradient
+    rtol = 2e-2 if "16" in types else 1e-4
+    assert tree_allclose(gradient, 2 * (_x - 1) + 4 * (2 * _x - 1), rtol=rtol)
+
+
+@pytest.mark.parametrize("types", list(_TYPES))
+def test_types_that_do(types):
+    x, y0 = jnp.asarray(_x, jnp.float32), _two_leaves(_TYPES[types])
+    lu = blx.Implicit(_DESCENT, lx.LU())
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(ValueError, match="several types|cannot be decomposed"):
+            blx.hypergradient(_typed, x, y0, lu)
+        if "16" in types:
+            with pytest.raises(ValueError, match="cannot be decomposed. Cast the"):
+                blx.hypergradient(_typed, x, y0, exact)
+        else:
+            gradient = blx.hypergradient(_typed, x, y0, exact).gradient
+            truth = 2 * (_x - 1) + 4 * (2 * _x - 1)
+            assert tree_allclose(gradient, truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("types", list(_TYPES))
+def test_a_run_in_each_type(types):
+    pipeline = blx.GradientPipeline(blx.Unrolled(optax.sgd(0.1), 50), optax.sgd(0.1))
+    x, y0 = jnp.asarray(_x, jnp.float32), _two_leaves(_TYPES[types])
+    with jax.numpy_dtype_promotion("standard"):
+        solution = blx.solve(
+            _typed, blx.WarmStart(), x, y0, pipeline=pipeline, num_steps=60
+        )
+    # min (x - 1)^2 + (2 x - 1)^2: x = 3/5; and a certificate to the rounding of y.
+    rounding = 2e-2 if "16" in types else 1e-3
+    assert tree_allclose(solution.x, np.full(2, 0.6), rtol=rounding)
+    assert solution.certificate.largest < 5 * rounding
+
+
+#
+# What is refused in words
+#
+
+
+def test_leaves_that_are_not_real():
+    for leaf, said in (
+        (_x.astype(complex), "real and the imaginary part as two leaves"),
+        (jax.random.key(0), "a random key cannot be optimised"),
+        (jnp.arange(2), "`.astype\\(float\\)`"),
+    ):
+        with pytest.raises(ValueError, match=said) as info:
+            blx.hypergradient(_curved, leaf, _x, exact)
+        assert ("astype" in str(info.value)) == ("astype" in said)
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    (
+        ("high", r"\['loss'\]` is 'high', of type `str`"),
+        (np.array([object()]), "of type `ndarray`"),
+        (jax.random.key(0), "key_data"),
+    ),
+    ids=("string", "object", "key"),
+)
+def test_records_that_are_not_numbers(value, said):
+    with pytest.raises(ValueError, match=f"(?s)pytree of numeric arrays.*{said}"):
+        blx.solve(
+            _curved,
+            blx.WarmStart(),
+            _x,
+            _x,
+            num_steps=2,
+            record=lambda x, y, metrics: {"loss": value},
+        )
+
+
+def test_solve_is_not_differentiated():
+    def value(x, weight=1.0):
+        problem = blx.BilevelProblem(
+            lambda x, y: weight * jnp.sum((y - 1) ** 2), _parabola
+        )
+        return blx.solve(
+            problem, blx.WarmStart(), x, _x, num_steps=2, certify=False
+        ).value
+
+    calls = {
+        "grad": lambda: jax.grad(value)(_x),
+        "jit": lambda: jax.jit(jax.grad(value))(_x),
+        "jvp": lambda: jax.jvp(value, (_x,), (_x,)),
+        "closed over": lambda: jax.grad(lambda w: value(_x, w))(1.0),
+        "closed over, forward": lambda: jax.jvp(lambda w: value(_x, w), (1.0,), (1.0,)),
+    }
+    for call in calls.values():
+        with pytest.raises(RuntimeError, match="`solve` cannot be differentiated.*`hyp"):
+            call()
+    assert np.isfinite(jax.vmap(value)(_x[None])).all()
+
+
+def test_least_squares_solvers():
+    A = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)))
+
+    def residual(x, y):
+        return jnp.sinh(A @ y) - A @ x
+
+    problem = blx.LeastSquaresProblem(_curved.outer, residual)
+    solver = optx.LevenbergMarquardt(1e-10, 1e-10)
+    ours = blx.hypergradient(problem, _x, _x, exact)
+    theirs = blx.Implicit(solver, blx.Pseudoinverse())
+    out = blx.hypergradient(problem, _x, _x, theirs)
+    assert tree_allclose(out.gradient, ours.gradient, rtol=1e-6)
+    with pytest.raises(ValueError, match="`LevenbergMarquardt` needs the residual"):
+        blx.hypergradient(_curved, _x, _x, theirs)
+
+
+def test_the_recipes_for_maml():
+    """phi(x) = F(y_1), y_1 = x - t f'(x), with f = |y - 1|^2 and F = |y|^2."""
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum((y - 1) ** 2)
+    )
+    one = blx.Unrolled(optax.sgd(0.1), 1)
+    with pytest.raises(ValueError, match=r"best_response\(problem, x, x, response\)"):
+        blx.hypergradient(problem, _x, _x, one)
+    truth = 2 * (_x - 0.2 * (_x - 1)) * 0.8
+    first = jax.grad(lambda x: jnp.sum(blx.best_response(problem, x, x, one) ** 2))(_x)
+    displaced = blx.BilevelProblem(
+        lambda x, d: problem.outer(x, x + d), lambda x, d: problem.inner(x, x + d)
+    )
+    second = blx.hypergradient(displaced, _x, jnp.zeros(2), one).gradient
+    assert tree_allclose(first, truth, rtol=1e-12)
+    assert tree_allclose(second, truth, rtol=1e-12)
+
+
+def test_meshes_with_explicit_axes():
+    kinds = jax.sharding.AxisType
+    for kind in (kinds.Auto, kinds.Explicit):
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            unrolled = blx.Unrolled(optax.sgd(0.1), 200)
+            out = blx.hypergradient(_curved, _x, _x, unrolled)
+            if kind == kinds.Auto:
+                other = blx.hypergradient(_curved, _x, _x, exact)
+                assert tree_allclose(other.gradient, out.gradient, rtol=1e-8)
+            else:
+                with pytest.raises(ValueError, match="axis_types=.*AxisType.Auto"):
+                    blx.hypergradient(_curved, _x, _x, exact)
+                with pytest.raises(ValueError, match="axis_types=.*AxisType.Auto"):
+                    blx.certify(_curved, blx.WarmStart(), _x, _x)
