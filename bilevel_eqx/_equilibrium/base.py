@@ -15,10 +15,9 @@ from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
-from .._problem.constraints import set_x, set_y
-from .._solution_set.picture import Picture
+from .._problem.constraints import set_y
 from .._text import aligned
-from .._tree import tree_norm, tree_size
+from .._tree import tree_size
 
 
 MAX_PRODUCTS = 128
@@ -223,37 +222,6 @@ def stated_cost(
     return f"{size:,} inner variables, at most {max_products} products with H"
 
 
-def relative_gradient(
-    gradient: PyTree[Array], variables: PyTree[Array], value: Scalar
-) -> Scalar:
-    r"""$\|\nabla\phi(v)\| \max(1, \|v\|) / \max(1, |\phi(v)|)$."""
-    size = jnp.maximum(1, tree_norm(variables))
-    return tree_norm(gradient) * size / jnp.maximum(1, jnp.abs(value))
-
-
-def inner_residual(
-    problem: AbstractBilevelProblem,
-    x: PyTree[Array],
-    y: PyTree[Array],
-    value: Scalar,
-    gradient: PyTree[Array],
-    what: str = "y is an inner minimum",
-) -> dict:
-    """The entry that all certificates have: that of f and f_y."""
-    y_set = set_y(problem)
-    left = y_set.remaining_step(gradient, y)
-    equation = "y = proj(y - f_y)" if y_set.confines else "f_y = 0"
-    return {"inner": (relative_gradient(left, y, value), f"{what}: {equation}")}
-
-
-def outer_residual(problem, x, gradient: PyTree[Array], value: Scalar, what: str) -> dict:
-    """The other: that of a gradient in x, less what the constraints on x take from it."""
-    x_set = set_x(problem)
-    left = x_set.remaining_step(gradient, x)
-    where = ", in its set: x = proj(x - that)" if x_set.confines else ""
-    return {"outer": (relative_gradient(left, x, value), what + where)}
-
-
 def require_start(y0, call: str, concept: str) -> None:
     """Refuses to certify without y0 what is defined by it."""
     if y0 is None:
@@ -261,10 +229,3 @@ def require_start(y0, call: str, concept: str) -> None:
             f"{concept} is an equilibrium with respect to where the inner variables "
             f"start: call `certify(problem, {call}, x, y, y0=...)`."
         )
-
-
-def curved_notes(here: Picture) -> tuple[str, ...]:
-    """What to say where S(x) is known only locally."""
-    if here.is_plane:
-        return ()
-    return ("the inner problem is not quadratic: what concerns S(x) is local",)

@@ -2,18 +2,12 @@
 
 from typing import ClassVar
 
-from .._derivatives.first import outer_gradients
+from .._linalg.eigenbasis import concavity
 from .._solution_set.nearest import Displacement
 from .._solution_set.picture import picture
-from .._tree import tree_axpy
-from .base import (
-    AbstractEquilibrium,
-    Certificate,
-    curved_notes,
-    inner_residual,
-    outer_residual,
-    require_start,
-)
+from .._tree import vector_norm
+from .base import AbstractEquilibrium, Certificate, require_start
+from .residuals import measure, NOT_A_MINIMUM, share, slopes_of
 
 
 class ColdStart(AbstractEquilibrium):
@@ -43,26 +37,25 @@ class ColdStart(AbstractEquilibrium):
         here, layout = picture(
             problem, x, y, max_products=max_products, share=0.5, anchor=y0
         )
-        displacement = Displacement(here, layout.ravel(y0))
-        value, outer_x, outer_y = outer_gradients(here.problem, x, here.y)
-        indirect, _ = displacement.pull(outer_y)
-        hypergradient = tree_axpy(1.0, indirect, outer_x)
+        nearest = Displacement(here, layout.ravel(y0))
+        outer = slopes_of(here, layout, y0)
+        curvatures, tangential = nearest.curvatures(outer.y)
+        at = measure(here, outer, tangential)
+        along = vector_norm(here.project(nearest.displacement))
         return Certificate(
             "a cold start",
             {
-                **inner_residual(here.problem, x, here.y, here.value, here.gradient),
+                **at.inner(),
                 "displacement": (
-                    displacement.tangential_residual,
+                    share(along, outer.size),
                     "y is the inner minimum nearest to y0: P_null (y - y0) = 0",
                 ),
-                **outer_residual(
-                    problem,
-                    x,
-                    hypergradient,
-                    value,
-                    "x is stationary for F(x, proj(y0, S(x)))",
+                "curvature": (
+                    concavity(curvatures, 1.0),
+                    "the same to second order: S(x) does not bend away from y0",
                 ),
+                **at.stationary("x is stationary for F(x, proj(y0, S(x)))"),
             },
-            accuracy=here.accuracy(outer_y, here.pinv(outer_y)),
-            notes=curved_notes(here),
+            accuracy=at.accuracy,
+            notes=(*at.notes, NOT_A_MINIMUM),
         )

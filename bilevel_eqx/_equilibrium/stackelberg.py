@@ -13,7 +13,8 @@ from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._solution_set.picture import picture
 from .._tree import nonzero, tree_size
-from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
+from .base import AbstractEquilibrium, Certificate
+from .residuals import measure, NOT_A_MINIMUM, slopes_of
 
 
 class Stackelberg(AbstractEquilibrium):
@@ -53,8 +54,8 @@ class Stackelberg(AbstractEquilibrium):
             )
 
     def certify(self, problem, x, y, y0, max_products=None):
-        here, _ = picture(problem, x, y, max_products=max_products)
-        outer = here.outer()
+        here, layout = picture(problem, x, y, max_products=max_products)
+        at = measure(here, slopes_of(here, layout, y0))
         values = here.eigenvalues()
         lowest, largest = jnp.min(values), jnp.max(jnp.abs(values))
         threshold = _threshold(largest)
@@ -62,20 +63,15 @@ class Stackelberg(AbstractEquilibrium):
         return Certificate(
             "a Stackelberg equilibrium",
             {
-                **inner_residual(here.problem, x, here.y, here.value, here.gradient),
+                **at.inner(),
                 "uniqueness": (
                     1 - jnp.clip(share, 0, 1),
                     "there is no other inner minimum nearby: H is positive definite",
                 ),
-                **outer_residual(
-                    problem,
-                    x,
-                    outer.hypergradient,
-                    outer.value,
-                    "x is stationary: F_x - B^T H^-1 F_y = 0",
-                ),
+                **at.stationary("x is stationary: F_x - B^T H^-1 F_y = 0"),
             },
-            accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
+            accuracy=at.accuracy,
+            notes=(*at.notes, NOT_A_MINIMUM),
         )
 
 

@@ -12,7 +12,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._tree import nonzero, tree_axpy, tree_dtype, tree_struct, tree_sub, tree_zeros_like
 from .decompositions import eigh
@@ -117,7 +117,10 @@ def eigenbasis_within(
     Eigenvalues and eigenvectors orthogonal to the subspace are exactly zero. Otherwise
     their rounding errors would look like curvature if the subspace is small or empty.
     """
-    size = nonzero(largest_magnitude(operator.mv, start))
+    if isinstance(operator, lx.MatrixLinearOperator):
+        size = nonzero(jnp.sqrt(jnp.sum(operator.as_matrix() ** 2)))
+    else:
+        size = nonzero(largest_magnitude(operator.mv, start))
 
     def moved_away(vector):
         # Vectors orthogonal to the subspace get an eigenvalue that none within it has.
@@ -134,7 +137,8 @@ def eigenbasis_within(
     return Eigenbasis(values, jnp.where(is_within[None, :], basis.vectors, 0))
 
 
-def negative_curvature(basis: Eigenbasis) -> Scalar:
-    """How negative the most negative eigenvalue is, relative to the largest."""
-    largest = jnp.max(jnp.abs(basis.values))
-    return jnp.maximum(0, -jnp.min(basis.values)) / nonzero(largest)
+def concavity(values: Float[Array, " k"], scale: ScalarLike = 0.0) -> Scalar:
+    """How negative the most negative of some eigenvalues is, relative to the largest, or
+    to a scale that is larger."""
+    largest = jnp.maximum(jnp.max(jnp.abs(values)), scale)
+    return jnp.maximum(0, -jnp.min(values)) / nonzero(largest)

@@ -8,10 +8,11 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._derivatives.second import hessian_depends_on_y
 from .._failure.results import first_failure, RESULTS
+from .._linalg.eigenbasis import eigenbasis_within
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._tree import tree_axpy, tree_scale, vector_norm
-from .picture import flat_picture, Lagrangian, Picture
+from .picture import flat_picture, Picture, Push
 from .search import select
 
 
@@ -53,21 +54,23 @@ class Displacement(NamedTuple):
         size = jnp.maximum(1, vector_norm(displacement))
         return vector_norm(self.picture.project(displacement)) / size
 
-    def _lagrangian(self) -> Lagrangian:
-        """That of |y - a|^2 / 2: W is its second derivative."""
+    def _push(self) -> Push:
+        r"""$v \mapsto (\partial_x \langle v, H \mu \rangle, W v)$."""
+        curved = self.picture.curvature_of_set(self.multiplier)
 
-        def half_square(x, y):
-            return 0.5 * jnp.sum((y - self.anchor) ** 2)
+        def push(v):
+            pushed_x, pushed_y = curved(v)
+            return pushed_x, v + pushed_y
 
-        return self.picture.lagrangian(half_square, self.multiplier)
+        return push
 
-    def _solve_within(self, lagrangian: Lagrangian, vector):
+    def _solve_within(self, push: Push, vector):
         """(P W P)^+ P v, and whether it was found."""
         here = self.picture
         vector = here.project(vector)
         if here.is_plane:
             return vector, RESULTS.successful
-        W = here.within(lambda v: lagrangian.push(v)[1])
+        W = here.within(lambda v: push(v)[1])
         # Close to the identity, so that a few steps are all it takes, in any dimension.
         most = min(_MOST_STEPS, 2 * vector.size + 1)
         solver = TruncatedCG(here.share_of_products(0.5, most))
@@ -85,21 +88,39 @@ class Displacement(NamedTuple):
     ) -> Float[Array, " n"]:
         r"""$\dot y$, for $\partial (\nabla_y f)$ and $\partial (H \mu) - \dot a$ along
         the same tangent."""
-        lagrangian = self._lagrangian()
+        push = self._push()
         normal = -self.picture.pinv(gradient_tangent)
-        change = lagrangian.push(normal)[1] + pull_tangent
-        tangential, _ = self._solve_within(lagrangian, change)
+        change = push(normal)[1] + pull_tangent
+        tangential, _ = self._solve_within(push, change)
         return normal - tangential
 
     def pull(self, u: Float[Array, " n"]) -> tuple[PyTree[Array], RESULTS]:
         r"""$J^\top u = -B^\top H^+ (u - W v) - \partial_x \langle v, H \mu \rangle$
         with $v = (P W P)^+ P u$."""
-        here, lagrangian = self.picture, self._lagrangian()
-        v, result = self._solve_within(lagrangian, u)
-        null_space_term, Wv = lagrangian.push(v)
+        here, push = self.picture, self._push()
+        v, result = self._solve_within(push, u)
+        null_space_term, Wv = push(v)
         q, q_result = here.solve(u - Wv)
         total = tree_axpy(1.0, here.cross_transposed(q), null_space_term)
         return tree_scale(-1, total), first_failure(q_result, result)
+
+    def curvatures(
+        self, u: Float[Array, " n"]
+    ) -> tuple[Float[Array, " k"], tuple[Float[Array, " n"], PyTree[Array]]]:
+        r"""The eigenvalues of $P W P$ in the tangent space; and the two parts of `pull`,
+        $u - W v$ and $-\partial_x \langle v, H \mu \rangle$, by its eigenvectors.
+
+        Beyond the dense size these are Ritz values in a Krylov space of $P u$.
+        """
+        here, push = self.picture, self._push()
+        W = here.operator(lambda v: push(v)[1])
+        num_steps = here.share_of_products(0.5, 64)
+        along = here.project(u)
+        basis = eigenbasis_within(here.project, W, along, num_steps)
+        curvatures = jnp.where(basis.values == 0, jnp.inf, basis.values)
+        v = basis.combine(basis.coordinates(along) / curvatures, along)
+        null_space_term, Wv = push(v)
+        return basis.values, (u - Wv, tree_scale(-1, null_space_term))
 
 
 def nearest_to(

@@ -23,10 +23,9 @@ from .._derivatives.operators import LeastSquaresHessian
 from .._derivatives.second import (
     gradient_and_hessian,
     hessian_depends_on_y,
-    value_gradient_and_product,
 )
 from .._failure.results import RESULTS
-from .._linalg.eigenbasis import eigenbasis
+from .._linalg.eigenbasis import concavity, eigenbasis
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linear_solver.misc import explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
@@ -54,6 +53,22 @@ class Outer(NamedTuple):
     """Whether the linear solver found the multiplier."""
 
 
+class NewtonStep(NamedTuple):
+    r"""How far y is from an inner minimum, in two parts."""
+
+    step: Float[Array, " n"]
+    r"""$H^+ \nabla_y f$. In a set $D K^+ D r + t (r - D r)$, with the residual r of the
+    condition that y is stationary. Rounding of the gradient is left out."""
+    rest: Scalar
+    """The norm of what no step removes from the gradient: its part in the null space."""
+    curvature: Scalar
+    """The largest of f. It compares the rest with the step."""
+
+
+Push = Callable[[Float[Array, " n"]], tuple[PyTree[Array], Float[Array, " n"]]]
+"""A linear map of vectors like y to what is like x and y."""
+
+
 class Lagrangian(NamedTuple):
     r"""$\Lambda(x, y) = \phi(x, y) + \langle \mu, \nabla_y f(x, y) \rangle$."""
 
@@ -61,7 +76,7 @@ class Lagrangian(NamedTuple):
     r"""$\Lambda_x = \phi_x + B^\top \mu$."""
     y: Float[Array, " n"]
     r"""$\Lambda_y = \phi_y + H \mu$."""
-    push: Callable[[Float[Array, " n"]], tuple[PyTree[Array], Float[Array, " n"]]]
+    push: Push
     r"""$v \mapsto (\Lambda_{xy} v, \Lambda_{yy} v)$."""
 
 
@@ -81,6 +96,8 @@ class Picture(eqx.Module):
     linear_solver: lx.AbstractLinearSolver
     inverse: Any
     """The state of the linear solver that stands for the pseudoinverse."""
+    cross: Callable[[Float[Array, " n"]], PyTree[Array]] | None
+    r"""$\mu \mapsto B^\top \mu$, where it is known from the linearisation for H."""
     spectrum: Float[Array, " k"] | None
     """All Ritz values of K, where the pseudoinverse is made of some of them."""
     max_products: int | None = eqx.field(static=True)
@@ -133,11 +150,43 @@ class Picture(eqx.Module):
         r"""$\mu = -D K^+ D \phi_y$: that of $\nabla_y f = 0$ for an objective $\phi$."""
         return -self.at.along(self.pinv(self.at.along(slope)))
 
+    def pull(self, vector: Float[Array, " n"]) -> PyTree[Array]:
+        r"""$J^\top u = -B^\top H^+ u$."""
+        return self.cross_transposed(self.multiplier(vector))
+
+    def newton_step(self, size: Scalar) -> NewtonStep:
+        r"""The step from y to an inner minimum, for a y of a given size."""
+        H, residual = self.at.hessian, self.at.residual
+        curvature = self.largest_curvature
+        if set_y(self.problem).confines:
+            # H may vanish in a set. Then the step size is in units of the set.
+            curvature = curvature + 1 / self.at.step_size.astype(curvature.dtype)
+        # What cancels in the gradient, and so decides how much of it is rounding.
+        terms = curvature * size + vector_norm(self.gradient)
+        along = self.at.along(residual)
+        significant = self._beyond(along, 10 * jnp.finfo(size.dtype).eps * terms)
+        q = self.pinv(significant)
+        across = self.at.step_size.astype(size.dtype) * (residual - along)
+        rest = vector_norm(along - H.mv(q))
+        return NewtonStep(self.at.along(q) + across, rest, curvature)
+
+    def _beyond(self, vector: Float[Array, " n"], rounding: Scalar):
+        """A vector without those of its coordinates, in the eigenvectors of H, that may
+        be rounding. A nearly singular H would turn them into a long step."""
+        if not self._knows_range:
+            return vector
+        rows = self.inverse.right
+        coordinates = rows @ vector
+        excess = jnp.maximum(0, jnp.abs(coordinates) - rounding)
+        return (jnp.sign(coordinates) * excess) @ rows
+
     def cross_transposed(
         self, multiplier: Float[Array, " n"], y: Float[Array, " n"] | None = None
     ) -> PyTree[Array]:
         r"""$B^\top \mu = \nabla_x \langle \mu, \nabla_y f \rangle$, at another y if one
         is given."""
+        if y is None and self.cross is not None:
+            return self.cross(multiplier)
         return self._constraint(self.y if y is None else y, multiplier)[0]
 
     def _constraint(self, y, multiplier):
@@ -159,6 +208,11 @@ class Picture(eqx.Module):
         mu = -self.at.along(q)
         hypergradient = tree_axpy(1.0, self.cross_transposed(mu), outer_x)
         return Outer(value, outer_x, outer_y, q, mu, hypergradient, result)
+
+    def curvature_of_set(self, multiplier: Float[Array, " n"]) -> Push:
+        r"""How S(x) is curved: $v \mapsto (\partial_x \langle v, H \mu \rangle,
+        \partial_y (H \mu) v)$."""
+        return jax.linearize(lambda y: self._constraint(y, multiplier), self.y)[1]
 
     def lagrangian(
         self,
@@ -208,6 +262,26 @@ class Picture(eqx.Module):
         structure = jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
         return lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
 
+    @property
+    def largest_curvature(self) -> Scalar:
+        """The largest eigenvalue of H; or the size of H along a vector that is nothing
+        special, where eigenvalues are not known."""
+        if not self._knows_range:
+            waves = tree_waves(self.y)
+            return vector_norm(self.at.hessian.mv(waves)) / vector_norm(waves)
+        largest = jnp.max(jnp.abs(self.inverse.values))
+        factored = self.is_dense and isinstance(self.at.hessian, LeastSquaresHessian)
+        return largest**2 if factored else largest
+
+    def concavity(self) -> Scalar:
+        """How negative the most negative eigenvalue of H is where y can move, relative to
+        the largest. Zero at a minimum."""
+        H = self.at.hessian
+        if isinstance(H, LeastSquaresHessian) and not H.curved:
+            return jnp.zeros((), self.y.dtype)
+        decomposed = self.is_dense and not isinstance(H, LeastSquaresHessian)
+        return concavity(self.inverse.values if decomposed else self.eigenvalues())
+
     def eigenvalues(self) -> Float[Array, " k"]:
         """Those of H where y can move; Ritz values beyond the dense size."""
         if self.spectrum is not None:
@@ -232,10 +306,7 @@ class Picture(eqx.Module):
         H = self.at.hessian
         remainder = H.mv(solution) - vector
         # Not relative to H v alone: at an equilibrium v may lie in the null space.
-        waves = tree_waves(vector)
-        waves_image, image = H.mv(waves), H.mv(vector)
-        typical = vector_norm(waves_image) / vector_norm(waves)
-        scale = typical * vector_norm(vector) + vector_norm(image)
+        scale = self.largest_curvature * vector_norm(vector) + vector_norm(H.mv(vector))
         return vector_norm(H.mv(remainder)) / nonzero(scale)
 
     def moved(self, y: Float[Array, " n"]) -> "Picture":
@@ -243,9 +314,10 @@ class Picture(eqx.Module):
         assert self.is_plane
         value, gradient = jax.value_and_grad(self.problem.inner, argnums=1)(self.x, y)
         return eqx.tree_at(
-            lambda p: (p.y, p.value, p.gradient, p.at.residual),
+            lambda p: (p.y, p.value, p.gradient, p.at.residual, p.cross),
             self,
-            (y, value, gradient, gradient),
+            (y, value, gradient, gradient, None),
+            is_leaf=lambda leaf: leaf is None,
         )
 
 
@@ -289,7 +361,10 @@ def flat_picture(
     is_plane = not hessian_depends_on_y(problem, x, y)
     tags = tags_for(linear_solver, not is_plane)
     if computed is None:
-        computed = (*_expansion(problem, x, y, dense, tags), None)
+        *expansion, cross = _expansion(problem, x, y, dense, tags)
+        computed = (*expansion, None)
+    else:
+        cross = None
     value, gradient, H, inverse = computed
     at = set_y(problem).stationarity(gradient, H, y, tags)
     spectrum = None
@@ -297,17 +372,12 @@ def flat_picture(
     if bounded and inverse is None:
         assert max_products is not None
         num_products = max(1, int(share * max_products) - _FURTHER_PRODUCTS)
-        if isinstance(at.hessian, LeastSquaresHessian):
-            # Each step is a product with A and one with its transpose, and there are two
-            # solves.
-            linear_solver = Pseudoinverse(max_steps=max(1, num_products // 2))
-        else:
-            start = at.along(jax.grad(problem.outer, argnums=1)(x, y))
-            if anchor is not None:
-                start = _unit(start) + _unit(y - anchor)
-            inverse, spectrum = krylov_inverse(
-                at.definite_hessian(), start, num_products, not is_plane
-            )
+        start = at.along(jax.grad(problem.outer, argnums=1)(x, y))
+        if anchor is not None:
+            start = _unit(start) + _unit(y - anchor)
+        inverse, spectrum = krylov_inverse(
+            at.definite_hessian(), start, num_products, not is_plane
+        )
     if inverse is None:
         # Factorised once, for all products with the pseudoinverse. Their derivatives do
         # not go through the factors.
@@ -323,6 +393,7 @@ def flat_picture(
         at=at,
         linear_solver=linear_solver,
         inverse=inverse,
+        cross=cross,
         spectrum=spectrum,
         max_products=max_products if bounded else None,
         is_plane=is_plane,
@@ -331,22 +402,27 @@ def flat_picture(
 
 
 def _expansion(problem, x, y, dense: bool, tags):
-    """f, f_y and H, from one linearisation."""
+    r"""f, f_y, H and $\mu \mapsto B^\top \mu$, from one linearisation. The last is `None`
+    if H is not a matrix."""
+    gradient, H = gradient_and_hessian(problem, x, y, tags)
     if not dense:
-        gradient, H = gradient_and_hessian(problem, x, y, tags)
-        return problem.inner(x, y), gradient, H
-    value, gradient, product = value_gradient_and_product(
-        lambda y: problem.inner(x, y), y
-    )
-    _, H = gradient_and_hessian(problem, x, y, tags)
-    matrix = as_operator(product, y, True, tags)
+        return problem.inner(x, y), gradient, H, None
+
+    def gradients(y):
+        value, slopes = jax.value_and_grad(problem.inner, argnums=(1, 0))(x, y)
+        return slopes, value
+
+    # The value is not linearised: JAX cannot where a function has a rule for reverse mode
+    # alone (`jax.custom_vjp`), and nobody asks for it.
+    (gradient, _), push, value = jax.linearize(gradients, y, has_aux=True)
+    matrix = as_operator(lambda v: push(v)[0], y, True, tags)
     if isinstance(H, LeastSquaresHessian):
         A = as_operator(H.residual_jacobian.mv, y, True, ())
         if not H.curved:
             factor = A.as_matrix()
             matrix = lx.MatrixLinearOperator(factor.T @ factor, tags)
-        return value, gradient, LeastSquaresHessian(matrix, A, H.curved)
-    return value, gradient, matrix
+        matrix = LeastSquaresHessian(matrix, A, H.curved)
+    return value, gradient, matrix, lambda mu: push(mu)[1]
 
 
 def picture(
