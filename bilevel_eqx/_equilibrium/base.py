@@ -124,6 +124,9 @@ class AbstractEquilibrium(eqx.Module):
     bounds_products: ClassVar[bool] = False
     """Whether its `certify` takes a bound on the products with H, `max_products`."""
 
+    heeds_x0: ClassVar[bool] = False
+    """Whether its `certify` takes `x0`, where x started."""
+
     admits_constraints: ClassVar[bool] = False
     """Whether it is defined, and certified, where y is confined to a set."""
 
@@ -159,6 +162,7 @@ def certify(
     y: PyTree,
     *,
     y0: PyTree = None,
+    x0: PyTree = None,
     max_products: int = MAX_PRODUCTS,
 ) -> Certificate:
     r"""Checks a point against the definition of an equilibrium.
@@ -200,14 +204,18 @@ def certify(
     x, y = as_variables(x, "x"), as_variables(y, "y")
     if y0 is not None:
         y0 = as_variables(y0, "y0")
+    if x0 is not None:
+        x0 = as_variables(x0, "x0")
     check_problem(problem, x, y)
     equilibrium.check_constraints(problem)
     check_count(max_products, "max_products", "certify")
+    # Concepts of others need not know of these.
+    options: dict[str, Any] = {}
     if says(equilibrium, "bounds_products", False):
-        # Those of others need not know of it.
-        bound: Any = {"max_products": max_products}
-        return equilibrium.certify(problem, x, y, y0, **bound)
-    return equilibrium.certify(problem, x, y, y0)
+        options["max_products"] = max_products
+    if says(equilibrium, "heeds_x0", False):
+        options["x0"] = x0
+    return equilibrium.certify(problem, x, y, y0, **options)
 
 
 def stated_cost(

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, ScalarLike
 
@@ -32,12 +34,13 @@ class Nash(AbstractEquilibrium):
     """
 
     bounds_products: ClassVar[bool] = True
+    heeds_x0: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     admits_constraints: ClassVar[bool] = True
 
-    def certify(self, problem, x, y, y0, max_products=None):
+    def certify(self, problem, x, y, y0, x0=None, max_products=None):
         here, layout = picture(problem, x, y, max_products=max_products)
-        at = measure(here, slopes_of(here, layout, y0))
+        at = measure(here, slopes_of(here, layout, x0, y0))
 
         def gradient(x):
             return jax.grad(problem.outer)(x, y)
@@ -45,7 +48,8 @@ class Nash(AbstractEquilibrium):
         notes = at.notes
         if not depends_on(lambda x: problem.outer(x, y), x):
             notes = (*notes, "F does not contain x: every x is equally good")
-        if depends_on(lambda x: jax.linearize(gradient, x)[1](x), x):
+        ones = jtu.tree_map(jnp.ones_like, x)
+        if depends_on(lambda x: jax.linearize(gradient, x)[1](ones), x):
             notes = (*notes, "F is not quadratic in x: that x is a minimum is local")
         return Certificate(
             "a Nash equilibrium",

@@ -48,6 +48,7 @@ class ProximalEquilibrium(AbstractEquilibrium):
         Farnia and Ozdaglar, *Do GANs always have Nash equilibria?*, ICML 2020.
     """
 
+    heeds_x0: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     weight: ScalarLike
 
@@ -88,12 +89,12 @@ class ProximalEquilibrium(AbstractEquilibrium):
         """The problem whose inner minimum is the reply."""
         return problem if _is(self.weight, 0) else proximal(problem, y, self.weight)
 
-    def certify(self, problem, x, y, y0):
+    def certify(self, problem, x, y, y0, x0=None):
         here, layout = picture(problem, x, y)
-        at = measure(here, slopes_of(here, layout, y0))
+        at = measure(here, slopes_of(here, layout, x0, y0))
         reply = self.reply(problem, x, y)
         start = None if y0 is None else layout.ravel(y0)
-        outer = outer_slopes(here.problem, x, layout.ravel(reply), start)
+        outer = outer_slopes(here.problem, x, layout.ravel(reply), x0, start)
         _, direct = jax.linearize(lambda x: jax.grad(problem.outer)(x, reply), x)
         accuracy, product, scale = at.accuracy, direct, _typical(direct, x)
         if not self.plays_nash:

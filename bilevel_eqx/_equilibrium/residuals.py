@@ -59,7 +59,9 @@ class Slopes(NamedTuple):
     change_y: Float[Array, " n"]
     """The same of F_y."""
     size: Scalar
-    """The size of y: of its entries, and of their displacement from y0 if that is known."""
+    """The size of y."""
+    size_x: PyTree[Array]
+    """The size of each entry of x."""
 
     @property
     def terms_y(self) -> Scalar:
@@ -67,16 +69,28 @@ class Slopes(NamedTuple):
         return vector_norm(self.y) + vector_norm(self.change_y)
 
 
+def entry_sizes(at: PyTree[Array], start: PyTree[Array] | None) -> PyTree[Array]:
+    """The absolute value of each entry, and how far it is from where it started."""
+    sizes = jtu.tree_map(jnp.abs, at)
+    if start is None:
+        return sizes
+    return jtu.tree_map(lambda s, u, v: s + jnp.abs(u - v), sizes, at, start)
+
+
 def outer_slopes(
     problem: AbstractBilevelProblem,
     x: PyTree[Array],
     y: Float[Array, " n"],
+    x0: PyTree[Array] | None = None,
     y0: Float[Array, " n"] | None = None,
 ) -> Slopes:
-    """F and its gradients, for inner variables in one vector."""
-    sizes = jnp.abs(y) if y0 is None else jnp.abs(y) + jnp.abs(y - y0)
+    """F and its gradients, for inner variables in one vector.
+
+    If it is known where the variables started, that says how large they can be too.
+    """
+    size_x, sizes = entry_sizes(x, x0), entry_sizes(y, y0)
     step = float(jnp.finfo(y.dtype).eps) ** (1 / 3)
-    moves_x = jtu.tree_map(jnp.multiply, x, tree_waves(x))
+    moves_x = jtu.tree_map(jnp.multiply, size_x, tree_waves(x))
     # Not the same waves, which would cancel in F(x - y).
     moves_y = sizes * jnp.sin(1 + jnp.arange(y.size, dtype=y.dtype))
 
@@ -87,13 +101,15 @@ def outer_slopes(
     both = jax.vmap(at)(jnp.asarray([0, step], y.dtype))
     value, outer_x, outer_y = jtu.tree_map(lambda u: u[0], both)
     _, change_x, change_y = jtu.tree_map(lambda u: (u[1] - u[0]) / step, both)
-    return Slopes(value, outer_x, outer_y, change_x, change_y, vector_norm(sizes))
+    return Slopes(value, outer_x, outer_y, change_x, change_y, vector_norm(sizes), size_x)
 
 
-def slopes_of(here: Picture, layout: Layout, y0: PyTree[Array] | None) -> Slopes:
-    """F and its gradients at a picture; y0 is where y started, if that is known."""
+def slopes_of(
+    here: Picture, layout: Layout, x0: PyTree[Array] | None, y0: PyTree[Array] | None
+) -> Slopes:
+    """F and its gradients at a picture."""
     y0 = None if y0 is None else layout.ravel(y0)
-    return outer_slopes(here.problem, here.x, here.y, y0)
+    return outer_slopes(here.problem, here.x, here.y, x0, y0)
 
 
 class Measures(NamedTuple):
@@ -174,7 +190,7 @@ def measure(
     )
     pulled = jax.vmap(lambda q: here.cross_transposed(here.at.along(q)))(adjoints)
     indirect, mixed, moves = (jtu.tree_map(lambda u, i=i: u[i], pulled) for i in range(3))
-    reach = tree_dot(*(jtu.tree_map(jnp.abs, u) for u in (moves, here.x)))
+    reach = tree_dot(jtu.tree_map(jnp.abs, moves), outer.size_x)
     return Measures(
         picture=here,
         outer=outer,

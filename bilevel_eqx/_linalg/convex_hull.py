@@ -34,7 +34,7 @@ def nearest_to_zero(
         # has the point too.
         good = jnp.all(jnp.isfinite(w)) & jnp.all(w >= 0)
         alone = face & (jnp.cumsum(face) == 1)
-        w = jnp.where(good, w, alone)
+        w = jnp.where(good, w, alone.astype(w.dtype))
         return w / jnp.sum(w)
 
     faces = jnp.asarray(list(itertools.product((False, True), repeat=count))[1:])

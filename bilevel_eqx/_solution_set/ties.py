@@ -61,6 +61,6 @@ def _towards_zero(worst: WorstCase) -> Float[Array, " n"]:
     highest = values >= worst.multiplier - 1e-6 * scale
     steps = jnp.where(highest[None, :], worst.basis.vectors, 0).T * length
     start = gradient(here.y)
-    changes = jax.vmap(gradient)(here.y + steps) - start
+    changes = jax.vmap(gradient)(here.y[None] + steps) - start[None]
     shares = jnp.linalg.lstsq(changes.T, -start)[0]
     return shares @ steps
