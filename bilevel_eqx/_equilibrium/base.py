@@ -30,7 +30,7 @@ class Certificate(eqx.Module):
 
     **Attributes:**
 
-    - `residuals`: a dictionary from names to values. They are relative, so that 1e-6
+    - `residuals`: a dictionary from names to values. They have no units, so that 1e-6
         means the same everywhere: see [`bilevel_eqx.certify`][].
     - `concept`: the equilibrium in question.
     - `meanings`: a dictionary from the same names to what each one measures.
@@ -178,23 +178,42 @@ def certify(
     - `x`: the outer variables, a pytree of floating-point arrays.
     - `y`: the inner variables, a pytree of floating-point arrays.
     - `y0`: where the inner variables start, for the concepts that depend on it
-        ([`bilevel_eqx.ColdStart`][]). Keyword only argument.
+        ([`bilevel_eqx.ColdStart`][], [`bilevel_eqx.Pessimistic`][]). For the others it
+        only says how large y can be. Keyword only argument.
+    - `x0`: where the outer variables started. It only says how large x can be, which
+        matters if the answer is zero. Keyword only argument.
     - `max_products`: where y has more than 1,024 entries, the largest number of products
         with the inner Hessian H that are taken; a product with a derivative of H counts
         as three. The pseudoinverse is then one of a Krylov space, and `accuracy` says how
-        good that was. [`bilevel_eqx.Pessimistic`][], [`bilevel_eqx.Nash`][] and
+        good that was. [`bilevel_eqx.Pessimistic`][] and
         [`bilevel_eqx.ProximalEquilibrium`][] are not bounded by it. Smaller problems take
         a decomposition of H. Keyword only argument.
 
     **Returns:**
 
-    A [`bilevel_eqx.Certificate`][]. Its residuals are relative:
+    A [`bilevel_eqx.Certificate`][]. A residual is a share $a / (a + b)$ between zero and
+    one: a should be zero, and b is what a is compared with. So a residual has no units.
+    It does not change if you multiply an objective by a positive number or add a number
+    to it, or if you measure x or y in other units.
 
-    - a gradient is scaled as by Dennis and Schnabel, $\|\nabla\phi(v)\| \max(1, \|v\|)
-      / \max(1, |\phi|)$: the relative change of the objective for a relative change of
-      its variable;
-    - a distance by the way from $y_0$, or by one if that is longer;
-    - a curvature by the largest there is.
+    - `inner`: a is the Newton step $H^+ \nabla_y f$ that is left to go, and b the size
+      of y, that is of $|y| + |y - y_0|$, and of what y moves by if x changes by its own
+      size. If $\nabla_y f$ has a part in the null space of H, that part counts too,
+      divided by the largest eigenvalue of H.
+    - `outer`: a is the hypergradient, and b the size of the terms that cancel in it: of
+      $F_x$, of $J^\top F_y$, and of what both change by if x and y change by their own
+      sizes. With constraints on x, a is the part of it that a projection leaves.
+    - `displacement`: a is the part of $y - y_0$ along $S(x)$, and b the size of y.
+    - `selection`: a is the part of $F_y$ along $S(x)$, and b the size of the terms in
+      $F_y$. `others`: a is by how much F is larger at another point of the ball, and b by
+      how much F changes if y changes by its own size.
+    - `ball`, `set`: how far y is outside, relative to the radius, or to y.
+    - a `curvature` is the largest one of the wrong sign, relative to the largest of all.
+      It is zero or not, and does not become small near an equilibrium.
+
+    If all of a problem is zero at its answer, nothing says how large a deviation is, and
+    the shares are of the order of one until the answer is exact. Then pass `x0` and `y0`,
+    as [`bilevel_eqx.solve`][] does.
 
     **Raises:**
 

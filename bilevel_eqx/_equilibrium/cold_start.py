@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from .._linalg.eigenbasis import concavity
+from .._linalg.eigenbasis import negative_curvature
 from .._solution_set.nearest import Displacement
 from .._solution_set.picture import picture
 from .._tree import vector_norm
@@ -40,7 +40,7 @@ class ColdStart(AbstractEquilibrium):
         )
         nearest = Displacement(here, layout.ravel(y0))
         outer = slopes_of(here, layout, x0, y0)
-        curvatures, tangential = nearest.curvatures(outer.y)
+        along_set, tangential = nearest.curvatures(outer.y)
         at = measure(here, outer, tangential)
         along = vector_norm(here.project(nearest.displacement))
         return Certificate(
@@ -52,7 +52,7 @@ class ColdStart(AbstractEquilibrium):
                     "y is the inner minimum nearest to y0: P_null (y - y0) = 0",
                 ),
                 "curvature": (
-                    concavity(curvatures, 1.0),
+                    negative_curvature(along_set, 1.0),
                     "the same to second order: S(x) does not bend away from y0",
                 ),
                 **at.stationary("x is stationary for F(x, proj(y0, S(x)))"),

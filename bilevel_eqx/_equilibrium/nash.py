@@ -10,7 +10,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree, ScalarLike
 
 from .._depends_on import depends_on
-from .._linalg.eigenbasis import concavity, eigenbasis
+from .._linalg.eigenbasis import eigenbasis, negative_curvature
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_x
 from .._solution_set.picture import picture
@@ -87,4 +87,4 @@ def outer_curvature(
     the terms that cancel in them."""
     hessian = lx.FunctionLinearOperator(product, tree_struct(x), lx.symmetric_tag)
     restricted = set_x(problem).stationarity(gradient, hessian, x).hessian
-    return {"outer curvature": (concavity(eigenbasis(restricted).values, scale), what)}
+    return {"outer curvature": (negative_curvature(eigenbasis(restricted), scale), what)}

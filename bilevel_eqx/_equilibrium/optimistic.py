@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from .._linalg.eigenbasis import concavity, eigenbasis_within
+from .._linalg.eigenbasis import eigenbasis_within, negative_curvature
 from .._solution_set.picture import picture
 from .._tree import vector_norm
 from .base import AbstractEquilibrium, Certificate
@@ -43,7 +43,7 @@ class Optimistic(AbstractEquilibrium):
         multiplier = here.multiplier(at.outer.y)
         lagrangian = here.lagrangian(here.problem.outer, multiplier)
         W = here.operator(lambda v: lagrangian.push(v)[1])
-        num_steps = here.share_of_products(0.5, 64)
+        num_steps = here.share_of_products(0.5, 84)
         along = eigenbasis_within(here.project, W, at.outer.y, num_steps)
         slope = vector_norm(here.project(at.outer.y))
         return Certificate(
@@ -55,7 +55,7 @@ class Optimistic(AbstractEquilibrium):
                     "no inner minimum nearby has a smaller F: P_null F_y = 0",
                 ),
                 "curvature": (
-                    concavity(along.values),
+                    negative_curvature(along),
                     "the same to second order: F is not concave along S(x)",
                 ),
                 **at.stationary(

@@ -142,7 +142,7 @@ class Measures(NamedTuple):
                 f"{what}: {equation}",
             ),
             "inner curvature": (
-                here.concavity(),
+                here.negative_curvature(),
                 "the same to second order: f_yy >= 0" + (" in the set" * confined),
             ),
         }
@@ -153,7 +153,7 @@ class Measures(NamedTuple):
         here, notes = self.picture, []
         if not here.is_plane:
             notes.append("the inner problem is not quadratic: all on its minima is local")
-        if not here.is_dense:
+        if not (here.is_dense or here.is_convex):
             notes.append(
                 f"y has more than {DENSE_SIZE:,} entries: negative curvature is looked "
                 "for in a Krylov space alone"

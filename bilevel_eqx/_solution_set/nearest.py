@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._derivatives.second import hessian_depends_on_y
 from .._failure.results import first_failure, RESULTS
-from .._linalg.eigenbasis import eigenbasis_within
+from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._tree import tree_axpy, tree_scale, vector_norm
@@ -106,21 +106,21 @@ class Displacement(NamedTuple):
 
     def curvatures(
         self, u: Float[Array, " n"]
-    ) -> tuple[Float[Array, " k"], tuple[Float[Array, " n"], PyTree[Array]]]:
-        r"""The eigenvalues of $P W P$ in the tangent space; and the two parts of `pull`,
+    ) -> tuple[Eigenbasis, tuple[Float[Array, " n"], PyTree[Array]]]:
+        r"""The eigenvectors of $P W P$ in the tangent space; and the two parts of `pull`,
         $u - W v$ and $-\partial_x \langle v, H \mu \rangle$, by its eigenvectors.
 
         Beyond the dense size these are Ritz values in a Krylov space of $P u$.
         """
         here, push = self.picture, self._push()
         W = here.operator(lambda v: push(v)[1])
-        num_steps = here.share_of_products(0.5, 64)
+        num_steps = here.share_of_products(0.5, 84)
         along = here.project(u)
         basis = eigenbasis_within(here.project, W, along, num_steps)
         curvatures = jnp.where(basis.values == 0, jnp.inf, basis.values)
         v = basis.combine(basis.coordinates(along) / curvatures, along)
         null_space_term, Wv = push(v)
-        return basis.values, (u - Wv, tree_scale(-1, null_space_term))
+        return basis, (u - Wv, tree_scale(-1, null_space_term))
 
 
 def nearest_to(

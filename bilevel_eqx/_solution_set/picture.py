@@ -25,7 +25,7 @@ from .._derivatives.second import (
     hessian_depends_on_y,
 )
 from .._failure.results import RESULTS
-from .._linalg.eigenbasis import concavity, eigenbasis
+from .._linalg.eigenbasis import eigenbasis, negative_share
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linear_solver.misc import explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
@@ -273,14 +273,21 @@ class Picture(eqx.Module):
         factored = self.is_dense and isinstance(self.at.hessian, LeastSquaresHessian)
         return largest**2 if factored else largest
 
-    def concavity(self) -> Scalar:
+    @property
+    def is_convex(self) -> bool:
+        """Whether f is known to be convex, as a sum of squares that are linear in y."""
+        H = self.at.hessian
+        return isinstance(H, LeastSquaresHessian) and not H.curved
+
+    def negative_curvature(self) -> Scalar:
         """How negative the most negative eigenvalue of H is where y can move, relative to
         the largest. Zero at a minimum."""
-        H = self.at.hessian
-        if isinstance(H, LeastSquaresHessian) and not H.curved:
+        if self.is_convex:
             return jnp.zeros((), self.y.dtype)
-        decomposed = self.is_dense and not isinstance(H, LeastSquaresHessian)
-        return concavity(self.inverse.values if decomposed else self.eigenvalues())
+        factored = isinstance(self.at.hessian, LeastSquaresHessian)
+        decomposed = self.is_dense and not factored
+        values = self.inverse.values if decomposed else self.eigenvalues()
+        return negative_share(values)
 
     def eigenvalues(self) -> Float[Array, " k"]:
         """Those of H where y can move; Ritz values beyond the dense size."""
