@@ -19,6 +19,9 @@ class ColdStart(AbstractEquilibrium):
     $$y = \Pi(y_0, S(x)), \qquad
     \frac{\mathrm d}{\mathrm d x} F\bigl(x, \Pi(y_0, S(x))\bigr) = 0.$$
 
+    Where S(x) is curved, nearest means to second order that $I + \partial_y (H \mu)$ is
+    not negative along $S(x)$, with the multiplier $\mu = -H^+ (y - y_0)$.
+
     This corrects the paper's Definition 3.1, which minimises F(x, y) without defining y.
     If H depends on x, the derivative of the projection has a term in the null space of H,
     which $-H^+ B$ lacks; see [`bilevel_eqx.MinimumDisplacement`][].

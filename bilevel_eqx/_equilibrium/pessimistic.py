@@ -81,7 +81,14 @@ class Pessimistic(AbstractEquilibrium):
 
     It is also called weak Stackelberg equilibrium. At some x two points may be equally
     bad. The worst value then has a kink, and stationary means that zero lies between the
-    gradients at these points.
+    gradients at these points. The certificate knows all of them where S(x) is a plane and
+    F quadratic in y. For other F it tries mirror images of y; where S(x) is curved, it
+    knows y alone, and says so.
+
+    With the multiplier $\nu \ge 0$ of the ball, the second-order condition is
+    $P (W - \nu I) P \preceq 0$ if S(x) is a plane and F quadratic, where it is that of
+    the worst point of all. In general it is required where the ball allows to move to
+    first order, and y is worst nearby.
 
     ??? cite "References"
 
