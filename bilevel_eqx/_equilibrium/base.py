@@ -178,10 +178,12 @@ def certify(
     - `x`: the outer variables, a pytree of floating-point arrays.
     - `y`: the inner variables, a pytree of floating-point arrays.
     - `y0`: where the inner variables start, for the concepts that depend on it
-        ([`bilevel_eqx.ColdStart`][], [`bilevel_eqx.Pessimistic`][]). For the others it
-        only says how large y can be. Keyword only argument.
-    - `x0`: where the outer variables started. It only says how large x can be, which
-        matters if the answer is zero. Keyword only argument.
+        ([`bilevel_eqx.ColdStart`][], [`bilevel_eqx.Pessimistic`][]). Keyword only
+        argument.
+    - `x0`: where the outer variables started. Only [`bilevel_eqx.Nash`][] and
+        [`bilevel_eqx.ProximalEquilibrium`][] use it, and `y0`: all of a game may be zero
+        at its answer, and the start then says how large the variables can be. Keyword
+        only argument.
     - `max_products`: where y has more than 1,024 entries, the largest number of products
         with the inner Hessian H that are taken; a product with a derivative of H counts
         as three. The pseudoinverse is then one of a Krylov space, and `accuracy` says how
@@ -197,9 +199,9 @@ def certify(
     to it, or if you measure x or y in other units.
 
     - `inner`: a is the Newton step $H^+ \nabla_y f$ that is left to go, and b the size
-      of y, that is of $|y| + |y - y_0|$, and of what y moves by if x changes by its own
-      size. If $\nabla_y f$ has a part in the null space of H, that part counts too,
-      divided by the largest eigenvalue of H.
+      of y (of $|y| + |y - y_0|$ where $y_0$ counts) and of what y moves by if x changes
+      by its own size. If $\nabla_y f$ has a part in the null space of H, that part counts
+      too, divided by the largest eigenvalue of H.
     - `outer`: a is the hypergradient, and b the size of the terms that cancel in it: of
       $F_x$, of $J^\top F_y$, and of what both change by if x and y change by their own
       sizes. With constraints on x, a is the part of it that a projection leaves.
@@ -212,8 +214,7 @@ def certify(
       It is zero or not, and does not become small near an equilibrium.
 
     If all of a problem is zero at its answer, nothing says how large a deviation is, and
-    the shares are of the order of one until the answer is exact. Then pass `x0` and `y0`,
-    as [`bilevel_eqx.solve`][] does.
+    the shares are of the order of one until the answer is exact.
 
     **Raises:**
 

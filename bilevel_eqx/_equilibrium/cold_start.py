@@ -33,16 +33,15 @@ class ColdStart(AbstractEquilibrium):
     """
 
     bounds_products: ClassVar[bool] = True
-    heeds_x0: ClassVar[bool] = True
     warm: ClassVar[bool] = False
 
-    def certify(self, problem, x, y, y0, x0=None, max_products=None):
+    def certify(self, problem, x, y, y0, max_products=None):
         require_start(y0, "ColdStart()", "A cold start")
         here, layout = picture(
             problem, x, y, max_products=max_products, share=0.5, anchor=y0
         )
         nearest = Displacement(here, layout.ravel(y0))
-        outer = slopes_of(here, layout, x0, y0)
+        outer = slopes_of(here, y0=nearest.anchor)
         along_set, tangential = nearest.curvatures(outer.y)
         at = measure(here, outer, tangential)
         along = vector_norm(here.project(nearest.displacement))

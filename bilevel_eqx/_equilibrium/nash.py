@@ -40,7 +40,8 @@ class Nash(AbstractEquilibrium):
 
     def certify(self, problem, x, y, y0, x0=None, max_products=None):
         here, layout = picture(problem, x, y, max_products=max_products)
-        at = measure(here, slopes_of(here, layout, x0, y0))
+        start = None if y0 is None else layout.ravel(y0)
+        at = measure(here, slopes_of(here, x0, start))
 
         def gradient(x):
             return jax.grad(problem.outer)(x, y)

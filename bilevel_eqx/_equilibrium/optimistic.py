@@ -34,12 +34,11 @@ class Optimistic(AbstractEquilibrium):
     """
 
     bounds_products: ClassVar[bool] = True
-    heeds_x0: ClassVar[bool] = True
     warm: ClassVar[bool] = True
 
-    def certify(self, problem, x, y, y0, x0=None, max_products=None):
+    def certify(self, problem, x, y, y0, max_products=None):
         here, layout = picture(problem, x, y, max_products=max_products, share=0.5)
-        at = measure(here, slopes_of(here, layout, x0, y0))
+        at = measure(here, slopes_of(here))
         multiplier = here.multiplier(at.outer.y)
         lagrangian = here.lagrangian(here.problem.outer, multiplier)
         W = here.operator(lambda v: lagrangian.push(v)[1])

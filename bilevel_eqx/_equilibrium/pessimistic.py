@@ -96,7 +96,6 @@ class Pessimistic(AbstractEquilibrium):
         Max-Min*, 1967.
     """
 
-    heeds_x0: ClassVar[bool] = True
     warm: ClassVar[bool] = False
     radius: ScalarLike | None
     within: Callable[[PyTree], PyTree] | None
@@ -131,15 +130,15 @@ class Pessimistic(AbstractEquilibrium):
         assert self.radius is not None
         return project_on_ball(y, center, self.radius)
 
-    def certify(self, problem, x, y, y0, x0=None):
+    def certify(self, problem, x, y, y0):
         if self.within is not None:
-            return _certify_in_set(problem, x, y, x0, y0, self.within)
+            return _certify_in_set(problem, x, y, self.within)
         require_start(
             y0, "Pessimistic(radius)", "The ball lies around c = proj(y0, S(x));"
         )
         assert self.radius is not None
         here, layout = picture(problem, x, y)
-        at = measure(here, slopes_of(here, layout, x0, y0))
+        at = measure(here, slopes_of(here, y0=layout.ravel(y0)))
         y, anchor = here.y, layout.ravel(y0)
         start = y
         if not here.is_plane:
@@ -252,7 +251,7 @@ _WEIGHT = 1e7
 _NEIGHBOURHOOD = 1e-6
 
 
-def _certify_in_set(problem, x, y, x0, y0, projection) -> Certificate:
+def _certify_in_set(problem, x, y, projection) -> Certificate:
     r"""By the penalised value, for minima that may lie on the boundary of the set.
 
     Such a boundary gives the worst value kinks. At a kink, stationary means that zero
@@ -271,8 +270,8 @@ def _certify_in_set(problem, x, y, x0, y0, projection) -> Certificate:
         return share(tree_norm(tree_sub(to, y)), tree_norm(y))
 
     flat_problem, layout = flat(problem, y)
-    v, v0 = layout.ravel(y), None if y0 is None else layout.ravel(y0)
-    outer = outer_slopes(flat_problem, x, v, x0, v0)
+    v = layout.ravel(y)
+    outer = outer_slopes(flat_problem, x, v)
     gradient = jax.grad(problem.inner, argnums=1)(x, y)
     curvature = largest_curvature(lambda y: problem.inner(x, y), y)
     stepped = projection(tree_axpy(-1 / nonzero(curvature), gradient, y))

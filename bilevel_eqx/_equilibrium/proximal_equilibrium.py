@@ -91,9 +91,9 @@ class ProximalEquilibrium(AbstractEquilibrium):
 
     def certify(self, problem, x, y, y0, x0=None):
         here, layout = picture(problem, x, y)
-        at = measure(here, slopes_of(here, layout, x0, y0))
-        reply = self.reply(problem, x, y)
         start = None if y0 is None else layout.ravel(y0)
+        at = measure(here, slopes_of(here, x0, start))
+        reply = self.reply(problem, x, y)
         outer = outer_slopes(here.problem, x, layout.ravel(reply), x0, start)
         _, direct = jax.linearize(lambda x: jax.grad(problem.outer)(x, reply), x)
         accuracy, product, scale = at.accuracy, direct, _typical(direct, x)

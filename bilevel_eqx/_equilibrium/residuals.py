@@ -23,7 +23,6 @@ from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_x, set_y
 from .._solution_set.picture import NewtonStep, Picture
 from .._tree import (
-    Layout,
     nonzero,
     tree_axpy,
     tree_dot,
@@ -105,10 +104,11 @@ def outer_slopes(
 
 
 def slopes_of(
-    here: Picture, layout: Layout, x0: PyTree[Array] | None, y0: PyTree[Array] | None
+    here: Picture,
+    x0: PyTree[Array] | None = None,
+    y0: Float[Array, " n"] | None = None,
 ) -> Slopes:
     """F and its gradients at a picture."""
-    y0 = None if y0 is None else layout.ravel(y0)
     return outer_slopes(here.problem, here.x, here.y, x0, y0)
 
 

@@ -32,7 +32,6 @@ class Stackelberg(AbstractEquilibrium):
     """
 
     bounds_products: ClassVar[bool] = True
-    heeds_x0: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     admits_constraints: ClassVar[bool] = True
 
@@ -54,9 +53,9 @@ class Stackelberg(AbstractEquilibrium):
                 f"{float(lowest):.2g} and {float(largest):.2g}"
             )
 
-    def certify(self, problem, x, y, y0, x0=None, max_products=None):
+    def certify(self, problem, x, y, y0, max_products=None):
         here, layout = picture(problem, x, y, max_products=max_products)
-        at = measure(here, slopes_of(here, layout, x0, y0))
+        at = measure(here, slopes_of(here))
         values = here.eigenvalues()
         lowest, largest = jnp.min(values), jnp.max(jnp.abs(values))
         threshold = _threshold(largest)

@@ -42,7 +42,6 @@ class WarmStart(AbstractEquilibrium):
     """
 
     bounds_products: ClassVar[bool] = True
-    heeds_x0: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     admits_constraints: ClassVar[bool] = True
     epsilon: ScalarLike = eqx.field(converter=_zero_or_rate, default=0.0)
@@ -55,11 +54,11 @@ class WarmStart(AbstractEquilibrium):
         """Whether epsilon is positive. A traced epsilon counts as positive."""
         return is_nonzero(self.epsilon)
 
-    def certify(self, problem, x, y, y0, x0=None, max_products=None):
+    def certify(self, problem, x, y, y0, max_products=None):
         # At the anchor itself the pull vanishes but its curvature, epsilon I, does not.
         answering = proximal(problem, y, self.epsilon) if self.partial else problem
         here, layout = picture(answering, x, y, max_products=max_products)
-        at = measure(here, slopes_of(here, layout, x0, y0))
+        at = measure(here, slopes_of(here))
         name = "(H + epsilon I)^-1" if self.partial else "H^+"
         return Certificate(
             "a partial warm start" if self.partial else "a full warm start",
