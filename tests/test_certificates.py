@@ -292,6 +292,65 @@ def test_factors_and_constants(equilibrium):
         assert largest(*factors) == pytest.approx(expected, rel=1e-6)
 
 
+class Game(blx.AbstractBilevelProblem):
+    """A zero-sum game in two numbers, off its equilibrium."""
+
+    factor: Array
+    shift: Array
+
+    def outer(self, x, y):
+        value = -0.5 * x**2 + 2 * x * y - 0.5 * y**2 + x
+        return self.factor * value + self.shift
+
+    def inner(self, x, y):
+        return -self.outer(x, y)
+
+
+class Corner(blx.AbstractBilevelProblem):
+    """Toy B: the worst inner minimum in a box is at its corner."""
+
+    factors: Array
+
+    def outer(self, x, y):
+        F, shift, _, _ = self.factors
+        return F * (jnp.sum((x - 1) ** 2) / 3 - jnp.sum((y - 1) ** 2)) + shift
+
+    def inner(self, x, y):
+        _, _, f, shift = self.factors
+        return f * (jnp.sqrt(jnp.sum(x**2)) - jnp.sum(y)) ** 2 + shift
+
+
+def test_factors_and_constants_of_a_game():
+    def residuals(factor, shift=0.0):
+        problem = Game(jnp.asarray(factor), jnp.asarray(shift))
+        # The weight is in units of the curvature.
+        equilibrium = blx.ProximalEquilibrium(jnp.asarray(2.0 * factor))
+        out = blx.certify(problem, equilibrium, jnp.array(0.3), jnp.array(0.2))
+        return np.array([float(v) for v in out.residuals.values()])
+
+    expected = residuals(1.0)
+    assert np.max(expected) > 0.1
+    for factors in ((1e-8,), (1e8,), (1.0, 1e6)):
+        assert np.allclose(residuals(*factors), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_factors_and_constants_in_a_set():
+    within = blx.Pessimistic(within=lambda y: jnp.clip(y, 0.5 / np.sqrt(3), 100.0))
+    x, y = jnp.full(3, 0.5), jnp.full(3, 0.5 / np.sqrt(3))
+
+    def residuals(*factors):
+        problem = Corner(jnp.array(factors))
+        assert blx.certify(problem, within, x, y).largest < 1e-6
+        out = blx.certify(problem, within, 1.2 * x, 1.2 * y).residuals
+        return np.array([float(v) for v in out.values()])
+
+    expected = residuals(1.0, 0.0, 1.0, 0.0)
+    assert np.max(expected) > 0.1
+    for factors in _factors():
+        # The penalty is right to 1e-7.
+        assert np.allclose(residuals(*factors), expected, rtol=1e-6, atol=2e-7)
+
+
 #
 # A sharp minimum at zero, which has no size
 #

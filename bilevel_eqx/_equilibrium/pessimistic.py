@@ -20,7 +20,7 @@ from .._problem.constraints import set_x
 from .._problem.flat import flat
 from .._solution_set.nearest import nearest_to
 from .._solution_set.picture import picture
-from .._solution_set.ties import mirror_images, value_and_gradient
+from .._solution_set.ties import values_and_gradients
 from .._solution_set.worst_by_penalty import penalised_worst
 from .._solution_set.worst_in_ball import worst_case, WorstCase
 from .._tree import (
@@ -200,8 +200,7 @@ def _against_mirror_images(worst: WorstCase, at: Measures) -> dict:
     """
     here, problem = worst.picture, worst.picture.problem
     layout = Layout(here.x)
-    images = mirror_images(worst)
-    values, gradients = jax.lax.map(lambda y: value_and_gradient(worst, y), images)
+    values, gradients = values_and_gradients(worst)
     rows = jax.vmap(layout.ravel)(gradients)
     terms = at.terms + vector_norm(rows[0] - layout.ravel(at.outer.x))
 

@@ -21,6 +21,8 @@ def nearest_to_zero(
     are all the same.
     """
     count = len(gram)
+    if count == 1:
+        return jnp.ones(1, gram.dtype)
     scaled = gram / nonzero(jnp.max(jnp.abs(gram)))
     one = jnp.ones(count, gram.dtype)
 

@@ -8,18 +8,35 @@ eigenspace is another. At other F the mirror images are worth a try.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, Scalar
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
 
 from .._tree import Layout, nonzero, vector_norm
 from .worst_in_ball import danskin_gradient, pressure, WorstCase
 
 
-def mirror_images(worst: WorstCase) -> Float[Array, "p n"]:
-    """y, and mirror images of it in S(x). Where S(x) is curved, they would not lie in it,
-    and y is alone."""
-    here, offset = worst.picture, worst.offset
+def values_and_gradients(worst: WorstCase) -> tuple[Float[Array, " p"], PyTree[Array]]:
+    """F at y and at mirror images of it in S(x), and by Danskin's theorem the gradient of
+    the worst value if that point is worst. They have a leading axis, and y is first.
+
+    Where S(x) is curved the images would not lie in it, and y is alone.
+    """
+    here, center = worst.picture, worst.center
     if not here.is_plane:
-        return here.y[None]
+        gradient = danskin_gradient(here, here.y, center, worst.multiplier)
+        return worst.value[None], jtu.tree_map(lambda u: u[None], gradient)
+
+    def at(y):
+        value, slope = jax.value_and_grad(here.problem.outer, argnums=1)(here.x, y)
+        multiplier = pressure(here, slope, y - center.picture.y, worst.radius)
+        return value, danskin_gradient(here, y, center, multiplier)
+
+    # One after the other, so that the program contains the derivative once.
+    return jax.lax.map(at, _mirror_images(worst))
+
+
+def _mirror_images(worst: WorstCase) -> Float[Array, "p n"]:
+    here, offset = worst.picture, worst.offset
 
     def mirrored(direction):
         direction = here.project(direction)
@@ -30,17 +47,6 @@ def mirror_images(worst: WorstCase) -> Float[Array, "p n"]:
     top = worst.basis.vectors[:, jnp.argmax(worst.basis.values)]
     images = jax.vmap(mirrored)(jnp.stack([_towards_zero(worst), offset, top]))
     return jnp.concatenate([here.y[None], images])
-
-
-def value_and_gradient(
-    worst: WorstCase, y: Float[Array, " n"]
-) -> tuple[Scalar, PyTree[Array]]:
-    """F at a mirror image, and by Danskin's theorem the gradient of the worst value if
-    that point is worst."""
-    here, displacement = worst.picture, y - worst.center.picture.y
-    value, slope = jax.value_and_grad(here.problem.outer, argnums=1)(here.x, y)
-    multiplier = pressure(here, slope, displacement, worst.radius)
-    return value, danskin_gradient(here, y, worst.center, multiplier)
 
 
 def _towards_zero(worst: WorstCase) -> Float[Array, " n"]:
