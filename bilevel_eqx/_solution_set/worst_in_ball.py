@@ -65,14 +65,14 @@ class WorstCase(NamedTuple):
 
     def convexity(self, everywhere: bool) -> Scalar:
         r"""How far the curvature of the Lagrangian, $P (W - \nu I) P$, is above zero, in
-        all directions if `everywhere`.
+        all directions if `everywhere`, relative to the norm of $P W P$ or to $\nu$.
 
         That is the condition that y is worst of all the ball if S(x) is a plane and F
         quadratic. In general it need hold only where the ball allows to go to first
         order: if it presses, that is orthogonal to the offset.
         """
         values, offset = self.basis.values, self.offset
-        scale = jnp.maximum(jnp.max(jnp.abs(values)), self.multiplier)
+        scale = jnp.maximum(vector_norm(values), self.multiplier)
         excess = jnp.max(values) - self.multiplier
         if not everywhere:
             square = jnp.vdot(offset, offset)
