@@ -143,7 +143,9 @@ def test_unsatisfied_conditions_are_named():
     optimistic = blx.certify(toy, blx.Optimistic(), w, y)
     assert warm.largest < 1e-12
     residuals = {k: float(v) for k, v in optimistic.residuals.items()}
-    assert residuals["selection"] == pytest.approx(0.5)
+    # P F_y = -1/2, against F_y and its change if w and y change by their sizes.
+    terms = np.hypot(0.5, 0.5) + 0.5 * np.hypot(np.sin(1), np.cos(1))
+    assert residuals["selection"] == pytest.approx(0.5 / (0.5 + terms), rel=1e-8)
     assert residuals["inner"] == residuals["curvature"] == 0
     assert "P_null F_y = 0" in str(optimistic)
 

@@ -15,11 +15,10 @@ from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
-from .._problem.constraints import set_x, set_y
+from .._problem.constraints import set_y
 from .._problem.root import check_has_objective
-from .._solution_set.picture import Picture
 from .._text import aligned
-from .._tree import nonzero, tree_eps, tree_norm, tree_size, vector_norm, widened
+from .._tree import tree_eps, tree_size, widened
 
 
 MAX_PRODUCTS = 128
@@ -32,7 +31,7 @@ class Certificate(eqx.Module):
 
     **Attributes:**
 
-    - `residuals`: a dictionary from names to values. They are relative, so that 1e-6
+    - `residuals`: a dictionary from names to values. They have no units, so that 1e-6
         means the same everywhere: see [`bilevel_eqx.certify`][].
     - `concept`: the equilibrium in question.
     - `meanings`: a dictionary from the same names to what each one measures.
@@ -126,6 +125,9 @@ class AbstractEquilibrium(eqx.Module):
     bounds_products: ClassVar[bool] = False
     """Whether its `certify` takes a bound on the products with H, `max_products`."""
 
+    heeds_x0: ClassVar[bool] = False
+    """Whether its `certify` takes `x0`, where x started."""
+
     admits_constraints: ClassVar[bool] = False
     """Whether it is defined, and certified, where y is confined to a set."""
 
@@ -172,6 +174,7 @@ def certify(
     y: PyTree,
     *,
     y0: PyTree = None,
+    x0: PyTree = None,
     max_products: int = MAX_PRODUCTS,
 ) -> Certificate:
     r"""Checks a point against the definition of an equilibrium.
@@ -187,23 +190,43 @@ def certify(
     - `x`: the outer variables, a pytree of floating-point arrays.
     - `y`: the inner variables, a pytree of floating-point arrays.
     - `y0`: where the inner variables start, for the concepts that depend on it
-        ([`bilevel_eqx.ColdStart`][]). Keyword only argument.
+        ([`bilevel_eqx.ColdStart`][], [`bilevel_eqx.Pessimistic`][]). Keyword only
+        argument.
+    - `x0`: where the outer variables started. Only [`bilevel_eqx.Nash`][] and
+        [`bilevel_eqx.ProximalEquilibrium`][] use it, and `y0`: all of a game may be zero
+        at its answer, and the start then says how large the variables can be. Keyword
+        only argument.
     - `max_products`: where y has more than 1,024 entries, the largest number of products
         with the inner Hessian H that are taken; a product with a derivative of H counts
         as three. The pseudoinverse is then one of a Krylov space, and `accuracy` says how
-        good that was. [`bilevel_eqx.Pessimistic`][], [`bilevel_eqx.Nash`][] and
+        good that was. [`bilevel_eqx.Pessimistic`][] and
         [`bilevel_eqx.ProximalEquilibrium`][] are not bounded by it. Smaller problems take
         a decomposition of H. Keyword only argument.
 
     **Returns:**
 
-    A [`bilevel_eqx.Certificate`][]. Its residuals are relative:
+    A [`bilevel_eqx.Certificate`][]. A residual is a share $a / (a + b)$ between zero and
+    one: a should be zero, and b is what a is compared with. So a residual has no units.
+    It does not change if you multiply an objective by a positive number or add a number
+    to it, or if you measure x or y in other units.
 
-    - a gradient is scaled as by Dennis and Schnabel, $\|\nabla\phi(v)\| \max(1, \|v\|)
-      / \max(1, |\phi|)$: the relative change of the objective for a relative change of
-      its variable;
-    - a distance by the way from $y_0$, or by one if that is longer;
-    - a curvature by the largest there is.
+    - `inner`: a is the Newton step $H^+ \nabla_y f$ that is left to go, and b the size
+      of y (of $|y| + |y - y_0|$ where $y_0$ counts) and of what y moves by if x changes
+      by its own size. If $\nabla_y f$ has a part in the null space of H, that part counts
+      too, divided by the largest eigenvalue of H.
+    - `outer`: a is the hypergradient, and b the size of the terms that cancel in it: of
+      $F_x$, of $J^\top F_y$, and of what both change by if x and y change by their own
+      sizes. With constraints on x, a is the part of it that a projection leaves.
+    - `displacement`: a is the part of $y - y_0$ along $S(x)$, and b the size of y.
+    - `selection`: a is the part of $F_y$ along $S(x)$, and b the size of the terms in
+      $F_y$. `others`: a is by how much F is larger at another point of the ball, and b by
+      how much F changes if y changes by its own size.
+    - `ball`, `set`: how far y is outside, relative to the radius, or to y.
+    - a `curvature` is the largest one of the wrong sign, relative to the largest of all.
+      It is zero or not, and does not become small near an equilibrium.
+
+    If all of a problem is zero at its answer, nothing says how large a deviation is, and
+    the shares are of the order of one until the answer is exact.
 
     **Raises:**
 
@@ -213,17 +236,21 @@ def certify(
     x, y = as_variables(x, "x"), as_variables(y, "y")
     if y0 is not None:
         y0 = as_variables(y0, "y0")
+    if x0 is not None:
+        x0 = as_variables(x0, "x0")
     if tree_eps((x, y)) > float(jnp.finfo(jnp.float32).eps):
         # In half precision nothing can be decomposed, nor be told from zero.
-        problem, x, y, y0 = widened((problem, x, y, y0))
+        problem, x, y, y0, x0 = widened((problem, x, y, y0, x0))
     check_problem(problem, x, y)
     equilibrium.check_kind(problem)
     check_count(max_products, "max_products", "certify")
+    # Concepts of others need not know of these.
+    options: dict[str, Any] = {}
     if says(equilibrium, "bounds_products", False):
-        # Those of others need not know of it.
-        bound: Any = {"max_products": max_products}
-        return equilibrium.certify(problem, x, y, y0, **bound)
-    return equilibrium.certify(problem, x, y, y0)
+        options["max_products"] = max_products
+    if says(equilibrium, "heeds_x0", False):
+        options["x0"] = x0
+    return equilibrium.certify(problem, x, y, y0, **options)
 
 
 def stated_cost(
@@ -238,51 +265,6 @@ def stated_cost(
     return f"{size:,} inner variables, at most {max_products} products with H"
 
 
-def relative_gradient(
-    gradient: PyTree[Array], variables: PyTree[Array], value: Scalar
-) -> Scalar:
-    r"""$\|\nabla\phi(v)\| \max(1, \|v\|) / \max(1, |\phi(v)|)$."""
-    size = jnp.maximum(1, tree_norm(variables))
-    return tree_norm(gradient) * size / jnp.maximum(1, jnp.abs(value))
-
-
-def inner_residual(
-    problem: AbstractBilevelProblem,
-    x: PyTree[Array],
-    y: PyTree[Array],
-    value: Scalar,
-    gradient: PyTree[Array],
-    what: str = "y is an inner minimum",
-) -> dict:
-    """The entry that all certificates have: that of f and f_y."""
-    y_set = set_y(problem)
-    left = y_set.remaining_step(gradient, y)
-    equation = "y = proj(y - f_y)" if y_set.confines else "f_y = 0"
-    return {"inner": (relative_gradient(left, y, value), f"{what}: {equation}")}
-
-
-def solution_residual(here: Picture, what: str = "y is an inner minimum") -> dict:
-    """The same, read off a picture. A root has no f: its residual is relative to the
-    largest one of a y that is off by its own size."""
-    if not here.is_root:
-        assert here.value is not None
-        return inner_residual(
-            here.problem, here.x, here.y, here.value, here.gradient, what
-        )
-    assert here.spectrum is not None
-    largest = jnp.max(here.spectrum)
-    scale = nonzero(largest) * jnp.maximum(1, vector_norm(here.y))
-    return {"inner": (vector_norm(here.gradient) / scale, "y is a root: r = 0")}
-
-
-def outer_residual(problem, x, gradient: PyTree[Array], value: Scalar, what: str) -> dict:
-    """The other: that of a gradient in x, less what the constraints on x take from it."""
-    x_set = set_x(problem)
-    left = x_set.remaining_step(gradient, x)
-    where = ", in its set: x = proj(x - that)" if x_set.confines else ""
-    return {"outer": (relative_gradient(left, x, value), what + where)}
-
-
 def require_start(y0, call: str, concept: str) -> None:
     """Refuses to certify without y0 what is defined by it."""
     if y0 is None:
@@ -290,10 +272,3 @@ def require_start(y0, call: str, concept: str) -> None:
             f"{concept} is an equilibrium with respect to where the inner variables "
             f"start: call `certify(problem, {call}, x, y, y0=...)`."
         )
-
-
-def curved_notes(here: Picture) -> tuple[str, ...]:
-    """What to say where S(x) is known only locally."""
-    if here.is_plane:
-        return ()
-    return ("the inner problem is not quadratic: what concerns S(x) is local",)

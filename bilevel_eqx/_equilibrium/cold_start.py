@@ -2,18 +2,12 @@
 
 from typing import ClassVar
 
-from .._derivatives.first import outer_gradients
+from .._linalg.eigenbasis import negative_curvature
 from .._solution_set.nearest import Displacement
 from .._solution_set.picture import picture
-from .._tree import tree_axpy
-from .base import (
-    AbstractEquilibrium,
-    Certificate,
-    curved_notes,
-    outer_residual,
-    require_start,
-    solution_residual,
-)
+from .._tree import vector_norm
+from .base import AbstractEquilibrium, Certificate, require_start
+from .residuals import measure, NOT_A_MINIMUM, share, slopes_of
 
 
 class ColdStart(AbstractEquilibrium):
@@ -24,6 +18,9 @@ class ColdStart(AbstractEquilibrium):
 
     $$y = \Pi(y_0, S(x)), \qquad
     \frac{\mathrm d}{\mathrm d x} F\bigl(x, \Pi(y_0, S(x))\bigr) = 0.$$
+
+    Where S(x) is curved, nearest means to second order that $I + \partial_y (H \mu)$ is
+    not negative along $S(x)$, with the multiplier $\mu = -H^+ (y - y_0)$.
 
     This corrects the paper's Definition 3.1, which minimises F(x, y) without defining y.
     If H depends on x, the derivative of the projection has a term in the null space of H,
@@ -43,26 +40,25 @@ class ColdStart(AbstractEquilibrium):
         here, layout = picture(
             problem, x, y, max_products=max_products, share=0.5, anchor=y0
         )
-        displacement = Displacement(here, layout.ravel(y0))
-        value, outer_x, outer_y = outer_gradients(here.problem, x, here.y)
-        indirect, _ = displacement.pull(outer_y)
-        hypergradient = tree_axpy(1.0, indirect, outer_x)
+        nearest = Displacement(here, layout.ravel(y0))
+        outer = slopes_of(here, y0=nearest.anchor)
+        along_set, tangential = nearest.curvatures(outer.y)
+        at = measure(here, outer, tangential)
+        along = vector_norm(here.project(nearest.displacement))
         return Certificate(
             "a cold start",
             {
-                **solution_residual(here),
+                **at.inner(),
                 "displacement": (
-                    displacement.tangential_residual,
+                    share(along, outer.size),
                     "y is the inner minimum nearest to y0: P_null (y - y0) = 0",
                 ),
-                **outer_residual(
-                    problem,
-                    x,
-                    hypergradient,
-                    value,
-                    "x is stationary for F(x, proj(y0, S(x)))",
+                "curvature": (
+                    negative_curvature(along_set, 1.0),
+                    "the same to second order: S(x) does not bend away from y0",
                 ),
+                **at.stationary("x is stationary for F(x, proj(y0, S(x)))"),
             },
-            accuracy=here.accuracy(outer_y, here.pinv(outer_y)),
-            notes=curved_notes(here),
+            accuracy=at.accuracy,
+            notes=(*at.notes, NOT_A_MINIMUM),
         )

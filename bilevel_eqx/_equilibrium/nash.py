@@ -5,14 +5,18 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, PyTree, ScalarLike
 
 from .._depends_on import depends_on
-from .._linalg.trust_region import possible_decrease
-from .._problem.constraints import AbstractSet, set_x, set_y, Unconstrained
+from .._linalg.eigenbasis import eigenbasis, negative_curvature
+from .._problem.base import AbstractBilevelProblem
+from .._problem.constraints import set_x
+from .._solution_set.picture import picture
 from .._tree import tree_norm, tree_struct
-from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
+from .base import AbstractEquilibrium, Certificate
+from .residuals import measure, outer_residual, slopes_of
 
 
 class Nash(AbstractEquilibrium):
@@ -29,55 +33,59 @@ class Nash(AbstractEquilibrium):
         Nash, *Non-cooperative games*, 1951.
     """
 
+    bounds_products: ClassVar[bool] = True
+    heeds_x0: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     admits_constraints: ClassVar[bool] = True
 
-    def certify(self, problem, x, y, y0):
-        value, outer_x = jax.value_and_grad(problem.outer)(x, y)
-        inner, inner_y = jax.value_and_grad(problem.inner, argnums=1)(x, y)
-        silent = not depends_on(lambda x: problem.outer(x, y), x)
+    def certify(self, problem, x, y, y0, x0=None, max_products=None):
+        here, layout = picture(problem, x, y, max_products=max_products)
+        start = None if y0 is None else layout.ravel(y0)
+        at = measure(here, slopes_of(here, x0, start))
+
+        def gradient(x):
+            return jax.grad(problem.outer)(x, y)
+
+        notes = at.notes
+        if not depends_on(lambda x: problem.outer(x, y), x):
+            notes = (*notes, "F does not contain x: every x is equally good")
+        ones = jtu.tree_map(jnp.ones_like, x)
+        if depends_on(lambda x: jax.linearize(gradient, x)[1](ones), x):
+            notes = (*notes, "F is not quadratic in x: that x is a minimum is local")
         return Certificate(
             "a Nash equilibrium",
             {
-                **inner_residual(problem, x, y, inner, inner_y),
-                "inner gap": (
-                    gap(lambda y: problem.inner(x, y), y, set_y(problem)),
-                    "y gains nothing by moving, to second order",
-                ),
+                **at.inner(),
                 **outer_residual(
                     problem,
                     x,
-                    outer_x,
-                    value,
+                    at.outer.x,
+                    tree_norm(at.outer.change_x),
                     "x is stationary at this y: F_x = 0",
                 ),
-                "outer gap": (
-                    gap(lambda x: problem.outer(x, y), x, set_x(problem)),
-                    "x gains nothing by moving, to second order",
+                **outer_curvature(
+                    problem,
+                    x,
+                    at.outer.x,
+                    jax.linearize(gradient, x)[1],
+                    "the same to second order: F_xx >= 0",
                 ),
             },
-            notes=("F does not contain x: every x is equally good",) if silent else (),
+            accuracy=at.accuracy,
+            notes=notes,
         )
 
 
-def gap(
-    objective: Callable[[PyTree], Scalar],
-    variables: PyTree[Array],
-    within: AbstractSet = Unconstrained(),
-    hessian: lx.AbstractLinearOperator | None = None,
-) -> Scalar:
-    r"""What a player could gain by moving alone: the decrease of the quadratic model of
-    its objective within $\|s\| \le \max(1, \|v\|)$, relative to the objective.
-
-    It is zero iff the gradient vanishes and no curvature is negative. If the player is
-    confined to a set, these are the gradient and the curvature restricted to that set.
-    """
-    value, gradient = jax.value_and_grad(objective)(variables)
-    if hessian is None:
-        _, product = jax.linearize(jax.grad(objective), variables)
-        structure = tree_struct(variables)
-        hessian = lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
-    at = within.stationarity(gradient, hessian, variables)
-    radius = jnp.maximum(1, tree_norm(variables))
-    gain = possible_decrease(at.hessian, at.residual, radius)
-    return jnp.maximum(0, gain) / jnp.maximum(1, jnp.abs(value))
+def outer_curvature(
+    problem: AbstractBilevelProblem,
+    x: PyTree[Array],
+    gradient: PyTree[Array],
+    product: Callable[[PyTree[Array]], PyTree[Array]],
+    what: str,
+    scale: ScalarLike = 0.0,
+) -> dict:
+    """The entry on second derivatives in x, within the set of x. `scale` is the size of
+    the terms that cancel in them."""
+    hessian = lx.FunctionLinearOperator(product, tree_struct(x), lx.symmetric_tag)
+    restricted = set_x(problem).stationarity(gradient, hessian, x).hessian
+    return {"outer curvature": (negative_curvature(eigenbasis(restricted), scale), what)}

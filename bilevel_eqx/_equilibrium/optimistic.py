@@ -4,14 +4,9 @@ from typing import ClassVar
 
 from .._linalg.eigenbasis import eigenbasis_within, negative_curvature
 from .._solution_set.picture import picture
-from .base import (
-    AbstractEquilibrium,
-    Certificate,
-    curved_notes,
-    outer_residual,
-    relative_gradient,
-    solution_residual,
-)
+from .._tree import vector_norm
+from .base import AbstractEquilibrium, Certificate
+from .residuals import measure, NOT_A_MINIMUM, share, slopes_of
 
 
 class Optimistic(AbstractEquilibrium):
@@ -42,32 +37,30 @@ class Optimistic(AbstractEquilibrium):
     warm: ClassVar[bool] = True
 
     def certify(self, problem, x, y, y0, max_products=None):
-        here, _ = picture(problem, x, y, max_products=max_products, share=0.5)
-        outer = here.outer()
-        lagrangian = here.lagrangian(here.problem.outer, outer.multiplier)
+        here, layout = picture(problem, x, y, max_products=max_products, share=0.5)
+        at = measure(here, slopes_of(here))
+        multiplier = here.multiplier(at.outer.y)
+        lagrangian = here.lagrangian(here.problem.outer, multiplier)
         W = here.operator(lambda v: lagrangian.push(v)[1])
-        num_steps = here.share_of_products(0.5, 64)
-        along = eigenbasis_within(here.project, W, outer.y, num_steps)
+        num_steps = here.share_of_products(0.5, 84)
+        along = eigenbasis_within(here.project, W, at.outer.y, num_steps)
+        slope = vector_norm(here.project(at.outer.y))
         return Certificate(
             "an optimistic equilibrium",
             {
-                **solution_residual(here),
+                **at.inner(),
                 "selection": (
-                    relative_gradient(here.project(outer.y), here.y, outer.value),
+                    share(slope, at.outer.terms_y),
                     "no inner minimum nearby has a smaller F: P_null F_y = 0",
                 ),
                 "curvature": (
                     negative_curvature(along),
                     "the same to second order: F is not concave along S(x)",
                 ),
-                **outer_residual(
-                    problem,
-                    x,
-                    outer.hypergradient,
-                    outer.value,
-                    "x is stationary for min F over S(x): F_x - B^T H^+ F_y = 0",
+                **at.stationary(
+                    "x is stationary for min F over S(x): F_x - B^T H^+ F_y = 0"
                 ),
             },
-            accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
-            notes=curved_notes(here),
+            accuracy=at.accuracy,
+            notes=(*at.notes, NOT_A_MINIMUM),
         )

@@ -5,38 +5,43 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, ScalarLike
 
 from .._arguments import as_rate, check_positive
 from .._compat import is_traced
+from .._depends_on import depends_on
 from .._inner_solver.minimum import minimise_inner
 from .._inner_solver.projection import Projection
+from .._linalg.convex_hull import nearest_to_zero
 from .._linalg.power_iteration import largest_curvature
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.constraints import set_x
+from .._problem.flat import flat
 from .._solution_set.nearest import nearest_to
 from .._solution_set.picture import picture
+from .._solution_set.ties import values_and_gradients
 from .._solution_set.worst_by_penalty import penalised_worst
-from .._solution_set.worst_in_ball import danskin_gradient, worst_case, WorstCase
+from .._solution_set.worst_in_ball import worst_case, WorstCase
 from .._tree import (
+    Layout,
     nonzero,
     project_on_ball,
     tree_axpy,
-    tree_dot,
     tree_dtype,
     tree_norm,
     tree_sub,
     vector_norm,
 )
-from .base import (
-    AbstractEquilibrium,
-    Certificate,
-    curved_notes,
-    relative_gradient,
-    require_start,
-    solution_residual,
+from .base import AbstractEquilibrium, Certificate, require_start
+from .residuals import (
+    measure,
+    Measures,
+    NOT_A_MINIMUM,
+    outer_residual,
+    outer_slopes,
+    share,
+    slopes_of,
 )
 
 
@@ -76,7 +81,14 @@ class Pessimistic(AbstractEquilibrium):
 
     It is also called weak Stackelberg equilibrium. At some x two points may be equally
     bad. The worst value then has a kink, and stationary means that zero lies between the
-    gradients at these points.
+    gradients at these points. The certificate knows all of them where S(x) is a plane and
+    F quadratic in y. For other F it tries mirror images of y; where S(x) is curved, it
+    knows y alone, and says so.
+
+    With the multiplier $\nu \ge 0$ of the ball, the second-order condition is
+    $P (W - \nu I) P \preceq 0$ if S(x) is a plane and F quadratic, where it is that of
+    the worst point of all. In general it is required where the ball allows to move to
+    first order, and y is worst nearby.
 
     ??? cite "References"
 
@@ -126,6 +138,7 @@ class Pessimistic(AbstractEquilibrium):
         )
         assert self.radius is not None
         here, layout = picture(problem, x, y)
+        at = measure(here, slopes_of(here, y0=layout.ravel(y0)))
         y, anchor = here.y, layout.ravel(y0)
         start = y
         if not here.is_plane:
@@ -135,61 +148,93 @@ class Pessimistic(AbstractEquilibrium):
             here.problem, x, start, anchor, Pseudoinverse(), _CENTER_STEPS
         )
         worst = worst_case(here, center, self.radius)
-        radius, value = worst.radius, worst.value
         distance = vector_norm(worst.displacement)
-        slack = worst.multiplier * (radius - distance)
+        slack = worst.multiplier * (worst.radius - distance)
         selection = jnp.hypot(vector_norm(worst.tangential_residual), slack)
-        top = jnp.max(worst.basis.values)
-        scale = jnp.maximum(jnp.max(jnp.abs(worst.basis.values)), worst.multiplier)
-        excess = jnp.maximum(0, top - worst.multiplier)
+        quadratic = here.is_plane and not _depends_on_y(here.problem.outer, x, y)
+        notes = [*at.notes, NOT_A_MINIMUM]
+        if not quadratic:
+            notes.append("F is not quadratic along S(x): the worst y is a local one")
+        if not here.is_plane:
+            notes.append("S(x) is curved: other y that are as bad are not looked for")
         return Certificate(
             "a pessimistic equilibrium",
             {
-                **solution_residual(here),
+                **at.inner(),
                 "ball": (
-                    jnp.maximum(0, distance - radius) / jnp.maximum(1, radius),
+                    jnp.maximum(0, distance - worst.radius) / worst.radius,
                     "y is within the radius of proj(y0, S(x))",
                 ),
                 "selection": (
-                    selection
-                    * jnp.maximum(1, tree_norm(y))
-                    / jnp.maximum(1, jnp.abs(value)),
+                    share(selection, at.outer.terms_y),
                     "no minimum nearby has a larger F: P_null (F_y - nu (y - c)) = 0",
                 ),
                 "curvature": (
-                    excess / nonzero(scale),
-                    "nor any in the ball: the curvature of F along S(x) is at most nu",
+                    worst.convexity(quadratic),
+                    "nor any in the ball: the curvature of F along S(x) is at most nu"
+                    if quadratic
+                    else "the same to second order, along S(x) within the ball",
                 ),
-                "outer": (
-                    self._outer(x, worst),
-                    "x is stationary for max F over S(x) and the ball, by Danskin",
-                ),
+                **_against_mirror_images(worst, at),
             },
-            accuracy=here.accuracy(worst.slope, here.pinv(worst.slope)),
-            notes=curved_notes(here),
+            accuracy=at.accuracy,
+            notes=notes,
         )
 
-    def _outer(self, x, worst: WorstCase):
-        """How far zero is from the segment between the gradients at the worst points."""
-        here, value = worst.picture, worst.value
-        mirrored = worst.mirrored()
 
-        def gradient(y):
-            return danskin_gradient(here, y, worst.center, worst.multiplier)
+def _depends_on_y(objective, x, y) -> bool:
+    """Whether the Hessian of an objective in y depends on y."""
 
-        # One after the other, so that the program contains the derivative once.
-        gradients = jax.lax.map(gradient, jnp.stack([here.y, mirrored]))
-        x_set = set_x(here.problem)
-        g, other = (
-            x_set.remaining_step(jtu.tree_map(lambda u, i=i: u[i], gradients), x)
-            for i in range(2)
-        )
-        # How much smaller F is at the mirror image, relative to the value.
-        gap = jnp.maximum(0, value - here.problem.outer(x, mirrored))
-        gap = gap / jnp.maximum(1, jnp.abs(value))
-        between, share = nearest_to_zero(g, other)
-        kink = relative_gradient(between, x, value) + share * gap
-        return jnp.minimum(relative_gradient(g, x, value), kink)
+    def product(y):
+        slope = jax.grad(objective, argnums=1)
+        return jax.linearize(lambda y: slope(x, y), y)[1](jnp.ones_like(y))
+
+    return depends_on(product, y)
+
+
+def _against_mirror_images(worst: WorstCase, at: Measures) -> dict:
+    """The entries on x, and on F, at y and at other points that may be as bad.
+
+    The gradients at points where F is smaller count with a penalty. So the entry on x is
+    how far zero is from the epsilon-subdifferential of the worst value, and epsilon.
+    """
+    here, problem = worst.picture, worst.picture.problem
+    layout = Layout(here.x)
+    values, gradients = values_and_gradients(worst)
+    rows = jax.vmap(layout.ravel)(gradients)
+    terms = at.terms + vector_norm(rows[0] - layout.ravel(at.outer.x))
+
+    # As large as F gets if y changes by its own size.
+    variation = at.outer.terms_y * at.outer.size
+    gains = values - values[0]
+    penalties = share(jnp.maximum(0, -gains), variation)
+    weights = _weights(problem, here.x, rows, terms, penalties)
+    gradient = layout.unravel(weights @ rows)
+    what = "x is stationary for max F over S(x) and the ball, by Danskin"
+    entry = outer_residual(problem, here.x, gradient, terms, what)
+    value, what = entry["outer"]
+    return {
+        "others": (
+            share(jnp.maximum(0, jnp.max(gains)), variation),
+            "no mirror image of y in the ball has a larger F",
+        ),
+        "outer": (value + weights @ penalties.astype(value.dtype), what),
+    }
+
+
+def _weights(problem, x, rows, terms, penalties):
+    """Those of gradients, flat ones, between which zero lies, or nearly so."""
+    layout, x_set = Layout(x), set_x(problem)
+    size = nonzero(tree_norm(x))
+    largest = jnp.sqrt(jnp.max(jnp.sum(rows**2, axis=1)))
+    step = size / nonzero(terms + largest)
+
+    def left(row):
+        return layout.ravel(x_set.remaining_step(layout.unravel(step * row), x)) / size
+
+    remaining = jax.vmap(left)(rows)
+    gram = remaining @ remaining.T
+    return nearest_to_zero(gram, penalties.astype(gram.dtype))
 
 
 #
@@ -219,47 +264,48 @@ def _certify_in_set(problem, x, y, projection) -> Certificate:
     def at(x):
         return penalised_worst(problem, x, y, projection, weight)
 
-    value, gradient = jax.value_and_grad(problem.inner, argnums=1)(x, y)
+    def moved(to):
+        """How far a projection moves y, relative to y."""
+        return share(tree_norm(tree_sub(to, y)), tree_norm(y))
+
+    flat_problem, layout = flat(problem, y)
+    v = layout.ravel(y)
+    outer = outer_slopes(flat_problem, x, v)
+    gradient = jax.grad(problem.inner, argnums=1)(x, y)
     curvature = largest_curvature(lambda y: problem.inner(x, y), y)
-    step = 1 / nonzero(curvature)
-    moved = projection(tree_axpy(-step, gradient, y))
-    outer = problem.outer(x, y)
+    stepped = projection(tree_axpy(-1 / nonzero(curvature), gradient, y))
     here = at(x)
-    gain = jnp.maximum(0, here.value - outer)
-    size = tree_norm(here.gradient)
-    length = reach * jnp.maximum(1, tree_norm(x)) / nonzero(size)
+    gain = jnp.maximum(0, here.value - outer.value)
+    length = reach * nonzero(tree_norm(x)) / nonzero(tree_norm(here.gradient))
     there = at(tree_axpy(-length, here.gradient, x))
-    x_set = set_x(problem)
-    left = (x_set.remaining_step(at.gradient, x) for at in (here, there))
-    between = nearest_to_zero(*left)[0]
+    x_layout = Layout(x)
+    rows = jnp.stack([x_layout.ravel(here.gradient), x_layout.ravel(there.gradient)])
+    terms = tree_norm(outer.change_x) + tree_norm(outer.x)
+    terms = terms + vector_norm(rows[0] - x_layout.ravel(outer.x))
+    weights = _weights(problem, x, rows, terms, jnp.zeros(2))
     return Certificate(
         "a pessimistic equilibrium in a convex set",
         {
-            "set": (
-                tree_norm(tree_sub(projection(y), y)) / jnp.maximum(1, tree_norm(y)),
-                "y is in the set",
-            ),
+            "set": (moved(projection(y)), "y is in the set"),
             "inner": (
-                tree_norm(tree_sub(moved, y)) / jnp.maximum(1, tree_norm(y)),
+                moved(stepped),
                 "y is an inner minimum there: a projected gradient step does not move it",
             ),
             "selection": (
-                gain / jnp.maximum(1, jnp.abs(outer)),
+                share(gain, outer.terms_y * vector_norm(v)),
                 "no other inner minimum in the set has a larger F",
             ),
-            "outer": (
-                relative_gradient(between, x, outer),
+            **outer_residual(
+                problem,
+                x,
+                x_layout.unravel(weights @ rows),
+                terms,
                 "x is stationary for max F over the inner minima, kinks included",
             ),
         },
-        notes=(f"right to about {1 / weight:.0e}, the error of a penalty",),
+        notes=(
+            f"right to about {1 / weight:.0e}, the error of a penalty",
+            "y may be a minimum, or a worst one, only among those nearby",
+            NOT_A_MINIMUM,
+        ),
     )
-
-
-def nearest_to_zero(a, b):
-    """The point of least norm on the segment from a to b, and its position there."""
-    towards = tree_sub(b, a)
-    square = tree_dot(towards, towards)
-    share = -tree_dot(a, towards) / nonzero(square)
-    share = jnp.clip(share, 0, 1)
-    return tree_axpy(share, towards, a), share

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-import lineax as lx
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
@@ -16,12 +15,12 @@ from .._compat import is_traced
 from .._derivatives.second import cross_derivative_operator
 from .._inner_solver.minimum import minimise_inner
 from .._inner_solver.projection import Projection
-from .._problem.constraints import set_x
 from .._problem.proximal import proximal
 from .._solution_set.picture import picture
-from .._tree import nonzero, tree_axpy, tree_norm, tree_struct
-from .base import AbstractEquilibrium, Certificate, inner_residual, outer_residual
-from .nash import gap
+from .._tree import nonzero, tree_axpy, tree_norm, tree_waves
+from .base import AbstractEquilibrium, Certificate
+from .nash import outer_curvature
+from .residuals import measure, outer_residual, outer_slopes, slopes_of
 
 
 def _known_limit_or_rate(weight: Any) -> Any:
@@ -49,6 +48,7 @@ class ProximalEquilibrium(AbstractEquilibrium):
         Farnia and Ozdaglar, *Do GANs always have Nash equilibria?*, ICML 2020.
     """
 
+    heeds_x0: ClassVar[bool] = True
     warm: ClassVar[bool] = True
     weight: ScalarLike
 
@@ -89,24 +89,28 @@ class ProximalEquilibrium(AbstractEquilibrium):
         """The problem whose inner minimum is the reply."""
         return problem if _is(self.weight, 0) else proximal(problem, y, self.weight)
 
-    def certify(self, problem, x, y, y0):
+    def certify(self, problem, x, y, y0, x0=None):
+        here, layout = picture(problem, x, y)
+        start = None if y0 is None else layout.ravel(y0)
+        at = measure(here, slopes_of(here, x0, start))
         reply = self.reply(problem, x, y)
-        inner, inner_y = jax.value_and_grad(problem.inner, argnums=1)(x, y)
-        value, outer_x = jax.value_and_grad(problem.outer)(x, reply)
-        _, product = jax.linearize(lambda x: jax.grad(problem.outer)(x, reply), x)
-        accuracy = None
+        outer = outer_slopes(here.problem, x, layout.ravel(reply), x0, start)
+        _, direct = jax.linearize(lambda x: jax.grad(problem.outer)(x, reply), x)
+        accuracy, product, scale = at.accuracy, direct, _typical(direct, x)
         if not self.plays_nash:
-            here, layout = picture(self.replying(problem, y), x, reply)
+            there, _ = picture(self.replying(problem, y), x, reply)
             B = cross_derivative_operator(problem, x, reply)
-            image = layout.ravel(B.mv(outer_x))
-            accuracy = here.accuracy(image, here.pinv(image))
-            direct = product
+            image = layout.ravel(B.mv(outer.x))
+            accuracy = there.accuracy(image, there.pinv(image))
+
+            def through_reply(v):
+                q = there.pinv(layout.ravel(B.mv(v)))
+                return there.cross_transposed(q)
 
             def product(v):
-                q = here.pinv(layout.ravel(B.mv(v)))
-                return tree_axpy(1.0, here.cross_transposed(q), direct(v))
+                return tree_axpy(1.0, through_reply(v), direct(v))
 
-        hessian = lx.FunctionLinearOperator(product, tree_struct(x), lx.symmetric_tag)
+            scale = scale + _typical(through_reply, x)
         return Certificate(
             "a proximal equilibrium",
             {
@@ -114,30 +118,32 @@ class ProximalEquilibrium(AbstractEquilibrium):
                     _defect_of_zero_sum(problem, x, y),
                     "the inner objective is minus the outer one",
                 ),
-                **inner_residual(problem, x, y, inner, inner_y, "y is its own reply"),
-                "inner gap": (
-                    gap(lambda y: problem.inner(x, y), y),
-                    "y gains nothing by moving, to second order",
-                ),
+                **at.inner("y is its own reply"),
                 **outer_residual(
                     problem,
                     x,
-                    outer_x,
-                    value,
+                    outer.x,
+                    tree_norm(outer.change_x),
                     "x is stationary given the reply: F_x = 0",
                 ),
-                "outer gap": (
-                    gap(
-                        lambda x: problem.outer(x, reply),
-                        x,
-                        set_x(problem),
-                        hessian,
-                    ),
-                    "x gains nothing by moving, with the reply, to second order",
+                **outer_curvature(
+                    problem,
+                    x,
+                    outer.x,
+                    product,
+                    "the same to second order, with the reply",
+                    scale,
                 ),
             },
             accuracy=accuracy,
+            notes=at.notes,
         )
+
+
+def _typical(product, x: PyTree[Array]) -> Scalar:
+    """The size of a linear map of x, along a vector that is nothing special."""
+    waves = tree_waves(x)
+    return tree_norm(product(waves)) / tree_norm(waves)
 
 
 @eqx.filter_jit
@@ -152,7 +158,11 @@ def _defect_of_zero_sum(problem, x: PyTree[Array], y: PyTree[Array]) -> Scalar:
         flat, treedef = jtu.tree_flatten((x, y))
         keys = jr.split(key, len(flat))
         # Not only at (x, y): at an equilibrium both gradients vanish.
-        moved = [u + jr.normal(k, u.shape, u.dtype) for u, k in zip(flat, keys)]
+        sizes = [nonzero(tree_norm(u)) for u in flat]
+        moved = [
+            u + size * jr.normal(k, u.shape, u.dtype)
+            for u, size, k in zip(flat, sizes, keys)
+        ]
         at = jtu.tree_unflatten(treedef, moved)
         defect = defect + tree_norm(jax.grad(total)(at))
         scale = scale + tree_norm(jax.grad(lambda v: problem.outer(*v))(at))

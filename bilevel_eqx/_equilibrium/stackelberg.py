@@ -15,7 +15,8 @@ from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
 from .._solution_set.picture import Picture, picture
 from .._tree import nonzero, tree_size
-from .base import AbstractEquilibrium, Certificate, outer_residual, solution_residual
+from .base import AbstractEquilibrium, Certificate
+from .residuals import measure, NOT_A_MINIMUM, slopes_of
 
 
 class Stackelberg(AbstractEquilibrium):
@@ -69,8 +70,8 @@ class Stackelberg(AbstractEquilibrium):
         # Half of the products are for the question whether the minimum is unique.
         share = 1.0 if isinstance(problem, AbstractRootProblem) else 0.5
         here, _ = picture(problem, x, y, max_products=max_products, share=share)
-        outer = here.outer()
-        notes = ()
+        at = measure(here, slopes_of(here))
+        notes = (*at.notes, NOT_A_MINIMUM)
         if here.y.size <= DENSE_SIZE or here.is_root:
             # Zero if no eigenvalue counts as zero, and none is negative.
             missing = jnp.where(jnp.min(here.clearance()) > 1, 0.0, 1.0)
@@ -78,6 +79,7 @@ class Stackelberg(AbstractEquilibrium):
             num_products = _share_of(max_products)
             missing, resolved = _missing_uniqueness(here, num_products)
             notes = (
+                *notes,
                 f"uniqueness is shown by {num_products} products with H, up to a "
                 f"condition number of {1 / resolved:.2g}; more `max_products` show more",
             )
@@ -89,17 +91,11 @@ class Stackelberg(AbstractEquilibrium):
         return Certificate(
             "a Stackelberg equilibrium",
             {
-                **solution_residual(here),
+                **at.inner(),
                 "uniqueness": (missing, unique),
-                **outer_residual(
-                    problem,
-                    x,
-                    outer.hypergradient,
-                    outer.value,
-                    f"x is stationary: F_x - {through} F_y = 0",
-                ),
+                **at.stationary(f"x is stationary: F_x - {through} F_y = 0"),
             },
-            accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
+            accuracy=at.accuracy,
             notes=notes,
         )
 

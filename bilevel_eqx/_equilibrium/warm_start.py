@@ -9,7 +9,8 @@ from .._arguments import as_rate, check_positive
 from .._derivatives.public import is_nonzero
 from .._problem.proximal import proximal
 from .._solution_set.picture import picture
-from .base import AbstractEquilibrium, Certificate, outer_residual, solution_residual
+from .base import AbstractEquilibrium, Certificate
+from .residuals import measure, NOT_A_MINIMUM, slopes_of
 
 
 def _zero_or_rate(epsilon):
@@ -62,23 +63,18 @@ class WarmStart(AbstractEquilibrium):
         # At the anchor itself the pull vanishes but its curvature, epsilon I, does not.
         answering = proximal(problem, y, self.epsilon) if self.partial else problem
         here, _ = picture(answering, x, y, max_products=max_products)
-        outer = here.outer()
+        at = measure(here, slopes_of(here))
         through = "B^T (H + epsilon I)^-1" if self.partial else "B^T H^+"
         if here.is_root:
             through = "(dr/dx)^T (dr/dy)^+T"
         return Certificate(
             "a partial warm start" if self.partial else "a full warm start",
             {
-                **solution_residual(here, "the response from y is y"),
-                **outer_residual(
-                    problem,
-                    x,
-                    outer.hypergradient,
-                    outer.value,
-                    f"x is stationary with it: F_x - {through} F_y = 0",
-                ),
+                **at.inner("the response from y is y"),
+                **at.stationary(f"x is stationary with it: F_x - {through} F_y = 0"),
             },
-            accuracy=here.accuracy(here.at.along(outer.y), outer.adjoint),
+            accuracy=at.accuracy,
+            notes=(*at.notes, NOT_A_MINIMUM),
         )
 
 

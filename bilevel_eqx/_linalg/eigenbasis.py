@@ -13,11 +13,11 @@ import jax.flatten_util
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._tree import nonzero, tree_axpy, tree_dtype, tree_struct, tree_sub, tree_zeros_like
 from .decompositions import eigh, svd
-from .power_iteration import DENSE_SIZE, largest_magnitude
+from .power_iteration import DENSE_SIZE, largest_magnitude, NUM_STEPS
 
 
 _LANCZOS_STEPS = 64
@@ -152,14 +152,21 @@ def eigenbasis_within(
     project: Callable[[PyTree], PyTree],
     operator: lx.AbstractLinearOperator,
     start: PyTree[Array],
-    num_steps: int = _LANCZOS_STEPS,
+    num_steps: int = _LANCZOS_STEPS + NUM_STEPS,
 ) -> Eigenbasis:
     """The eigenvectors of an operator W within a subspace: of P W P, in the range of P.
+
+    If W is not a matrix, it takes `num_steps` products with it, one at least.
 
     Eigenvalues and eigenvectors orthogonal to the subspace are exactly zero. Otherwise
     their rounding errors would look like curvature if the subspace is small or empty.
     """
-    size = nonzero(largest_magnitude(operator.mv, start))
+    if isinstance(operator, lx.MatrixLinearOperator):
+        size = nonzero(jnp.sqrt(jnp.sum(operator.as_matrix() ** 2)))
+    else:
+        num_power_steps = min(NUM_STEPS, num_steps // 3)
+        num_steps = num_steps - num_power_steps
+        size = nonzero(largest_magnitude(operator.mv, start, num_power_steps))
 
     def moved_away(vector):
         # Vectors orthogonal to the subspace get an eigenvalue that none within it has.
@@ -176,7 +183,13 @@ def eigenbasis_within(
     return Eigenbasis(values, jnp.where(is_within[None, :], basis.vectors, 0))
 
 
-def negative_curvature(basis: Eigenbasis) -> Scalar:
-    """How negative the most negative eigenvalue is, relative to the largest."""
-    largest = jnp.max(jnp.abs(basis.values))
-    return jnp.maximum(0, -jnp.min(basis.values)) / nonzero(largest)
+def negative_curvature(basis: Eigenbasis, scale: ScalarLike = 0.0) -> Scalar:
+    """How negative the most negative eigenvalue is, relative to the largest, or to a
+    scale that is larger."""
+    return negative_share(basis.values, scale)
+
+
+def negative_share(values: Float[Array, " k"], scale: ScalarLike = 0.0) -> Scalar:
+    """The same for eigenvalues alone."""
+    largest = jnp.maximum(jnp.max(jnp.abs(values)), scale)
+    return jnp.maximum(0, -jnp.min(values)) / nonzero(largest)

@@ -16,7 +16,12 @@ def largest_curvature(fn: Callable[[PyTree], Scalar], at: PyTree[Array]) -> Scal
     return largest_magnitude(jax.linearize(jax.grad(fn), at)[1], at)
 
 
-def largest_magnitude(product: Callable[[PyTree], PyTree], like: PyTree[Array]) -> Scalar:
+NUM_STEPS = 20
+
+
+def largest_magnitude(
+    product: Callable[[PyTree], PyTree], like: PyTree[Array], num_steps: int = NUM_STEPS
+) -> Scalar:
     """An estimate from below of the largest absolute eigenvalue of a symmetric map."""
 
     def multiply(vector, _):
@@ -26,7 +31,7 @@ def largest_magnitude(product: Callable[[PyTree], PyTree], like: PyTree[Array]) 
 
     start = tree_waves(like)
     start = tree_scale(1 / tree_norm(start), start)
-    return jax.lax.scan(multiply, start, None, length=20)[1][-1]
+    return jax.lax.scan(multiply, start, None, length=num_steps)[1][-1]
 
 
 DENSE_SIZE = 1024

@@ -4,25 +4,10 @@ import equinox as eqx
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
-from .._tree import nonzero, tree_scale
-from .eigenbasis import Eigenbasis, eigenbasis
-
-
-def possible_decrease(
-    hessian: lx.AbstractLinearOperator, gradient: PyTree[Array], radius: ScalarLike
-) -> Scalar:
-    r"""$-\min_{\|s\| \le R} g^\top s + \tfrac12 s^\top Q s$: what a step could gain.
-
-    Zero iff the gradient is zero and no curvature is negative.
-    """
-    flipped = lx.FunctionLinearOperator(
-        lambda v: tree_scale(-1, hessian.mv(v)), hessian.in_structure(), lx.symmetric_tag
-    )
-    downhill = tree_scale(-1, gradient)
-    return trust_region(eigenbasis(flipped, downhill), downhill, radius).value
+from .._tree import nonzero
+from .eigenbasis import Eigenbasis
 
 
 class WorstStep(eqx.Module):

@@ -172,6 +172,10 @@ class _DenseInverse(eqx.Module):
 
     knows_range: ClassVar[bool] = True
 
+    @property
+    def largest(self):
+        return jnp.max(jnp.abs(self.values), initial=0)
+
     def __call__(self, vector):
         coordinates = self.left @ self.out_layout.ravel(vector)
         # Not `right.T @ ...`, which is several times slower on a CPU.
@@ -250,6 +254,10 @@ class _Augmented(eqx.Module):
     def clearance(self):
         return self.inverse.clearance
 
+    @property
+    def largest(self):
+        return self.inverse.largest
+
     def __call__(self, vector):
         return self.inverse.augmented(*vector)
 
@@ -284,6 +292,12 @@ class _DenseFactorInverse(eqx.Module):
         # H has a negative eigenvalue iff I + E has one.
         lowest = jnp.min(eigvalsh(0.5 * (self.curving + self.curving.T)), initial=1)
         return jnp.where(lowest < 0, -clear, clear)
+
+    @property
+    def largest(self):
+        """That of A^T A."""
+        lowest = jnp.where(self.reciprocal > 0, self.reciprocal, jnp.inf)
+        return jnp.max(1 / lowest, initial=0) ** 2
 
     def _coordinates(self, vector):
         return self.reciprocal * (self.right @ self.in_layout.ravel(vector))

@@ -8,10 +8,11 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._derivatives.second import hessian_depends_on_y
 from .._failure.results import finite_or_not, first_failure, RESULTS
+from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._tree import tree_axpy, tree_scale, vector_norm
-from .picture import Adjoint, flat_picture, Lagrangian, Picture
+from .picture import Adjoint, flat_picture, Picture, Push
 from .search import select
 
 
@@ -55,22 +56,24 @@ class Displacement(NamedTuple):
         size = jnp.maximum(1, vector_norm(displacement))
         return vector_norm(self.picture.project(displacement)) / size
 
-    def _lagrangian(self) -> Lagrangian:
-        """That of |y - a|^2 / 2: W is its second derivative."""
-
-        def half_square(x, y):
-            return 0.5 * jnp.sum((y - self.anchor) ** 2)
-
+    def _push(self) -> Push:
+        r"""$v \mapsto (\partial_x \langle v, H \mu \rangle, W v)$."""
         mu, image, _ = self.multiplier
-        return self.picture.lagrangian(half_square, mu, image)
+        curved = self.picture.curvature_of_set(mu, image)
 
-    def _solve_within(self, lagrangian: Lagrangian, vector):
+        def push(v):
+            pushed_x, pushed_y = curved(v)
+            return pushed_x, v + pushed_y
+
+        return push
+
+    def _solve_within(self, push: Push, vector):
         """(P W P)^+ P v, and whether it was found."""
         here = self.picture
         vector = here.project(vector)
         if here.is_plane:
             return vector, RESULTS.successful
-        W = here.within(lambda v: lagrangian.push(v)[1])
+        W = here.within(lambda v: push(v)[1])
         # Close to the identity, so that a few steps are all it takes, in any dimension.
         most = min(_MOST_STEPS, 2 * vector.size + 1)
         solver = TruncatedCG(here.share_of_products(0.5, most))
@@ -88,24 +91,42 @@ class Displacement(NamedTuple):
     ) -> Float[Array, " n"]:
         r"""$\dot y$, for the derivatives of `Picture.condition` and of $H \mu - a$ along
         the same tangent."""
-        lagrangian = self._lagrangian()
+        push = self._push()
         normal = -self.picture.step_of(condition_tangent)
-        change = lagrangian.push(normal)[1] + pull_tangent
-        tangential, _ = self._solve_within(lagrangian, change)
+        change = push(normal)[1] + pull_tangent
+        tangential, _ = self._solve_within(push, change)
         return normal - tangential
 
     def pull(self, u: Float[Array, " n"]) -> tuple[PyTree[Array], RESULTS]:
         r"""$J^\top u = -B^\top H^+ (u - W v) - \partial_x \langle v, H \mu \rangle$
         with $v = (P W P)^+ P u$."""
-        here, lagrangian = self.picture, self._lagrangian()
-        v, result = self._solve_within(lagrangian, u)
-        null_space_term, Wv = lagrangian.push(v)
+        here, push = self.picture, self._push()
+        v, result = self._solve_within(push, u)
+        null_space_term, Wv = push(v)
         q, image, q_result = here.adjoint(u - Wv)
         pulled = here.cross_transposed(q, image=image)
         total = tree_axpy(1.0, pulled, null_space_term)
         # The solvers are not to be blamed for what they are given.
         result = first_failure(finite_or_not(u), q_result, result)
         return tree_scale(-1, total), result
+
+    def curvatures(
+        self, u: Float[Array, " n"]
+    ) -> tuple[Eigenbasis, tuple[Float[Array, " n"], PyTree[Array]]]:
+        r"""The eigenvectors of $P W P$ in the tangent space; and the two parts of `pull`,
+        $u - W v$ and $-\partial_x \langle v, H \mu \rangle$, by its eigenvectors.
+
+        Beyond the dense size these are Ritz values in a Krylov space of $P u$.
+        """
+        here, push = self.picture, self._push()
+        W = here.operator(lambda v: push(v)[1])
+        num_steps = here.share_of_products(0.5, 84)
+        along = here.project(u)
+        basis = eigenbasis_within(here.project, W, along, num_steps)
+        curvatures = jnp.where(basis.values == 0, jnp.inf, basis.values)
+        v = basis.combine(basis.coordinates(along) / curvatures, along)
+        null_space_term, Wv = push(v)
+        return basis, (u - Wv, tree_scale(-1, null_space_term))
 
 
 def nearest_to(

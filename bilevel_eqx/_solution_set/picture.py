@@ -29,7 +29,7 @@ from .._derivatives.second import (
     value_gradient_and_product,
 )
 from .._failure.results import RESULTS
-from .._linalg.eigenbasis import eigenbasis, singular_values
+from .._linalg.eigenbasis import eigenbasis, negative_share, singular_values
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import clearance, uncertainty
 from .._linear_solver.judged import judged
@@ -78,6 +78,22 @@ class Adjoint(NamedTuple):
     result: RESULTS
 
 
+class NewtonStep(NamedTuple):
+    r"""How far y is from an inner minimum, in two parts."""
+
+    step: Float[Array, " n"]
+    r"""$H^+ \nabla_y f$. In a set $D K^+ D r + t (r - D r)$, with the residual r of the
+    condition that y is stationary. Rounding of the gradient is left out."""
+    rest: Scalar
+    """The norm of what no step removes from the gradient: its part in the null space."""
+    curvature: Scalar
+    """The largest of f. It compares the rest with the step."""
+
+
+Push = Callable[[Float[Array, " n"]], tuple[PyTree[Array], Float[Array, " n"]]]
+"""A linear map of vectors like y to what is like x and y."""
+
+
 class Lagrangian(NamedTuple):
     r"""$\Lambda(x, y) = \phi(x, y) + \langle \mu, \nabla_y f(x, y) \rangle$."""
 
@@ -85,7 +101,7 @@ class Lagrangian(NamedTuple):
     r"""$\Lambda_x = \phi_x + B^\top \mu$."""
     y: Float[Array, " n"]
     r"""$\Lambda_y = \phi_y + H \mu$."""
-    push: Callable[[Float[Array, " n"]], tuple[PyTree[Array], Float[Array, " n"]]]
+    push: Push
     r"""$v \mapsto (\Lambda_{xy} v, \Lambda_{yy} v)$."""
 
 
@@ -225,6 +241,39 @@ class Picture(eqx.Module):
         r"""$\mu = -D K^+ D \phi_y$: that of $\nabla_y f = 0$ for an objective $\phi$."""
         return -self.at.along(self.pinv(self.at.along(slope)))
 
+    def pull(self, vector: Float[Array, " n"]) -> PyTree[Array]:
+        r"""$J^\top u = -B^\top H^+ u$."""
+        return self.cross_transposed(self.multiplier(vector))
+
+    def newton_step(self, size: Scalar) -> NewtonStep:
+        r"""The step from y to an inner minimum, for a y of a given size."""
+        H, residual = self.at.hessian, self.at.residual
+        curvature = self.largest_curvature
+        if set_y(self.problem).confines:
+            # H may vanish in a set. Then the step size is in units of the set.
+            curvature = curvature + 1 / self.at.step_size.astype(curvature.dtype)
+        # What cancels in the gradient, and so decides how much of it is rounding.
+        terms = curvature * size + vector_norm(self.gradient)
+        along = self.at.along(residual)
+        if isinstance(self.system, AugmentedHessian):
+            q = self.step_from(self.y, along)
+        else:
+            rounding = 10 * jnp.finfo(size.dtype).eps * terms
+            q = self.solve(self._beyond(along, rounding))[0]
+        across = self.at.step_size.astype(size.dtype) * (residual - along)
+        rest = vector_norm(along - H.mv(q))
+        return NewtonStep(self.at.along(q) + across, rest, curvature)
+
+    def _beyond(self, vector: Float[Array, " n"], rounding: Scalar):
+        """A vector without those of its coordinates, in the eigenvectors of H, that may
+        be rounding. A nearly singular H would turn them into a long step."""
+        if not self._knows_range:
+            return vector
+        rows = self.inverse.left
+        coordinates = rows @ vector
+        excess = jnp.maximum(0, jnp.abs(coordinates) - rounding)
+        return (jnp.sign(coordinates) * excess) @ rows
+
     def cross_transposed(
         self,
         multiplier: Float[Array, " n"],
@@ -275,6 +324,18 @@ class Picture(eqx.Module):
         pulled = self.cross_transposed(along, image=image)
         hypergradient = tree_axpy(-1.0, pulled, outer_x)
         return Outer(value, outer_x, outer_y, q, -along, hypergradient, result)
+
+    def curvature_of_set(
+        self, multiplier: Float[Array, " n"], image: PyTree[Array] | None = None
+    ) -> Push:
+        r"""How S(x) is curved: $v \mapsto (\partial_x \langle v, H \mu \rangle,
+        \partial_y (H \mu) v)$; `image` as for `cross_transposed`, where it is a plane.
+        """
+
+        def gradients(y):
+            return self._constraint(y, multiplier, image)
+
+        return jax.linearize(gradients, self.y)[1]
 
     def lagrangian(
         self,
@@ -340,6 +401,32 @@ class Picture(eqx.Module):
             curved = not self.is_plane
         return clearance(values, uncertainty(values, self.y.size, curved=curved))
 
+    @property
+    def largest_curvature(self) -> Scalar:
+        """The largest eigenvalue of H; or the size of H along a vector that is nothing
+        special, where eigenvalues are not known."""
+        if self._knows_range:
+            return self.inverse.largest
+        waves = tree_waves(self.y)
+        return vector_norm(self.at.hessian.mv(waves)) / vector_norm(waves)
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether f is known to be convex, as a sum of squares that are linear in y."""
+        H = self.at.hessian
+        return isinstance(H, LeastSquaresHessian) and H.curvature is None
+
+    def negative_curvature(self) -> Scalar:
+        """How negative the most negative eigenvalue of H is where y can move, relative to
+        the largest. Zero at a minimum."""
+        if self.is_convex:
+            return jnp.zeros((), self.y.dtype)
+        values = getattr(self.inverse, "values", None)
+        if values is None:
+            num_steps = self.share_of_products(0.5, _LANCZOS_STEPS)
+            values = eigenbasis(self.at.definite_hessian(), None, num_steps).values
+        return negative_share(values)
+
     def share_of_products(self, share: float, most: int) -> int:
         """A number of steps, each as costly as three products with H, that takes no more
         than a share of the products that are allowed."""
@@ -358,10 +445,7 @@ class Picture(eqx.Module):
         H = self.at.hessian
         remainder = H.T.mv(solution) - vector
         # Not relative to H v alone: at an equilibrium v may lie in the null space.
-        waves = tree_waves(vector)
-        waves_image, image = H.mv(waves), H.mv(vector)
-        typical = vector_norm(waves_image) / vector_norm(waves)
-        scale = typical * vector_norm(vector) + vector_norm(image)
+        scale = self.largest_curvature * vector_norm(vector) + vector_norm(H.mv(vector))
         return vector_norm(H.mv(remainder)) / nonzero(scale)
 
     def moved(self, y: Float[Array, " n"]) -> "Picture":
@@ -550,3 +634,6 @@ def restore(
 
 
 _RESTORATIONS = 50
+
+
+_LANCZOS_STEPS = 64

@@ -61,6 +61,34 @@ class WorstCase(NamedTuple):
         increases F to first order."""
         return self.picture.project(self.slope - self.multiplier * self.displacement)
 
+    def convexity(self, everywhere: bool) -> Scalar:
+        r"""How far the curvature of the Lagrangian, $P (W - \nu I) P$, is above zero, in
+        all directions if `everywhere`, relative to the norm of $P W P$ or to $\nu$.
+
+        That is the condition that y is worst of all the ball if S(x) is a plane and F
+        quadratic. In general it need hold only where the ball allows to go to first
+        order: if it presses, that is orthogonal to the offset.
+        """
+        values, offset = self.basis.values, self.offset
+        scale = jnp.maximum(vector_norm(values), self.multiplier)
+        excess = jnp.max(values) - self.multiplier
+        if not everywhere:
+            square = jnp.vdot(offset, offset)
+            along = jnp.vdot(offset, self.hessian.mv(offset)) / nonzero(square)
+            rounding = jnp.sqrt(jnp.finfo(values.dtype).eps)
+            presses = self.multiplier > rounding * jnp.abs(along)
+            unit = jnp.where(presses, offset / jnp.sqrt(nonzero(square)), 0)
+
+            def project(vector):
+                vector = self.picture.project(vector)
+                return vector - jnp.vdot(unit, vector) * unit
+
+            within = self.picture.operator(
+                lambda v: self.hessian.mv(v) - self.multiplier * v
+            )
+            excess = jnp.max(eigenbasis_within(project, within, self.slope).values)
+        return jnp.maximum(0, excess) / nonzero(scale)
+
     def step(self, rounding: ScalarLike = 0.0) -> tuple[WorstStep, Float[Array, " n"]]:
         """The worst offset by the quadratic model around y; and the present one."""
         offset = self.offset
@@ -72,35 +100,34 @@ class WorstCase(NamedTuple):
         room = jnp.maximum(radius**2 - jnp.vdot(across, across), 1e-6 * radius**2)
         return trust_region(self.basis, slope, jnp.sqrt(room), rounding), offset
 
-    def mirrored(self) -> Float[Array, " n"]:
-        """y on the other side of the ball, along its most curved direction.
-
-        At a kink of the worst value both are equally bad.
-        """
-        values = self.basis.values
-        top = (jnp.arange(values.size) == jnp.argmax(values)).astype(values.dtype)
-        direction = self.picture.project(self.basis.combine(top, self.slope))
-        along = jnp.vdot(direction, self.offset)
-        return self.picture.y - 2 * along * direction
-
 
 def worst_case(here: Picture, center: Displacement, radius: ScalarLike) -> WorstCase:
     """The conditions of the worst point of the ball, at a point of S(x)."""
     x, y = here.x, here.y
     value, slope = jax.value_and_grad(here.problem.outer, argnums=1)(x, y)
     displacement = y - center.picture.y
-    offset, tangential = here.project(displacement), here.project(slope)
-    square = jnp.vdot(offset, offset)
-    # Deep inside of the ball it does not press, whatever the quotient says.
-    radius = jnp.asarray(radius, y.dtype)
-    presses = (4 * jnp.vdot(displacement, displacement) > radius**2) & (square > 0)
-    pressure = jnp.vdot(tangential, offset) / jnp.where(presses, square, 1)
-    multiplier = jnp.maximum(0, jnp.where(presses, pressure, 0))
+    multiplier = pressure(here, slope, displacement, radius)
     mu = here.multiplier(slope - multiplier * displacement)
     lagrangian = here.lagrangian(here.problem.outer, mu)
     W = here.operator(lambda v: lagrangian.push(v)[1])
-    basis = eigenbasis_within(here.project, W, tangential)
+    basis = eigenbasis_within(here.project, W, here.project(slope))
     return WorstCase(here, center, radius, value, slope, multiplier, here.along(W), basis)
+
+
+def pressure(
+    here: Picture,
+    slope: Float[Array, " n"],
+    displacement: Float[Array, " n"],
+    radius: ScalarLike,
+) -> Scalar:
+    """The multiplier nu of the ball, from F_y and y - c."""
+    offset, tangential = here.project(displacement), here.project(slope)
+    square = jnp.vdot(offset, offset)
+    # Deep inside of the ball it does not press, whatever the quotient says.
+    radius = jnp.asarray(radius, slope.dtype)
+    presses = (4 * jnp.vdot(displacement, displacement) > radius**2) & (square > 0)
+    quotient = jnp.vdot(tangential, offset) / jnp.where(presses, square, 1)
+    return jnp.maximum(0, jnp.where(presses, quotient, 0))
 
 
 def danskin_gradient(

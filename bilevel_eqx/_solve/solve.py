@@ -209,7 +209,8 @@ def solve(
         cost = stated_cost(equilibrium, y0)
         if report is print_progress and cost is not None:
             print(f"certifying: {cost}", flush=True)
-        certificate = certify_(problem, equilibrium, solution.x, solution.y, y0=y0)
+        x, y = solution.x, solution.y
+        certificate = certify_(problem, equilibrium, x, y, y0=y0, x0=x0)
         solution = dataclasses.replace(solution, certificate=certificate)
     if throw and end is None:
         solution = throw_if_failed(solution, result, lambda: figures)

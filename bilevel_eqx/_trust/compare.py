@@ -153,7 +153,7 @@ def compare(
     # A refused equilibrium cannot be certified either.
     for name, solution in solutions.items():
         certificates[name] = {
-            asked: certify(problem, concepts[asked], solution.x, solution.y, y0=y0)
+            asked: certify(problem, concepts[asked], solution.x, solution.y, y0=y0, x0=x0)
             for asked in solutions
         }
     return Comparison(tuple(concepts), solutions, figures, certificates, refused)
