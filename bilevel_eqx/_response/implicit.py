@@ -185,15 +185,20 @@ class Implicit(AbstractResponse):
         return set_y(problem).stationarity(gradient, H, y, tags), cross_transposed
 
     def _failure(self, problem, x, anchor, at):
-        """What it is called if y is not an inner solution."""
+        """What it is called if y is not the root that it should be; for a minimum,
+        `judge` knows."""
         if isinstance(problem, AbstractRootProblem):
             return why_no_root(problem, x, anchor, at.residual)
-        return RESULTS.inner_not_converged
+        return None
 
-    def judge(self, result, anchor, y, at, failure=RESULTS.inner_not_converged):
+    def judge(self, result, anchor, y, at, failure=None):
         """Whether y is an inner solution. The test does not depend on the scale of f."""
         # Not `finite_or_not`, which takes more operations.
         finite = jnp.isfinite(tree_dot(at.residual, at.residual))
+        if failure is None:
+            failure = RESULTS.where(
+                finite, RESULTS.inner_not_converged, RESULTS.nonfinite_step
+            )
         if self.solver is None or self.tolerance is None:
             verdict = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite_step)
             return first_failure(result, verdict)
@@ -205,8 +210,7 @@ class Implicit(AbstractResponse):
         floor = eps * jnp.maximum(scale, eps)
         # Not <=, because at an infinite y both sides may be infinite.
         converged = distance < self.tolerance * scale + floor
-        why = RESULTS.where(finite, failure, RESULTS.nonfinite_step)
-        verdict = RESULTS.where(converged, RESULTS.successful, why)
+        verdict = RESULTS.where(converged, RESULTS.successful, failure)
         return first_failure(result, verdict)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._arguments import check_mesh, says
+from .._arguments import check_mesh
 from .._derivatives.first import inner_gradient, outer_gradients
 from .._derivatives.operators import AugmentedHessian, LeastSquaresHessian
 from .._derivatives.second import (
@@ -235,7 +235,7 @@ class Picture(eqx.Module):
 
     @property
     def _knows_range(self) -> bool:
-        return not self.differentiable and says(self.inverse, "knows_range", False)
+        return not self.differentiable and getattr(self.inverse, "knows_range", False)
 
     def multiplier(self, slope: Float[Array, " n"]) -> Float[Array, " n"]:
         r"""$\mu = -D K^+ D \phi_y$: that of $\nabla_y f = 0$ for an objective $\phi$."""
