@@ -106,6 +106,7 @@ def worst_case(here: Picture, center: Displacement, radius: ScalarLike) -> Worst
     x, y = here.x, here.y
     value, slope = jax.value_and_grad(here.problem.outer, argnums=1)(x, y)
     displacement = y - center.picture.y
+    radius = jnp.asarray(radius, y.dtype)
     multiplier = pressure(here, slope, displacement, radius)
     mu = here.multiplier(slope - multiplier * displacement)
     lagrangian = here.lagrangian(here.problem.outer, mu)
@@ -124,7 +125,6 @@ def pressure(
     offset, tangential = here.project(displacement), here.project(slope)
     square = jnp.vdot(offset, offset)
     # Deep inside of the ball it does not press, whatever the quotient says.
-    radius = jnp.asarray(radius, slope.dtype)
     presses = (4 * jnp.vdot(displacement, displacement) > radius**2) & (square > 0)
     quotient = jnp.vdot(tangential, offset) / jnp.where(presses, square, 1)
     return jnp.maximum(0, jnp.where(presses, quotient, 0))
