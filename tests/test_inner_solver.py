@@ -26,6 +26,7 @@ from helpers import (
 from jaxtyping import Array
 
 import bilevel_eqx as blx
+from bilevel_eqx._inner_solver.minimum import minimise_inner
 
 
 @eqx.filter_jit
@@ -297,3 +298,25 @@ def test_inner_solvers_agree():
         response = blx.Implicit(solver, linear_solver)
         y = blx.best_response(problem, x, y0, response)
         assert tree_allclose(y, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+@pytest.mark.parametrize("log_penalty", (-12.0, -17.0, -25.0))
+def test_projection_goes_on_where_f_flattens(dtype, log_penalty):
+    # A logistic loss of separable classes, whose gradient falls long before y arrives.
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((40, 5))
+    features *= np.where(features[:, :1] < 0, -1, 1)
+
+    def inner(x, y):
+        loss = jnp.mean(jnp.logaddexp(0, -jnp.asarray(features, y.dtype) @ y))
+        return loss + 0.5 * jnp.exp(x) * jnp.sum(y**2)
+
+    problem = blx.BilevelProblem(lambda x, y: jnp.sum(y) + x, inner)
+    x = jnp.asarray(log_penalty, dtype)
+    y = minimise_inner(problem, x, jnp.zeros(5, dtype), blx.Projection()).value
+    gradient = jax.grad(inner, argnums=1)(x.astype(float), y.astype(float))
+    hessian = jax.hessian(inner, argnums=1)(x.astype(float), y.astype(float))
+    way = np.linalg.solve(as_numpy(hessian), as_numpy(gradient))
+    allowed = 1e-4 if dtype == jnp.float32 else 1e-7
+    assert np.linalg.norm(way) < allowed * np.linalg.norm(as_numpy(y))

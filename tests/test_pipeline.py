@@ -26,6 +26,8 @@ from jaxtyping import Array
 
 import bilevel_eqx as blx
 from bilevel_eqx import tasks
+from bilevel_eqx._optimiser.descent import advance, Point
+from bilevel_eqx._optimiser.lbfgs import LBFGS
 
 
 exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
@@ -458,3 +460,44 @@ def test_by_hand():
         state, metrics = step(problem, equilibrium, state)
         assert tree_allclose(metrics["value"], solution.history["value"][i], rtol=1e-12)
     assert tree_allclose((state.x, state.y), (solution.x, solution.y), rtol=1e-12)
+
+
+#
+# L-BFGS
+#
+
+
+def _searched(evaluate):
+    """The point at the end of one search from x = 1, whose value there is 1."""
+    descent, x = LBFGS(), jnp.array([1.0])
+    answer = jnp.array(0)
+    at = Point(x, jnp.array(1.0), jnp.array([1.0]), jnp.array(False), answer)
+    settings = dict(project=lambda x: x, value_fn=lambda x: 0.0)
+    first = lambda x: at  # noqa: E731
+    state, at = advance(
+        descent, descent.init(x), at, first, started=jnp.array(False), **settings
+    )
+    _, end = advance(descent, state, at, evaluate, started=jnp.array(True), **settings)
+    return end
+
+
+@pytest.mark.parametrize("fails", (False, True))
+def test_a_search_that_finds_nothing_better_stays(fails):
+    # Worse everywhere but where it starts, as within the noise of an inner solve; or no
+    # evaluation but the first succeeds.
+    def evaluate(x):
+        value = jnp.where(fails, 0.0, 1.5)
+        return Point(x, value, jnp.ones_like(x), jnp.array(fails), jnp.array(7))
+
+    end = _searched(evaluate)
+    assert end.x == 1 and end.value == 1 and end.answer == 0 and not end.failed
+
+
+def test_a_search_takes_a_better_point_in_the_end():
+    # The slope never flattens, so that the best point of those tried must do.
+    def evaluate(x):
+        value = jnp.where(x[0] < 0.9, 2.0, x[0])
+        return Point(x, value, jnp.ones_like(x), jnp.array(False), jnp.array(7))
+
+    end = _searched(evaluate)
+    assert 0.9 <= end.x < 1 and end.value < 1 and end.answer == 7
