@@ -279,7 +279,7 @@ def test_small_curvature_is_not_zero_curvature(kind, dtype, w):
     z = jnp.array([2, 1], dtype)
     certificate = blx.certify(problem, blx.Stackelberg(), z, z)
     assert certificate.residuals["uniqueness"] == 0
-    assert certificate.residuals["outer"] > 0.5
+    assert certificate.residuals["outer"] > 0.4
 
 
 @pytest.mark.parametrize("dtype", dtypes)

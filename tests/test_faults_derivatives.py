@@ -475,8 +475,13 @@ def test_an_x_that_runs_off():
     )
     x, y = jnp.zeros(1, jnp.float32), jnp.zeros(3, jnp.float32)
     match = "largest entry of x has grown from 0 to .*`project_x`.*penalty"
+    implicit = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+    descent = blx.GradientPipeline(implicit, optax.adam(4.0))
     with pytest.raises(eqx.EquinoxRuntimeError, match=match):
-        blx.solve(problem, blx.WarmStart(), x, y, num_steps=400)
+        blx.solve(problem, blx.WarmStart(), x, y, pipeline=descent, num_steps=400)
+    # The default does not go where the inner solve fails.
+    stays = blx.solve(problem, blx.WarmStart(), x, y, num_steps=100)
+    assert np.all(np.diff(stays.history["value"]) <= 0)
     bounded = blx.BilevelProblem(
         problem.outer, problem.inner, project_x=lambda x: jnp.clip(x, -3.0, 3.0)
     )

@@ -98,6 +98,9 @@ def augmented(
 
 def explain(solver: lx.AbstractLinearSolver, result: lx.RESULTS) -> RESULTS:
     """The result of a linear solver as one of ours, whose messages say more."""
+    if result is lx.RESULTS.successful:
+        # A solver that cannot fail. What follows would be in the program for nothing.
+        return RESULTS.successful
     breakdown = says(solver, "breakdown", "linear_not_converged")
     ours = RESULTS.promote(result)
     ours = RESULTS.where(

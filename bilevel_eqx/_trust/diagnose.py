@@ -416,6 +416,10 @@ def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
     return Diagnosis(**_recommend(figures, negative, depends_on_x)._asdict(), **figures)
 
 
+# One program each.
+_uncertainty, _margin = eqx.filter_jit(uncertainty), eqx.filter_jit(margin)
+
+
 class _Spectrum:
     """All eigenvalues of H that were found, and which of them count as zero."""
 
@@ -430,7 +434,7 @@ class _Spectrum:
         self.smallest, self.largest = float(values[lowest]), float(np.max(values))
         self.size_of_H = float(np.abs(values[highest]) + bounds[highest])
         dtype = tree_dtype(y)
-        uncertain = uncertainty(jnp.asarray(values, dtype), n, curved=curved)
+        uncertain = _uncertainty(jnp.asarray(values, dtype), n, curved=curved)
         uncertain = np.maximum(np.asarray(uncertain, np.float64), bounds)
         threshold = uncertain[highest]
         clear = values / np.where(uncertain == 0, np.inf, uncertain)
@@ -443,7 +447,7 @@ class _Spectrum:
             self.is_zero[:] = False
             num_zero = int(np.sum(np.abs(clear) <= 1))
             self.is_zero[np.argsort(np.abs(values))[:num_zero]] = True
-        self.margin = float(margin(jnp.asarray(clear, dtype)))
+        self.margin = float(_margin(jnp.asarray(clear, dtype)))
         rank = self._seen(nodes) if probe is None else self._estimated(nodes, probe, n)
         self.rank = min(most, rank)
         self.singular = self.rank < n or bool(np.any(self.is_zero))
