@@ -199,6 +199,7 @@ def _off(rng, point):
     return 0.01 * size[:, None] * move
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ("warm", "partial", "cold", "optimistic", "pessimistic", "Stackelberg", "Nash"),

@@ -848,6 +848,7 @@ blx.save({answer!r}, (solution.x, solution.y, solution.history, solution.state))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(tmp_path):
     file, answer = tmp_path / "run", tmp_path / "answer"
     script = _SCRIPT.format(

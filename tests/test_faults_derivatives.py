@@ -78,6 +78,7 @@ def _derivatives(problem, x, solver):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(_KINDS))
 @pytest.mark.parametrize(
     "solver",
@@ -600,6 +601,7 @@ def test_records_that_are_not_numbers(value, said):
         )
 
 
+@pytest.mark.slow
 def test_solve_is_not_differentiated():
     def value(x, weight=1.0):
         problem = blx.BilevelProblem(

@@ -99,6 +99,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_linear_root_by_every_solver(pair):
     problem, (solver, linear_solver) = linear_root(), PAIRS[pair]

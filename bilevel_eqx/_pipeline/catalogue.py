@@ -59,7 +59,9 @@ def _null_space_ascent(equilibrium, problem):
     # Which needs a ball. In any other set there is only the penalty.
     if equilibrium.radius is None:
         return PenaltyAscent()
-    return NullSpaceAscent(_optimiser(problem))
+    if set_x(problem).confines:
+        return NullSpaceAscent(_optimiser(problem))
+    return NullSpaceAscent()
 
 
 def _warm_start(equilibrium, problem):

@@ -226,6 +226,11 @@ class NullSpaceAscent(_AbstractValueDescent):
     barrier, far below any tolerance.
     """
 
+    # At a kink the search has to come very close.
+    optimiser: optax.GradientTransformation | AbstractDescent = eqx.field(
+        default=LBFGS(max_trials=20), converter=as_optimiser
+    )
+
     aims_at: ClassVar = (Pessimistic,)
 
     def select(self, problem, equilibrium, x, y, y0):
