@@ -85,7 +85,8 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             other problems.
         - `max_steps`: the largest number of Newton steps.
         - `rtol`, `atol`: it stops if a step is shorter than `atol` plus `rtol` times the
-            norm of y, or if the gradient is below `rtol` times its first value. By
+            norm of y, or if the gradient is below `rtol` times its first value and, where
+            f is no quadratic, the last step was shorter than a thousandth of y. By
             default `rtol` is a hundred times machine precision.
         """
         self.linear_solver = linear_solver

@@ -29,9 +29,11 @@ def _flat_projection(problem, layout: Layout):
     return _FlatProjection(problem, layout) if confines else None
 
 
-class _FlatProblem(AbstractBilevelProblem):
-    problem: AbstractBilevelProblem
-    layout: Layout = eqx.field(static=True)
+class _Flat(AbstractBilevelProblem):
+    """What a problem whose inner variables are one vector has of the original one."""
+
+    problem: eqx.AbstractVar[AbstractBilevelProblem]
+    layout: eqx.AbstractVar[Layout]
 
     @property
     def project_x(self):
@@ -43,41 +45,28 @@ class _FlatProblem(AbstractBilevelProblem):
 
     def outer(self, x, y):
         return self.problem.outer(x, self.layout.unravel(y))
+
+
+class _FlatProblem(_Flat):
+    problem: AbstractBilevelProblem
+    layout: Layout = eqx.field(static=True)
 
     def inner(self, x, y):
         return self.problem.inner(x, self.layout.unravel(y))
 
 
-class _FlatLeastSquaresProblem(AbstractLeastSquaresProblem):
+class _FlatLeastSquaresProblem(_Flat, AbstractLeastSquaresProblem):
     problem: AbstractLeastSquaresProblem
     layout: Layout = eqx.field(static=True)
-
-    @property
-    def project_x(self):
-        return self.problem.project_x
-
-    @property
-    def project_y(self):
-        return _flat_projection(self.problem, self.layout)
-
-    def outer(self, x, y):
-        return self.problem.outer(x, self.layout.unravel(y))
 
     def inner_residual(self, x, y):
         residual = self.problem.inner_residual(x, self.layout.unravel(y))
         return Layout(residual).ravel(residual)
 
 
-class _FlatRootProblem(AbstractRootProblem):
+class _FlatRootProblem(_Flat, AbstractRootProblem):
     problem: AbstractRootProblem
     layout: Layout = eqx.field(static=True)
-
-    @property
-    def project_x(self):
-        return self.problem.project_x
-
-    def outer(self, x, y):
-        return self.problem.outer(x, self.layout.unravel(y))
 
     def root(self, x, y):
         return self.layout.ravel(self.problem.root(x, self.layout.unravel(y)))
