@@ -21,7 +21,6 @@ from ._equilibrium.warm_start import WarmStart as WarmStart
 from ._failure.results import RESULTS as RESULTS
 from ._hypergradient import (
     best_response as best_response,
-    Hypergradient as Hypergradient,
     hypergradient as hypergradient,
 )
 from ._inner_solver.gradient_descent import GradientDescent as GradientDescent
@@ -45,6 +44,10 @@ from ._problem.base import (
     AbstractBilevelProblem as AbstractBilevelProblem,
     BilevelProblem as BilevelProblem,
 )
+from ._problem.finite_sum import (
+    AbstractFiniteSumProblem as AbstractFiniteSumProblem,
+    FiniteSumProblem as FiniteSumProblem,
+)
 from ._problem.least_squares import (
     AbstractLeastSquaresProblem as AbstractLeastSquaresProblem,
     LeastSquaresProblem as LeastSquaresProblem,
@@ -54,7 +57,6 @@ from ._problem.root import (
     FixedPointProblem as FixedPointProblem,
     RootProblem as RootProblem,
 )
-from ._response.aggregated import Aggregated as Aggregated
 from ._response.base import AbstractResponse as AbstractResponse, Response as Response
 from ._response.fixed import Fixed as Fixed
 from ._response.implicit import Implicit as Implicit
@@ -80,3 +82,11 @@ _names = sorted(name for name in globals() if not name.startswith("_"))
 
 def __dir__() -> list[str]:
     return list(_names)
+
+
+def __getattr__(name: str) -> object:
+    # What lives in a submodule is found here too, so that `blx.SingleLoop` works.
+    for home in (pipelines, reports):
+        if not name.startswith("_") and hasattr(home, name):
+            return getattr(home, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

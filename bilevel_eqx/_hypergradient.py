@@ -132,7 +132,8 @@ def hypergradient(
 
     **Returns:**
 
-    A [`bilevel_eqx.Hypergradient`][]. [`bilevel_eqx.error_bound`][] bounds its error.
+    A [`bilevel_eqx.reports.Hypergradient`][]. [`bilevel_eqx.error_bound`][] bounds its
+    error.
 
     **Raises:**
 

@@ -16,3 +16,4 @@ from ._pipeline.null_space import (
 from ._pipeline.penalty import PenaltyAscent as PenaltyAscent
 from ._pipeline.play import GradientPlay as GradientPlay, ProximalPlay as ProximalPlay
 from ._pipeline.value_function import ValueFunctionDescent as ValueFunctionDescent
+from ._response.aggregated import Aggregated as Aggregated

@@ -1,10 +1,12 @@
-"""The classes that the audits return.
+"""The classes that hypergradients and the audits return.
 
-Users do not construct them: they come from [`bilevel_eqx.check_hypergradient`][],
+Users do not construct them: they come from [`bilevel_eqx.hypergradient`][],
+[`bilevel_eqx.check_hypergradient`][],
 [`bilevel_eqx.compare`][], [`bilevel_eqx.diagnose`][], [`bilevel_eqx.error_bound`][] and
 [`bilevel_eqx.retrain_gap`][]. They are here for the docs and for type annotations.
 """
 
+from ._hypergradient import Hypergradient as Hypergradient
 from ._trust.check_hypergradient import (
     CheckedResponse as CheckedResponse,
     HypergradientCheck as HypergradientCheck,

@@ -1,0 +1,93 @@
+"""The mini-batches that a run draws."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from .._arguments import check_count
+from .base import AbstractBilevelProblem
+from .finite_sum import (
+    AbstractFiniteSumProblem,
+    Batch,
+    data_of,
+    Level,
+    num_samples,
+    OnBatches,
+)
+from .sampling import check_batch_size, Epochs
+
+
+class Batches(eqx.Module):
+    """Mini-batches of both levels, each in epochs without replacement.
+
+    Batch number t is a function of the key and of t, so there is no state to carry.
+    """
+
+    inner_size: int | None = eqx.field(static=True)
+    outer_size: int | None = eqx.field(static=True)
+    fixed: bool = eqx.field(static=True, default=False)
+
+    def epochs(self, problem: AbstractBilevelProblem, level: Level) -> Epochs | None:
+        """How the data of a level are drawn; `None` if all are used at once."""
+        batch_size = self.inner_size if level == "inner" else self.outer_size
+        if batch_size is None:
+            return None
+        assert isinstance(problem, AbstractFiniteSumProblem)
+        return Epochs(num_samples(problem, level), batch_size, self.fixed)
+
+    def __call__(
+        self,
+        problem: AbstractBilevelProblem,
+        key: PRNGKeyArray,
+        inner_count: Int[Array, ""],
+        outer_count: Int[Array, ""],
+    ) -> AbstractBilevelProblem:
+        """The problem on inner batch number `inner_count` and outer batch number
+        `outer_count`."""
+        if self.inner_size is None and self.outer_size is None:
+            return problem
+        assert isinstance(problem, AbstractFiniteSumProblem)
+        inner_key, outer_key = jr.split(key)
+        return OnBatches(
+            problem,
+            self._batch(problem, "inner", inner_key, inner_count),
+            self._batch(problem, "outer", outer_key, outer_count),
+        )
+
+    def _batch(self, problem, level: Level, key, count) -> Batch | None:
+        epochs = self.epochs(problem, level)
+        if epochs is None:
+            return None
+        samples_key, losses_key = jr.split(key)
+        indices, weights = epochs(samples_key, count)
+        samples = jtu.tree_map(lambda u: u[indices], data_of(problem, level))
+        return Batch(samples, weights, jr.fold_in(losses_key, count))
+
+    def check(self, problem: AbstractBilevelProblem, owner: str) -> None:
+        """Refuses batches of a problem that has no data, or fewer than a batch."""
+        sizes: dict[Level, int | None] = {
+            "inner": self.inner_size,
+            "outer": self.outer_size,
+        }
+        for level, size in sizes.items():
+            if size is None:
+                continue
+            if not isinstance(problem, AbstractFiniteSumProblem):
+                raise ValueError(
+                    f"`{owner}({level}_batch={size})` draws mini-batches, but "
+                    f"`{type(problem).__name__}` does not say what its samples are. "
+                    "State the problem as a `FiniteSumProblem`, or leave the batch out "
+                    "to use all of it."
+                )
+            check_count(size, f"{level}_batch", owner)
+            available = num_samples(problem, level)
+            check_batch_size(size, available, f"`problem.{level}_data`")
+
+
+def check_batch_argument(size: Any, name: str, owner: str) -> None:
+    """Refuses the size of a batch that is not a positive integer or `None`."""
+    if size is not None:
+        check_count(size, name, owner)

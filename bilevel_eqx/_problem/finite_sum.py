@@ -1,0 +1,424 @@
+"""Bilevel problems whose objectives are means over data."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from .._custom_types import X, Y
+from .._tree import tree_dot, tree_zeros_like
+from .base import AbstractBilevelProblem
+from .sampling import subset
+
+
+Level = Literal["inner", "outer"]
+
+
+class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
+    r"""A bilevel problem whose objectives are means over data, and penalties:
+
+    $$f(x, y) = \frac1n \sum_{i=1}^n \ell_i(x, y) + p(x, y), \qquad
+    F(x, y) = \frac1m \sum_{j=1}^m L_j(x, y) + P(x, y).$$
+
+    Subclass it and make the data fields. `inner` and `outer` are made from the losses, so
+    that everything that takes a problem takes this one. Algorithms that draw
+    mini-batches, such as [`bilevel_eqx.SingleLoop`][], need such a problem.
+
+    The samples lie along the leading axis of every leaf of `inner_data` and of
+    `outer_data`. Where x or y has something for each sample (a weight, say), put the
+    indices of the samples into the data as one more column: `batch` then says which ones
+    it has.
+
+    The losses are one number for each sample, and not their mean. So a short last batch
+    and a split into blocks are exact.
+
+    With a `block_size`, the means, their gradients and products with their second
+    derivatives run over blocks of that many samples. Each block is read once, and what is
+    stored on the way is that of one block, for any number of samples and any order of
+    differentiation in x, y and the other fields. Derivatives with respect to the data
+    themselves are taken on all samples at once.
+
+    !!! Example
+
+        ```python
+        class Cleaning(blx.AbstractFiniteSumProblem):
+            inner_data: tuple[Array, Array, Array]  # images, labels and indices
+            outer_data: tuple[Array, Array]
+            block_size = 1000
+
+            def inner_losses(self, x, y, batch, key):
+                images, labels, index = batch
+                logits = images @ y
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+                return jax.nn.sigmoid(x[index]) * losses
+
+            def outer_losses(self, x, y, batch, key):
+                images, labels = batch
+                logits = images @ y
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+            def inner_penalty(self, x, y):
+                return 0.001 * jnp.sum(y**2)
+        ```
+    """
+
+    inner_data: eqx.AbstractVar[PyTree[Array]]
+    outer_data: eqx.AbstractVar[PyTree[Array]]
+    block_size: ClassVar[int | None] = None
+
+    @abc.abstractmethod
+    def inner_losses(
+        self, x: X, y: Y, batch: PyTree[Array], key: PRNGKeyArray | None
+    ) -> Float[Array, " batch"]:
+        r"""The losses $\ell_i(x, y)$ of the samples in a batch.
+
+        **Arguments:**
+
+        - `x`, `y`: the outer and the inner variables.
+        - `batch`: some samples of `inner_data`, in the same structure.
+        - `key`: for what is random in the losses, such as dropout. It is `None` where all
+            data are used; dropout then rests.
+
+        **Returns:**
+
+        A floating-point array with one number for each sample in the batch.
+        """
+
+    @abc.abstractmethod
+    def outer_losses(
+        self, x: X, y: Y, batch: PyTree[Array], key: PRNGKeyArray | None
+    ) -> Float[Array, " batch"]:
+        r"""The losses $L_j(x, y)$ of some samples of `outer_data`, as `inner_losses`."""
+
+    def inner_penalty(self, x: X, y: Y) -> Scalar:
+        """$p(x, y)$, which is whole in every batch. Zero unless overridden."""
+        return jnp.zeros(())
+
+    def outer_penalty(self, x: X, y: Y) -> Scalar:
+        """$P(x, y)$, which is whole in every batch. Zero unless overridden."""
+        return jnp.zeros(())
+
+    def inner(self, x, y):
+        return _plus(_mean(self, x, y, "inner"), self.inner_penalty(x, y))
+
+    def outer(self, x, y):
+        return _plus(_mean(self, x, y, "outer"), self.outer_penalty(x, y))
+
+    def sample(
+        self, key: PRNGKeyArray, inner_size: int | None, outer_size: int | None
+    ) -> AbstractBilevelProblem[X, Y]:
+        """The same problem on a random subset of the data.
+
+        Its objectives, gradients and second derivatives at a point are unbiased estimates
+        of those of this problem.
+
+        **Arguments:**
+
+        - `key`: for the samples, which are drawn without replacement, and for the losses.
+        - `inner_size`, `outer_size`: the numbers of samples; `None` is all of them, and
+            the losses are then without a key.
+
+        **Returns:**
+
+        A problem with the objectives of the subset.
+
+        **Raises:**
+
+        A `ValueError` if there are fewer samples than are asked for.
+        """
+        inner_key, outer_key = jax.random.split(key)
+        return OnBatches(
+            self,
+            _draw(self, "inner", inner_key, inner_size),
+            _draw(self, "outer", outer_key, outer_size),
+        )
+
+
+class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
+    """A bilevel problem whose objectives are means over data, made from functions.
+
+    !!! Example
+
+        ```python
+        def losses(x, y, batch, key):
+            features, targets = batch
+            return (features @ y - targets) ** 2
+
+        problem = blx.FiniteSumProblem(
+            losses,
+            losses,
+            outer_data=validation,
+            inner_data=train,
+            inner_penalty=lambda x, y: jnp.sum(jnp.exp(x) * y**2),
+        )
+        ```
+    """
+
+    outer_losses_fn: Callable
+    inner_losses_fn: Callable
+    outer_data: PyTree[Array]
+    inner_data: PyTree[Array]
+    outer_penalty_fn: Callable | None
+    inner_penalty_fn: Callable | None
+    block_size: int | None = eqx.field(static=True)
+    project_x: Callable[[X], X] | None
+    project_y: Callable[[Y], Y] | None
+
+    # `Any`, because a type checker cannot tell what x and y are in a lambda.
+    def __init__(
+        self,
+        outer_losses: Callable[[Any, Any, Any, Any], Any],
+        inner_losses: Callable[[Any, Any, Any, Any], Any],
+        outer_data: PyTree[Array],
+        inner_data: PyTree[Array],
+        *,
+        outer_penalty: Callable[[Any, Any], Any] | None = None,
+        inner_penalty: Callable[[Any, Any], Any] | None = None,
+        block_size: int | None = None,
+        project_x: Callable[[Any], Any] | None = None,
+        project_y: Callable[[Any], Any] | None = None,
+    ):
+        """**Arguments:**
+
+        - `outer_losses`, `inner_losses`: functions of `(x, y, batch, key)` whose value is
+            one loss for each sample in the batch. The `key` is `None` where all data are
+            used.
+        - `outer_data`, `inner_data`: the samples, along the leading axis of every leaf.
+        - `outer_penalty`, `inner_penalty`: functions of `(x, y)` that are added to the
+            means. Keyword only arguments.
+        - `block_size`: how many samples are used at once where all data are used; `None`,
+            the default, is all of them. Keyword only argument.
+        - `project_x`, `project_y`: as for [`bilevel_eqx.BilevelProblem`][].
+        """
+        self.outer_losses_fn = outer_losses
+        self.inner_losses_fn = inner_losses
+        self.outer_data = jtu.tree_map(jnp.asarray, outer_data)
+        self.inner_data = jtu.tree_map(jnp.asarray, inner_data)
+        self.outer_penalty_fn = outer_penalty
+        self.inner_penalty_fn = inner_penalty
+        self.block_size = block_size
+        self.project_x = project_x
+        self.project_y = project_y
+
+    def inner_losses(self, x, y, batch, key):
+        return self.inner_losses_fn(x, y, batch, key)
+
+    def outer_losses(self, x, y, batch, key):
+        return self.outer_losses_fn(x, y, batch, key)
+
+    def inner_penalty(self, x, y):
+        return (
+            jnp.zeros(())
+            if self.inner_penalty_fn is None
+            else self.inner_penalty_fn(x, y)
+        )
+
+    def outer_penalty(self, x, y):
+        return (
+            jnp.zeros(())
+            if self.outer_penalty_fn is None
+            else self.outer_penalty_fn(x, y)
+        )
+
+
+class Batch(eqx.Module):
+    """Some samples, and what each counts in the estimate of a mean."""
+
+    samples: PyTree[Array]
+    weights: Float[Array, " batch"]
+    key: PRNGKeyArray
+
+
+class OnBatches(AbstractBilevelProblem[X, Y]):
+    """A finite sum on a mini-batch of each level; `None` is all data."""
+
+    problem: AbstractFiniteSumProblem[X, Y]
+    inner_batch: Batch | None
+    outer_batch: Batch | None
+
+    @property
+    def project_x(self):
+        return self.problem.project_x
+
+    @property
+    def project_y(self):
+        return self.problem.project_y
+
+    def inner(self, x, y):
+        whole, batch = self.problem, self.inner_batch
+        if batch is None:
+            return whole.inner(x, y)
+        losses = whole.inner_losses(x, y, batch.samples, batch.key)
+        return _plus(_weighted(losses, batch.weights), whole.inner_penalty(x, y))
+
+    def outer(self, x, y):
+        whole, batch = self.problem, self.outer_batch
+        if batch is None:
+            return whole.outer(x, y)
+        losses = whole.outer_losses(x, y, batch.samples, batch.key)
+        return _plus(_weighted(losses, batch.weights), whole.outer_penalty(x, y))
+
+
+def data_of(problem: AbstractFiniteSumProblem, level: Level) -> PyTree[Array]:
+    """The data of the inner or of the outer objective."""
+    return problem.inner_data if level == "inner" else problem.outer_data
+
+
+def num_samples(problem: AbstractFiniteSumProblem, level: Level) -> int:
+    """How many samples the inner or the outer objective is the mean of."""
+    return jtu.tree_leaves(data_of(problem, level))[0].shape[0]
+
+
+def losses_of(problem: AbstractFiniteSumProblem, level: Level) -> Callable:
+    """The losses of the inner or of the outer objective."""
+    return problem.inner_losses if level == "inner" else problem.outer_losses
+
+
+def _draw(problem, level: Level, key, size: int | None) -> Batch | None:
+    if size is None:
+        return None
+    indices_key, losses_key = jax.random.split(key)
+    indices = subset(indices_key, num_samples(problem, level), size, f"`{level}_data`")
+    samples = jtu.tree_map(lambda u: u[indices], data_of(problem, level))
+    return Batch(samples, jnp.full((size,), 1 / size), losses_key)
+
+
+def _plus(mean: Scalar, penalty: Scalar) -> Scalar:
+    return mean + jnp.asarray(penalty, mean.dtype)
+
+
+def _weighted(losses: Float[Array, " batch"], weights: Array) -> Scalar:
+    return jnp.vdot(weights.astype(losses.dtype), losses)
+
+
+#
+# The mean over all data, in blocks.
+#
+# JAX's derivatives of a loop over blocks would store something of each block. So the mean
+# has its own rule: its gradient is another loop over blocks, and so is a product with the
+# derivative of that gradient. Both are linear in the tangent, so reverse mode transposes
+# them.
+#
+
+
+def _mean(problem: AbstractFiniteSumProblem, x, y, level: Level) -> Scalar:
+    size, block_size = num_samples(problem, level), problem.block_size
+    if block_size is None or block_size >= size:
+        return _whole_mean((problem, x, y), level)
+    return _blocked_mean((problem, x, y), level=level)
+
+
+def _whole_mean(args, level: Level) -> Scalar:
+    problem, x, y = args
+    return jnp.mean(losses_of(problem, level)(x, y, data_of(problem, level), None))
+
+
+@eqx.filter_custom_jvp
+def _blocked_mean(args, *, level: Level):
+    return _over_blocks(lambda block: _share(args, level, block), args[0], level)
+
+
+@_blocked_mean.def_jvp
+def _blocked_mean_jvp(primals, tangents, *, level: Level):
+    (args,), (t_args,) = primals, tangents
+    if _moves_data(t_args[0], level):
+        return eqx.filter_jvp(lambda args: _whole_mean(args, level), (args,), (t_args,))
+    moving, rest = _parted(args, t_args)
+    value = _blocked_mean(args, level=level)
+    gradient = _blocked_gradient(moving, rest, level=level)
+    return value, tree_dot(gradient, t_args).astype(value.dtype)
+
+
+@eqx.filter_custom_jvp
+def _blocked_gradient(moving, rest, *, level: Level):
+    """The gradient of the mean with respect to `moving`."""
+
+    def gradient(block):
+        return _gradient(lambda args: _share(args, level, block), moving, rest)
+
+    return _over_blocks(gradient, _problem(moving, rest), level)
+
+
+@_blocked_gradient.def_jvp
+def _blocked_gradient_jvp(primals, tangents, *, level: Level):
+    if any(_moves_data(t_args[0], level) for t_args in tangents):
+
+        def whole(moving, rest):
+            return _gradient(lambda args: _whole_mean(args, level), moving, rest)
+
+        return eqx.filter_jvp(whole, primals, tangents)
+
+    def product(block):
+        def gradient(moving, rest):
+            return _gradient(lambda args: _share(args, level, block), moving, rest)
+
+        return eqx.filter_jvp(gradient, primals, tangents)[1]
+
+    products = _over_blocks(product, _problem(*primals), level)
+    return _blocked_gradient(*primals, level=level), products
+
+
+def _share(args, level: Level, block: tuple[PyTree[Array], Array]) -> Scalar:
+    """What a block adds to the mean."""
+    problem, x, y = args
+    samples, weights = block
+    return _weighted(losses_of(problem, level)(x, y, samples, None), weights)
+
+
+def _gradient(fn: Callable, moving, rest):
+    return jax.grad(lambda moving: fn(eqx.combine(moving, rest)))(moving)
+
+
+def _problem(moving, rest) -> AbstractFiniteSumProblem:
+    return eqx.combine(moving[0], rest[0])
+
+
+def _parted(args, t_args):
+    """The leaves with a tangent, and the others."""
+
+    def part(which):
+        return jtu.tree_map(
+            lambda t, u: u if which(t) else None, t_args, args, is_leaf=_is_none
+        )
+
+    return part(lambda t: t is not None), part(_is_none)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _moves_data(t_problem, level: Level) -> bool:
+    return len(jtu.tree_leaves(data_of(t_problem, level))) > 0
+
+
+def _over_blocks(fn: Callable, problem: AbstractFiniteSumProblem, level: Level):
+    """The sum of `fn((samples, weights))` over the blocks."""
+    data, size = data_of(problem, level), num_samples(problem, level)
+    block_size = problem.block_size
+    assert block_size is not None
+
+    def at(i):
+        # The last block begins earlier if it would be short, and what the block before it
+        # has read counts nothing.
+        start = jnp.minimum(i * block_size, size - block_size)
+        samples = jtu.tree_map(
+            lambda u: jax.lax.dynamic_slice_in_dim(u, start, block_size), data
+        )
+        is_new = start + jnp.arange(block_size) >= i * block_size
+        return fn((samples, jnp.where(is_new, 1 / size, 0)))
+
+    # Recomputed where it is differentiated once more, so that no block is stored.
+    at = jax.checkpoint(at, prevent_cse=False)  # pyright: ignore
+
+    def step(total, i):
+        return jtu.tree_map(jnp.add, total, at(i)), None
+
+    zeros = tree_zeros_like(jax.eval_shape(at, 0))
+    num_blocks = -(-size // block_size)
+    return jax.lax.scan(step, zeros, jnp.arange(num_blocks))[0]

@@ -1,0 +1,305 @@
+"""Means over data: their derivatives in blocks, and the batches drawn from them."""
+
+import collections
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from helpers import tree_allclose
+
+import bilevel_eqx as blx
+from bilevel_eqx._problem.batches import Batches
+from bilevel_eqx._problem.sampling import Epochs, shuffled
+
+
+NUM_TRAIN, NUM_VALIDATION, DIM = 37, 23, 4
+
+
+def logistic(x, y, batch, key):
+    features, signs = batch
+    return jax.nn.softplus(-signs * (features @ y))
+
+
+def weighted(x, y, batch, key):
+    return jnp.exp(x[0]) * logistic(x, y, batch, key)
+
+
+def penalty(x, y):
+    return 0.05 * jnp.sum(jnp.exp(x) * y**2)
+
+
+def make(block_size=None, dtype=jnp.float64):
+    def data(seed, size):
+        features = jr.normal(jr.key(seed), (size, DIM), dtype)
+        noise = jr.normal(jr.key(seed + 1), (size,), dtype)
+        return features, jnp.sign(features[:, 0] + noise)
+
+    return blx.FiniteSumProblem(
+        logistic,
+        weighted,
+        data(2, NUM_VALIDATION),
+        data(0, NUM_TRAIN),
+        inner_penalty=penalty,
+        block_size=block_size,
+    )
+
+
+X = jnp.array([0.1, 0.2, -0.3, 0.4])
+Y = jnp.array([0.5, -1.0, 0.3, 0.2])
+
+
+def test_the_mean_of_the_losses():
+    problem = make()
+    features, signs = map(np.asarray, problem.inner_data)
+    losses = np.log1p(np.exp(-signs * (features @ np.asarray(Y))))
+    f = np.exp(0.1) * losses.mean() + 0.05 * np.sum(np.exp(X) * Y**2)
+    assert np.allclose(problem.inner(X, Y), f, rtol=1e-14)
+    features, signs = map(np.asarray, problem.outer_data)
+    losses = np.log1p(np.exp(-signs * (features @ np.asarray(Y))))
+    assert np.allclose(problem.outer(X, Y), losses.mean(), rtol=1e-14)
+
+
+def _derivatives(problem):
+    f, (features, signs) = problem.inner, problem.inner_data
+
+    def of_data(features):
+        data = features, signs
+        return eqx.tree_at(lambda p: p.inner_data, problem, data).inner
+
+    return {
+        "value and gradient": jax.value_and_grad(f, (0, 1))(X, Y),
+        "reverse over reverse": jax.jacrev(jax.jacrev(f, 1), 0)(X, Y),
+        "forward over reverse": jax.jacfwd(jax.grad(f, (0, 1)), 1)(X, Y),
+        "forward over forward": jax.jacfwd(jax.jacfwd(f, 1), 0)(X, Y),
+        "third": jax.jacrev(jax.jacfwd(jax.jacrev(f, 1), 0), 1)(X, Y),
+        "a batch": jax.vmap(jax.grad(f, 1), (None, 0))(X, jnp.stack([Y, 2 * Y])),
+        "data": jax.grad(lambda A: of_data(A)(X, Y))(features),
+        "data, then y": jax.jacfwd(lambda A: jax.grad(of_data(A), 1)(X, Y))(features),
+        "y, then data": jax.jacrev(
+            lambda y: jax.grad(lambda A: of_data(A)(X, y))(features)
+        )(Y),
+    }
+
+
+# That divide the data and that do not; one of more than there are.
+@pytest.mark.parametrize("block_size", (10, 36, 50))
+def test_blocks_change_nothing(block_size):
+    derivatives = eqx.filter_jit(_derivatives)
+    ours, whole = derivatives(make(block_size)), derivatives(make())
+    for name in whole:
+        assert tree_allclose(ours[name], whole[name], rtol=1e-12), name
+
+
+def _temporary_bytes(num_samples, block_size):
+    data = jnp.zeros((num_samples, 20)), jnp.ones(num_samples)
+    hidden = jnp.zeros((20, 30)), jnp.zeros(30)
+
+    def losses(x, y, batch, key):
+        features, signs = batch
+        first, second = y
+        return jax.nn.softplus(-signs * (jnp.tanh(features @ first) @ second))
+
+    def cg(data, y, v):
+        problem = blx.FiniteSumProblem(losses, losses, data, data, block_size=block_size)
+        _, push = jax.linearize(lambda y: jax.grad(problem.inner, 1)(X, y), y)
+        return jax.lax.scan(lambda v, _: (push(v), None), v, length=3)[0]
+
+    compiled = jax.jit(cg).lower(data, hidden, hidden).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_the_data():
+    # Several products with one linearisation, of a network: what is usually stored.
+    small, large = (_temporary_bytes(n, 100) for n in (1_050, 8_050))
+    assert large < 1.1 * small
+    assert _temporary_bytes(8_050, None) > 10 * large
+
+
+def test_everything_that_takes_a_problem_takes_it():
+    response = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+
+    @eqx.filter_jit
+    def answers(problem):
+        out = blx.hypergradient(problem, X, Y, response)
+        slope = jax.jacfwd(lambda x: blx.best_response(problem, x, Y, response))(X)
+        return out.gradient, slope
+
+    ours, whole = answers(make(10)), answers(make())
+    assert tree_allclose(ours, whole, rtol=1e-8)
+    solution = blx.solve(make(10), blx.WarmStart(), X, Y, num_steps=5)
+    assert tree_allclose(
+        solution.value,
+        blx.solve(make(), blx.WarmStart(), X, Y, num_steps=5).value,
+        rtol=1e-10,
+    )
+    assert solution.certificate.residuals["inner"] < 1e-8
+
+
+class Indexed(blx.AbstractFiniteSumProblem):
+    inner_data: tuple
+    outer_data: tuple
+
+    block_size = 4
+
+    def inner_losses(self, x, y, batch, key):
+        target, index = batch
+        return jax.nn.sigmoid(x[index]) * (y - target) ** 2
+
+    def outer_losses(self, x, y, batch, key):
+        (target,) = batch
+        return (y - target) ** 2
+
+
+def test_x_has_an_entry_for_each_sample():
+    target = jnp.arange(10.0)
+    problem = Indexed((target, jnp.arange(10)), (jnp.array([2.0, 3.0]),))
+    x, y = jnp.linspace(-1, 1, 10), jnp.array(4.0)
+    slope = jax.nn.sigmoid(x) * jax.nn.sigmoid(-x) * (4.0 - target) ** 2 / 10
+    assert tree_allclose(jax.grad(problem.inner)(x, y), slope, rtol=1e-12)
+    # The minimum is a weighted mean, in closed form.
+    weights = jax.nn.sigmoid(x)
+    response = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+    answer = blx.best_response(problem, x, y, response)
+    assert tree_allclose(answer, weights @ target / jnp.sum(weights), rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 17, 100, 4_097))
+def test_a_shuffle_is_a_permutation(size):
+    shuffle = jax.jit(jax.vmap(lambda key: shuffled(key, jnp.arange(size), size)))
+    for order in np.asarray(shuffle(jr.split(jr.key(0), 5))):
+        assert np.array_equal(np.sort(order), np.arange(size))
+
+
+def test_all_permutations_are_as_likely():
+    orders = jax.vmap(lambda key: shuffled(key, jnp.arange(4), 4))(
+        jr.split(jr.key(0), 24_000)
+    )
+    counts = collections.Counter(map(tuple, np.asarray(orders).tolist()))
+    assert len(counts) == 24
+    # 1,000 each, with a standard deviation of 31.
+    assert all(abs(count - 1_000) < 140 for count in counts.values())
+
+
+@pytest.mark.parametrize("fixed", (False, True))
+@pytest.mark.parametrize("batch_size", (1, 5, 7, 37))
+def test_an_epoch_has_each_sample_once(batch_size, fixed):
+    epochs = Epochs(NUM_TRAIN, batch_size, fixed)
+    num = epochs.num_batches
+    draw = jax.jit(jax.vmap(lambda count: epochs(jr.key(3), count)))
+    indices, weights = map(np.asarray, draw(jnp.arange(3 * num)))
+    for epoch in range(3):
+        of_epoch = slice(epoch * num, (epoch + 1) * num)
+        drawn = indices[of_epoch][weights[of_epoch] > 0]
+        assert np.array_equal(np.sort(drawn), np.arange(NUM_TRAIN))
+        # The mean over the batches is the mean over the samples.
+        assert np.allclose(np.sum(weights[of_epoch]) / num, 1)
+    if 1 < batch_size < NUM_TRAIN:
+        batches = [frozenset(b[w > 0].tolist()) for b, w in zip(indices, weights)]
+        first, second = batches[:num], batches[num : 2 * num]
+        assert (set(first) == set(second)) == fixed
+        assert first != second
+
+
+@pytest.mark.parametrize("fixed", (False, True))
+def test_batches_are_unbiased_over_an_epoch(fixed):
+    problem, batches = make(), Batches(8, 5, fixed)
+    num_inner, num_outer = -(-NUM_TRAIN // 8), -(-NUM_VALIDATION // 5)
+
+    def on(count):
+        batch = batches(problem, jr.key(1), count, count)
+        inner = jax.grad(batch.inner, (0, 1))(X, Y)
+        product = jax.jvp(lambda y: jax.grad(batch.inner, (0, 1))(X, y), (Y,), (Y,))[1]
+        return inner, product, jax.grad(batch.outer, 1)(X, Y)
+
+    def mean(tree, num):
+        return jtu.tree_map(lambda u: jnp.mean(u[:num], 0), tree)
+
+    *inner, outer = jax.vmap(on)(jnp.arange(num_inner))
+    assert num_inner == num_outer
+    whole = jax.grad(problem.inner, (0, 1))(X, Y)
+    product = jax.jvp(lambda y: jax.grad(problem.inner, (0, 1))(X, y), (Y,), (Y,))[1]
+    assert tree_allclose(mean(inner, num_inner), [whole, product], rtol=1e-12)
+    expected = jax.grad(problem.outer, 1)(X, Y)
+    assert tree_allclose(mean(outer, num_outer), expected, rtol=1e-12)
+
+
+def test_a_sample_is_the_problem_on_some_of_the_data():
+    problem = make()
+    small = problem.sample(jr.key(0), 7, None)
+    assert tree_allclose(small.outer(X, Y), problem.outer(X, Y), rtol=1e-14)
+    full = problem.sample(jr.key(0), NUM_TRAIN, NUM_VALIDATION)
+    assert tree_allclose(full.inner(X, Y), problem.inner(X, Y), rtol=1e-12)
+    # Its mean over many keys is the mean over the data.
+    values = jax.vmap(lambda key: problem.sample(key, 7, 1).inner(X, Y))(
+        jr.split(jr.key(1), 4_000)
+    )
+    error = jnp.std(values) / jnp.sqrt(4_000)
+    assert abs(jnp.mean(values) - problem.inner(X, Y)) < 4 * error
+
+
+def test_dropout_rests_where_all_data_are_used():
+    def losses(x, y, batch, key):
+        kept = 1.0
+        if key is not None:
+            kept = jnp.where(jr.bernoulli(key, 0.5, batch.shape), 2.0, 0.0)
+        return kept * y * batch
+
+    problem = blx.FiniteSumProblem(losses, losses, jnp.ones(6), jnp.ones(6))
+    assert problem.inner(X, jnp.array(1.0)) == 1
+    values = [
+        float(problem.sample(jr.key(i), 6, 6).inner(X, jnp.array(1.0))) for i in range(5)
+    ]
+    assert len(set(values)) > 1
+
+
+def test_float32_stays_float32():
+    problem = make(10, jnp.float32)
+    x, y = X.astype(jnp.float32), Y.astype(jnp.float32)
+    small = problem.sample(jr.key(0), 7, 5)
+    for p in (problem, small):
+        for tree in (p.inner(x, y), p.outer(x, y), jax.grad(p.inner, (0, 1))(x, y)):
+            assert all(u.dtype == jnp.float32 for u in jtu.tree_leaves(tree))
+
+
+def _with(**changes):
+    arguments = {
+        "outer_losses": logistic,
+        "inner_losses": logistic,
+        "outer_data": make().outer_data,
+        "inner_data": make().inner_data,
+        **changes,
+    }
+    return blx.FiniteSumProblem(**arguments)
+
+
+@pytest.mark.parametrize(
+    "problem, sentence",
+    (
+        (lambda: _with(inner_losses=lambda *a: jnp.mean(logistic(*a))), "each sample"),
+        (lambda: _with(outer_losses=lambda *a: logistic(*a)[:, None]), "each sample"),
+        (
+            lambda: _with(inner_data=(jnp.ones((5, DIM)), jnp.ones(4))),
+            r"inner_data\[0\]` has 5, `problem.inner_data\[1\]` has 4",
+        ),
+        (lambda: _with(outer_data=()), "contains no arrays"),
+        (lambda: _with(inner_data=jnp.array(1.0)), "leading axis"),
+        (lambda: _with(block_size=0), "at least one"),
+    ),
+)
+def test_what_cannot_be_right_is_refused(problem, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        blx.solve(problem(), blx.WarmStart(), X, Y, num_steps=1)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="38 samples.*`inner_data` has 37"):
+        make().sample(jr.key(0), 38, 1)
+    with pytest.raises(ValueError, match="`problem.outer_data` has 23"):
+        Batches(1, 24).check(make(), "Pipeline")
+    plain = blx.BilevelProblem(lambda x, y: y, lambda x, y: y**2)
+    with pytest.raises(ValueError, match="FiniteSumProblem"):
+        Batches(1, None).check(plain, "Pipeline")
