@@ -82,10 +82,17 @@ def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array],
 
     `jax.custom_batching` is public, but labelled experimental.
     """
-    in_turn = jax.custom_batching.sequential_vmap(decompose)
+    safe = jax.custom_batching.custom_vmap(decompose)
 
-    def safe(matrix: Array) -> Any:
-        return jax.lax.platform_dependent(matrix, cpu=in_turn, default=decompose)
+    @safe.def_vmap
+    def of_batch(axis_size: int, is_batched: list[bool], matrices: Array) -> Any:
+        del axis_size, is_batched
+        out = jax.lax.platform_dependent(
+            matrices,
+            cpu=lambda matrices: jax.lax.map(safe, matrices),
+            default=jax.vmap(decompose),
+        )
+        return out, jtu.tree_map(lambda _: True, out)
 
     return safe
 

@@ -17,6 +17,22 @@ from jaxtyping import Array, Bool, Float, PyTree, Scalar, ScalarLike
 #
 
 
+def where(pred: Bool[Array, " *shape"], a: Any, b: Any) -> Array:
+    """`jnp.where`, in one operation. That of JAX is a function of the program each time.
+
+    `a`, `b` and `pred` are broadcast.
+    """
+    if not (isinstance(a, jax.Array) or isinstance(b, jax.Array)):
+        # Of two numbers JAX makes one of a weak type.
+        return jnp.where(pred, a, b)
+    dtype = jnp.result_type(a, b)
+    shape = jnp.broadcast_shapes(*(jnp.shape(u) for u in (pred, a, b)))
+    if jnp.shape(pred) not in ((), shape):
+        pred = jnp.broadcast_to(pred, shape)
+    a, b = (jnp.broadcast_to(jnp.asarray(u, dtype), shape) for u in (a, b))
+    return jax.lax.select(pred, a, b)
+
+
 def tree_dot(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
     """The inner product of two pytrees of the same structure."""
     dtype = tree_dtype(a)
@@ -29,7 +45,7 @@ def tree_norm(a: PyTree[Array]) -> Scalar:
     """The two-norm of a pytree. Its derivative at zero is zero, not NaN."""
     square = tree_dot(a, a)
     is_zero = square == 0
-    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+    return where(is_zero, 0, jnp.sqrt(where(is_zero, 1, square)))
 
 
 def vector_norm(a: Float[Array, " n"]) -> Scalar:
@@ -65,7 +81,7 @@ def project_on_ball(
     displacement = tree_sub(a, center)
     length = tree_norm(displacement)
     radius = jnp.asarray(radius, length.dtype)
-    share = jnp.where(length > radius, radius / nonzero(length), 1)
+    share = where(length > radius, radius / nonzero(length), 1)
     return tree_axpy(share, displacement, center)
 
 
@@ -83,13 +99,13 @@ def tree_where(pred: Bool[Array, ""], a: Any, b: Any) -> Any:
     """`a` where `pred` holds and `b` elsewhere. Leaves other than arrays are from `a`."""
     dynamic_a, static = eqx.partition(a, eqx.is_array)
     dynamic_b, _ = eqx.partition(b, eqx.is_array)
-    chosen = jtu.tree_map(lambda u, v: jnp.where(pred, u, v), dynamic_a, dynamic_b)
+    chosen = jtu.tree_map(lambda u, v: where(pred, u, v), dynamic_a, dynamic_b)
     return eqx.combine(chosen, static)
 
 
 def nonzero(divisor: Array) -> Array:
     """The divisor, or one where it is zero. It is for quotients that are zero there."""
-    return jnp.where(divisor == 0, 1, divisor)
+    return where(divisor == 0, 1, divisor)
 
 
 def tree_zeros_like(a: PyTree) -> PyTree[Array]:
@@ -147,10 +163,9 @@ def tree_struct(a: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
 def all_finite(tree: Any) -> Bool[Array, ""]:
     """Whether every floating-point array in `tree` is free of NaN and infinity."""
     leaves = [u for u in jtu.tree_leaves(tree) if eqx.is_inexact_array(u)]
-    finite = jnp.asarray(True)
-    for leaf in leaves:
-        finite = finite & _is_finite(leaf)
-    return finite
+    if not leaves:
+        return jnp.asarray(True)
+    return ft.reduce(jnp.logical_and, map(_is_finite, leaves))
 
 
 _LARGE = 2**14

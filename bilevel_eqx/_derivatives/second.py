@@ -15,7 +15,7 @@ from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
-from .._tree import nonzero, tree_struct, tree_sub, tree_zeros_like
+from .._tree import nonzero, tree_struct, tree_sub, tree_zeros_like, where
 from .first import inner_gradient
 from .operators import (
     CrossDerivative,
@@ -166,7 +166,7 @@ def curved_hessian(
         matrix = jax.vmap(product)(rows)
         g, H = jax.lax.stop_gradient((gradient, matrix))
         square, curvature = jnp.vdot(g, g), jnp.abs(jnp.vdot(g, g @ H))
-        length = jnp.where(curvature == 0, 0, square / nonzero(curvature))
+        length = where(curvature == 0, 0, square / nonzero(curvature))
         return jax.lax.stop_gradient(point) - length * g, (value, gradient, matrix)
 
     # Twice the same, in one loop: that is half as long a program.

@@ -39,8 +39,7 @@ class Optimistic(AbstractEquilibrium):
     def certify(self, problem, x, y, y0, max_products=None):
         here, layout = picture(problem, x, y, max_products=max_products, share=0.5)
         at = measure(here, slopes_of(here))
-        multiplier = here.multiplier(at.outer.y)
-        lagrangian = here.lagrangian(here.problem.outer, multiplier)
+        lagrangian = here.lagrangian(here.problem.outer, -at.adjoint)
         W = here.operator(lambda v: lagrangian.push(v)[1])
         num_steps = here.share_of_products(0.5, 84)
         along = eigenbasis_within(here.project, W, at.outer.y, num_steps)

@@ -127,6 +127,8 @@ class Measures(NamedTuple):
     r"""$F_x + J^\top F_y$."""
     terms: Scalar
     """The size of the terms that cancel in it."""
+    adjoint: Float[Array, " n"]
+    r"""$q = H^{+\top} F_y$; with `tangential`, $H^{+\top} u$."""
 
     def inner(self, what: str = "y is an inner minimum") -> dict:
         """The entries on f_y and f_yy."""
@@ -204,6 +206,7 @@ def measure(
         reach=reach.astype(unit.dtype),
         hypergradient=tree_axpy(-1.0, indirect, direct),
         terms=terms + norm(mixed),
+        adjoint=adjoints[0],
     )
 
 

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._tree import all_finite, tree_dtype, tree_where
 
@@ -152,16 +152,28 @@ _MORE_PARTS = {
 
 
 def figures_of(x: PyTree, stats: dict[str, Any], /, **parts: PyTree) -> dict[str, Array]:
-    """The numbers that a message may contain: those in `stats`, and which of x and of the
-    `parts` are finite.
+    """The numbers that a message may contain: those in `stats` as one vector, and which
+    of x and of the `parts` are finite.
 
     Their type is that of x. The entries are always the same, so that a loop can carry
     them, and those of further parts.
     """
-    dtype = tree_dtype(x)
-    numbers = {k: jnp.asarray(stats.get(k, _UNKNOWN), dtype) for k in _NUMBERS}
     parts = {**dict.fromkeys(_PARTS), "x": x, **parts}
-    return numbers | {name: all_finite(part) for name, part in parts.items()}
+    finite = {name: all_finite(part) for name, part in parts.items()}
+    return {"numbers": _numbers(tree_dtype(x), stats), **finite}
+
+
+def no_figures(x: PyTree) -> dict[str, Array]:
+    """Those of a run that has not begun."""
+    numbers = _numbers(tree_dtype(x), {})
+    return {"numbers": numbers, **{name: jnp.asarray(True) for name in _PARTS}}
+
+
+def _numbers(dtype: Any, stats: dict[str, Any]) -> Float[Array, " k"]:
+    # A vector, so that a program that chooses between two of them is short.
+    if not stats.keys() & set(_NUMBERS):
+        return jnp.full(len(_NUMBERS), _UNKNOWN, dtype)
+    return jnp.stack([jnp.asarray(stats.get(k, _UNKNOWN), dtype) for k in _NUMBERS])
 
 
 class Verdict(eqx.Module):

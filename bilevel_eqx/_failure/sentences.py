@@ -5,7 +5,7 @@ from typing import Any
 import jax.tree_util as jtu
 import numpy as np
 
-from .results import _MORE_PARTS, _NUMBERS, _PARTS, _UNKNOWN, RESULTS
+from .results import _MORE_PARTS, _PARTS, _UNKNOWN, RESULTS
 
 
 # Instead of the message of `inner_not_converged`, where that is known to be the reason.
@@ -98,12 +98,13 @@ def _where_x_went(message: str, figures: dict[str, Any]) -> str:
 
 
 def _numbers(message: str, figures: dict[str, Any]) -> str:
+    numbers = [float(number) for number in figures["numbers"]]
+    inner, displacement, linear, curvature, steps = numbers
     if _is(message, "nonfinite_step"):
         causes = _not_finite(_MORE_PARTS, figures)
         names = _not_finite(_PARTS, figures) + causes
-        inner_norm = float(figures["inner_residual"])
-        if "inner_y" not in figures and inner_norm != _UNKNOWN:
-            if not np.isfinite(inner_norm):
+        if "inner_y" not in figures and inner != _UNKNOWN:
+            if not np.isfinite(inner):
                 names.append(_MORE_PARTS["inner_y"])
         if len(names) == 0:
             return "x and y are finite, but the outer objective or a derivative is not."
@@ -122,7 +123,6 @@ def _numbers(message: str, figures: dict[str, Any]) -> str:
             f"{figures['last_outer_residual']:.3g} and the inner residual "
             f"{figures['last_inner_residual']:.3g}."
         )
-    inner, displacement, linear, curvature, steps = (float(figures[k]) for k in _NUMBERS)
     after = "" if steps == _UNKNOWN else f" after {steps:.0f} steps"
     remedy = (
         f"a step size below {2 / curvature:.3g} does not diverge on it"

@@ -19,6 +19,7 @@ from .._tree import (
     tree_norm,
     tree_sub,
     tree_where,
+    where,
 )
 
 
@@ -103,9 +104,9 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
         move = tree_sub(new_y, y)
         uphill = tree_dot(displacement, move) < 0
         grown = 0.5 * (1 + jnp.sqrt(1 + 4 * state.momentum**2))
-        share = jnp.where(uphill, 0, (state.momentum - 1) / grown)
+        share = where(uphill, 0, (state.momentum - 1) / grown)
         new_ahead = tree_axpy(share, move, new_y)
-        momentum = jnp.where(uphill, 1, grown)
+        momentum = where(uphill, 1, grown)
 
         rtol = 10 * eps if self.rtol is None else self.rtol
         # The length of a step from `ahead`. It is zero only at the minimum.
@@ -113,8 +114,8 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
         num_steps = state.num_steps + 1
         state = _ProjectedState(
             tree_where(accepted, new_ahead, y),
-            jnp.where(accepted, momentum, 1),
-            jnp.where(accepted, t, 0.5 * t),
+            where(accepted, momentum, 1),
+            where(accepted, t, 0.5 * t),
             num_steps,
             small | (num_steps >= self.max_steps) | ~jnp.isfinite(length),
         )

@@ -17,7 +17,7 @@ from .._derivatives.second import value_gradient_and_product
 from .._linalg.newton_direction import newton_direction
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._optimiser.backtracking import backtrack
-from .._tree import Layout, nonzero, tree_dtype, tree_eps, tree_struct, vector_norm
+from .._tree import Layout, nonzero, tree_dtype, tree_eps, tree_struct, vector_norm, where
 
 
 class _ProjectionState(eqx.Module):
@@ -112,7 +112,7 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
 
         value, gradient, product = value_gradient_and_product(objective, v)
         norm = vector_norm(gradient)
-        first_norm = jnp.where(state.num_steps == 0, norm, state.first_norm)
+        first_norm = where(state.num_steps == 0, norm, state.first_norm)
         eps = tree_eps(y)
         rtol = 100 * eps if self.rtol is None else self.rtol
 
@@ -123,7 +123,7 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             newton = self._newton(layout, v, gradient, hessian, options, curved, shrunk)
             slope = jnp.vdot(gradient, newton)
             # With negative curvature the Newton step may climb; then take its opposite.
-            direction = jnp.where(slope < 0, newton, -newton)
+            direction = where(slope < 0, newton, -newton)
 
             def trial(t):
                 point = v + t.astype(v.dtype) * direction

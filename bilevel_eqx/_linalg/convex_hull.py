@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._tree import nonzero
+from .._tree import nonzero, where
 
 
 def nearest_to_zero(
@@ -28,15 +28,15 @@ def nearest_to_zero(
 
     def weights(face):
         inside = face[:, None] & face[None, :]
-        inner = jnp.where(inside, scaled, jnp.diag(jnp.where(face, 0, one)))
-        edge = jnp.where(face, one, 0)[:, None]
+        inner = where(inside, scaled, jnp.diag(where(face, 0, one)))
+        edge = where(face, one, 0)[:, None]
         system = jnp.block([[inner, edge], [edge.T, jnp.zeros((1, 1), gram.dtype)]])
         w = jnp.linalg.solve(system, jnp.append(0 * one, 1))[:-1]
         # If the corners depend on one another the system is singular, and a smaller face
         # has the point too.
         good = jnp.all(jnp.isfinite(w)) & jnp.all(w >= 0)
         alone = face & (jnp.cumsum(face) == 1)
-        w = jnp.where(good, w, alone.astype(w.dtype))
+        w = where(good, w, alone.astype(w.dtype))
         return w / jnp.sum(w)
 
     faces = jnp.asarray(list(itertools.product((False, True), repeat=count))[1:])

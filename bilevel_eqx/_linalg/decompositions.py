@@ -30,6 +30,7 @@ def _checked(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
     return checked
 
 
+# Both take the symmetric part of a matrix.
 eigh = _checked(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
 
 

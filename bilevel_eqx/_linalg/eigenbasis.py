@@ -15,7 +15,15 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
-from .._tree import nonzero, tree_axpy, tree_dtype, tree_struct, tree_sub, tree_zeros_like
+from .._tree import (
+    nonzero,
+    tree_axpy,
+    tree_dtype,
+    tree_struct,
+    tree_sub,
+    tree_zeros_like,
+    where,
+)
 from .decompositions import eigh, svd
 from .power_iteration import DENSE_SIZE, largest_magnitude, NUM_STEPS
 
@@ -49,8 +57,7 @@ def eigenbasis(
     """
     n = operator.in_size()
     if n <= DENSE_SIZE:
-        matrix = operator.as_matrix()
-        values, vectors = eigh(0.5 * (matrix + matrix.T))
+        values, vectors = eigh(operator.as_matrix())
         return Eigenbasis(values, vectors)
     dtype = tree_dtype(operator.in_structure())
     # Not `start` alone: eigenvectors orthogonal to it would be missed.
@@ -59,7 +66,7 @@ def eigenbasis(
         flat, _ = jax.flatten_util.ravel_pytree(start)
         size = jnp.linalg.norm(flat)
         mix = jnp.sqrt(jnp.finfo(dtype).eps) / jnp.sqrt(jnp.asarray(n, dtype))
-        first = jnp.where(size == 0, first, flat / size + mix * first)
+        first = where(size == 0, first, flat / size + mix * first)
     basis, values, rotation, _ = lanczos(operator, first, num_steps)
     return Eigenbasis(values, basis.T @ rotation)
 
@@ -78,7 +85,7 @@ def singular_values(
     tagged = lx.TaggedLinearOperator(square, lx.symmetric_tag)
     values = eigenbasis(tagged, num_steps=num_steps).values
     floor = jnp.finfo(values.dtype).eps * jnp.max(values)
-    return jnp.sqrt(jnp.where(values > floor, values, 0))
+    return jnp.sqrt(where(values > floor, values, 0))
 
 
 def lanczos(
@@ -108,8 +115,8 @@ def lanczos(
             image = image - (basis @ image) @ basis
         beta = jnp.linalg.norm(image)
         ended = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
-        beta = jnp.where(ended, 0, beta)
-        vector = jnp.where(ended, 0, image / jnp.where(ended, 1, beta))
+        beta = where(ended, 0, beta)
+        vector = where(ended, 0, image / where(ended, 1, beta))
         return (basis, vector, scale), (alpha, beta)
 
     vector = first / jnp.linalg.norm(first)
@@ -118,7 +125,7 @@ def lanczos(
     (basis, _, _), (alphas, betas) = jax.lax.scan(step, carry, jnp.arange(num_steps))
     # Once the Krylov space is exhausted, a value from inside the spectrum.
     exhausted = jnp.sum(basis**2, axis=1) == 0
-    diagonal, off = jnp.where(exhausted, alphas[0], alphas), betas[:-1]
+    diagonal, off = where(exhausted, alphas[0], alphas), betas[:-1]
     tridiagonal = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
     values, rotation = eigh(tridiagonal)
     return basis, values, rotation, betas[-1]
@@ -179,8 +186,8 @@ def eigenbasis_within(
     is_within = basis.values > -2 * size
     eps = jnp.finfo(basis.values.dtype).eps
     is_zero = jnp.abs(basis.values) <= 100 * eps * size
-    values = jnp.where(is_within & ~is_zero, basis.values, 0)
-    return Eigenbasis(values, jnp.where(is_within[None, :], basis.vectors, 0))
+    values = where(is_within & ~is_zero, basis.values, 0)
+    return Eigenbasis(values, where(is_within[None, :], basis.vectors, 0))
 
 
 def negative_curvature(basis: Eigenbasis, scale: ScalarLike = 0.0) -> Scalar:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, ScalarLike
 
-from .._tree import nonzero
+from .._tree import nonzero, where
 from .zero_curvature import rounding_of
 
 
@@ -48,7 +48,7 @@ def newton_direction(
         bad = ~(curvature > rounding_of(largest, b.size))
         # At the first step steepest descent is what there is.
         length = rr / nonzero(jnp.abs(pHp))
-        length = jnp.where(bad & (count > 0), 0, length)
+        length = where(bad & (count > 0), 0, length)
         q, r = q + length * p, r - length * Hp
         new_rr = jnp.vdot(r, r)
         return count + 1, q, r, r + new_rr / nonzero(rr) * p, new_rr, largest, bad

@@ -6,7 +6,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
-from .._tree import nonzero
+from .._tree import nonzero, where
 from .eigenbasis import Eigenbasis
 
 
@@ -45,14 +45,12 @@ def trust_region(
     size = jnp.max(jnp.abs(q))
     top = jnp.max(q)
     curved = top > 100 * eps * size
-    floor = jnp.where(curved, top, 0)
+    floor = where(curved, top, 0)
     gap = floor - q
 
     def coordinates(excess):
         denominator = gap + excess
-        return jnp.where(
-            denominator > 0, g / jnp.where(denominator > 0, denominator, 1), 0
-        )
+        return where(denominator > 0, g / where(denominator > 0, denominator, 1), 0)
 
     def excess_for(barrier):
         """The excess of lambda over its floor at which the step has length R."""
@@ -65,7 +63,7 @@ def trust_region(
             low, high = bounds
             middle = 0.5 * (low + high)
             long = too_long(middle)
-            return jnp.where(long, middle, low), jnp.where(long, high, middle)
+            return where(long, middle, low), where(long, high, middle)
 
         high = jnp.linalg.norm(g) / radius + jnp.sqrt(2 * barrier) / radius
         high = high + 4 * barrier / radius**2
@@ -77,19 +75,19 @@ def trust_region(
     # The slope along the top eigenvector is zero: both of its directions are maxima.
     missing = jnp.sqrt(jnp.maximum(0, radius**2 - jnp.sum(step**2)))
     along_top = jnp.arange(q.size) == jnp.argmax(q)
-    sign = jnp.where(jnp.sum(jnp.where(along_top, g, 0)) < 0, -1, 1)
+    sign = where(jnp.sum(where(along_top, g, 0)) < 0, -1, 1)
     tied = curved & (missing > 100 * jnp.sqrt(eps) * radius)
-    step = jnp.where(tied & along_top, step + sign * missing, step)
+    step = where(tied & along_top, step + sign * missing, step)
 
     # A logarithmic barrier keeps lambda above its floor. That smooths the kinks of the
     # dual, min over lambda of (g^T (lambda I - Q)^-1 g + lambda R^2) / 2.
     barrier = jnp.asarray(rounding, q.dtype) * radius**2 * size
-    barrier = jnp.where(curved, barrier, 0)
+    barrier = where(curved, barrier, 0)
     rounded = excess_for(barrier)
     mixture = coordinates(rounded)
     lift = 0.5 * (floor + rounded) * (radius**2 - jnp.sum(mixture**2))
     barrier_value = barrier * jnp.log(rounded / nonzero(size))
-    lift = lift - jnp.where(barrier == 0, 0, barrier_value)
+    lift = lift - where(barrier == 0, 0, barrier_value)
     value = jnp.sum(g * step) + 0.5 * jnp.sum(q * step**2)
     return WorstStep(
         basis.combine(step, slope),

@@ -18,6 +18,7 @@ here, so that no eigenvalue is zero to one of them and counts to another.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
+from .._tree import where
 from .power_iteration import DENSE_SIZE
 
 
@@ -83,7 +84,7 @@ def clearance(
 ) -> Float[Array, " k"]:
     """Eigenvalues in units of their uncertainty. Those between -1 and 1 count as zero."""
     # Zero over zero: a zero operator is certainly zero.
-    return values / jnp.where(uncertainty == 0, jnp.inf, uncertainty)
+    return values / where(uncertainty == 0, jnp.inf, uncertainty)
 
 
 def margin(clearance: Float[Array, " k"]) -> Scalar:
@@ -93,5 +94,5 @@ def margin(clearance: Float[Array, " k"]) -> Scalar:
     uncertainty to an eigenvalue that counts as zero, whichever is smaller.
     """
     size = jnp.abs(clearance)
-    ratio = jnp.maximum(size, 1 / jnp.where(size == 0, 1, size))
-    return jnp.min(jnp.where(size == 0, jnp.inf, ratio), initial=jnp.inf)
+    ratio = jnp.maximum(size, 1 / where(size == 0, 1, size))
+    return jnp.min(where(size == 0, jnp.inf, ratio), initial=jnp.inf)

@@ -10,7 +10,6 @@
 """
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
@@ -21,7 +20,7 @@ from .._failure.results import RESULTS
 from .._linalg.decompositions import check_precision
 from .._problem.base import AbstractBilevelProblem
 from .._problem.root import AbstractRootProblem
-from .._tree import nonzero, tree_norm
+from .._tree import nonzero, tree_norm, where
 
 
 def check_square(operator: lx.AbstractLinearOperator, owner: str) -> None:
@@ -37,7 +36,7 @@ def check_square(operator: lx.AbstractLinearOperator, owner: str) -> None:
 def relative(residual: PyTree[Array], vector: PyTree[Array]) -> Scalar:
     """The norm of `residual` relative to that of `vector`; zero if both are zero."""
     size, scale = tree_norm(residual), tree_norm(vector)
-    return jnp.where(scale == 0, size, size / nonzero(scale))
+    return where(scale == 0, size, size / nonzero(scale))
 
 
 def check_factorisable(operator: lx.AbstractLinearOperator, owner: str) -> None:

@@ -29,6 +29,7 @@ from .._tree import (
     tree_sub,
     tree_waves,
     vector_norm,
+    where,
 )
 
 
@@ -203,8 +204,8 @@ def _truncated(values, vectors, uncertain):
     """Reciprocals and vectors without those that count as zero, and the clearance."""
     clear = clearance(values, uncertain)
     keep = jnp.abs(clear) > 1
-    reciprocal = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
-    return reciprocal, [jnp.where(keep[:, None], rows, 0) for rows in vectors], clear
+    reciprocal = where(keep, 1 / where(keep, values, 1), 0)
+    return reciprocal, [where(keep[:, None], rows, 0) for rows in vectors], clear
 
 
 def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
@@ -291,12 +292,12 @@ class _DenseFactorInverse(eqx.Module):
             return clear
         # H has a negative eigenvalue iff I + E has one.
         lowest = jnp.min(eigvalsh(0.5 * (self.curving + self.curving.T)), initial=1)
-        return jnp.where(lowest < 0, -clear, clear)
+        return where(lowest < 0, -clear, clear)
 
     @property
     def largest(self):
         """That of A^T A."""
-        lowest = jnp.where(self.reciprocal > 0, self.reciprocal, jnp.inf)
+        lowest = where(self.reciprocal > 0, self.reciprocal, jnp.inf)
         return jnp.max(1 / lowest, initial=0) ** 2
 
     def _coordinates(self, vector):
@@ -361,7 +362,7 @@ def krylov_inverse(
     """
     num_products = min(num_products, start.size)
     size = vector_norm(start)
-    first = jnp.where(size == 0, tree_waves(start), start)
+    first = where(size == 0, tree_waves(start), start)
     basis, values, rotation, last = lanczos(operator, first, num_products)
     uncertain = uncertainty(values, start.size, curved=is_curved)
     uncertain = jnp.maximum(uncertain, jnp.abs(last * rotation[-1]))
@@ -489,7 +490,7 @@ def _lsmr(operator, vector, max_steps, rcond=None):
     residual = jnp.fmin(consistent, least_squares)
     # Zero over zero above: for the zero operator or the zero vector, q is exact.
     exact = (norm_A == 0) | (norm_r == 0)
-    residual = jnp.where(exact, 0, residual).astype(dtype)
+    residual = where(exact, 0, residual).astype(dtype)
     result = lx.RESULTS.where(
         residual <= eps**0.5,
         lx.RESULTS.successful,

@@ -21,6 +21,7 @@ from .._tree import (
     tree_size,
     tree_where,
     tree_zeros_like,
+    where,
 )
 from .misc import check_square, relative
 
@@ -106,15 +107,15 @@ class TruncatedCG(lx.AbstractLinearSolver):
             flat = is_flat(curvature, image, largest, size)
             # Negated, so that NaN is bad too.
             bad = ~flat & ~(curvature > 0)
-            step_size = jnp.where(flat | bad, 0, rr / (pp * curvature))
+            step_size = where(flat | bad, 0, rr / (pp * curvature))
             q = tree_axpy(step_size, p, q)
             longest = jnp.maximum(longest, step_size * jnp.sqrt(pp))
             # Along a flat direction no step is taken. The residual loses that component.
-            share = jnp.where(flat, tree_dot(r, p) / pp, 0)
+            share = where(flat, tree_dot(r, p) / pp, 0)
             r = tree_axpy(-step_size, Hp, r)
             r = tree_where(flat, tree_axpy(-share, p, r), r)
             new_rr = tree_dot(r, r)
-            p = tree_axpy(jnp.where(flat, 0, new_rr / rr), p, r)
+            p = tree_axpy(where(flat, 0, new_rr / rr), p, r)
             converged = new_rr <= rtol**2 * rr0
             stop = bad | converged
             figures = largest, longest, curvature
@@ -146,7 +147,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
         }
         # At negative curvature the answer minimises as far as there is a minimum, and its
         # residual says little. Negated, so that NaN fails too.
-        worse = ~(residual < jnp.where(bad, _GROWTH, 1)) & (rr0 > 0)
+        worse = ~(residual < where(bad, _GROWTH, 1)) & (rr0 > 0)
         result = lx.RESULTS.where(worse, lx.RESULTS.stagnation, lx.RESULTS.successful)
         result = lx.RESULTS.where(bad & (num_steps == 1), lx.RESULTS.breakdown, result)
         q = jtu.tree_map(lambda u: scale.astype(u.dtype) * u, q)

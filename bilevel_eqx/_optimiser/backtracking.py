@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
-from .._tree import nonzero, tree_where
+from .._tree import nonzero, tree_where, where
 
 
 _ARMIJO = 1e-4
@@ -58,8 +58,8 @@ def backtrack(
             curvature = 2 * (last - value - t * slope)
             least = -slope * t**2 / nonzero(curvature)
             usable = (least >= 0.1 * t) & (least <= 0.5 * t)
-            shorter = jnp.where(usable, least, shorter)
-        t = jnp.where(count == 0, 1, shorter)
+            shorter = where(usable, least, shorter)
+        t = where(count == 0, 1, shorter)
         point, reached, allowed = trial(t)
         reached = reached.astype(value.dtype)
         # NaN does not satisfy it.
@@ -69,5 +69,5 @@ def backtrack(
     one = jnp.ones((), value.dtype)
     carry = jnp.array(0), one, start, jnp.array(False), value
     _, t, point, accepted, reached = jax.lax.while_loop(unfinished, body, carry)
-    found = jnp.where(accepted, t, 0), point, reached
+    found = where(accepted, t, 0), point, reached
     return tree_where(accepted, found, (jnp.zeros_like(t), start, value))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._arguments import check_count
-from .._tree import Layout, nonzero, vector_norm
+from .._tree import Layout, nonzero, vector_norm, where
 from .descent import AbstractDescent
 
 
@@ -92,8 +92,8 @@ class LBFGS(AbstractDescent):
         decreases = (decreases | within_rounding) & ~trial.failed
         flattens = new_slope >= _FLATTENING * slope
         num_trials = state.num_trials + 1
-        low = jnp.where(decreases, length, state.low)
-        high = jnp.where(decreases, state.high, length)
+        low = where(decreases, length, state.low)
+        high = where(decreases, state.high, length)
         searching = eqx.tree_at(
             lambda s: (s.low, s.high, s.num_trials), state, (low, high, num_trials)
         )
@@ -108,13 +108,13 @@ class LBFGS(AbstractDescent):
         hopeless = (num_trials >= state.max_trials - 1) & (low == 0)
         moves = ~state.started | (decreases & (flattens | last))
         stays = ~moves & (last | hopeless)
-        x = jnp.where(stays, layout.ravel(base.x), layout.ravel(trial.x))
+        x = where(stays, layout.ravel(base.x), layout.ravel(trial.x))
         gradient = layout.ravel(base.gradient), layout.ravel(trial.gradient)
-        gradient = jnp.where(stays, *gradient)
+        gradient = where(stays, *gradient)
         gained = moves & (new_value < value - slack)
         turned = self._turn(state, base, x, gradient, layout, moves, gained)
         done = moves | stays
-        chosen = jax.tree.map(lambda u, v: jnp.where(done, u, v), turned, searching)
+        chosen = jax.tree.map(lambda u, v: where(done, u, v), turned, searching)
         return chosen, moves, stays
 
     def _next(self, state, value, new_value):
@@ -123,10 +123,10 @@ class LBFGS(AbstractDescent):
         curvature = 2 * (new_value - value - length * state.slope)
         least = -state.slope * length**2 / nonzero(curvature)
         usable = (low == 0) & (least >= 0.1 * length) & (least <= 0.5 * length)
-        inside = jnp.where(usable, least, 0.5 * (low + high))
-        following = jnp.where(high == 0, 2 * length, inside)
+        inside = where(usable, least, 0.5 * (low + high))
+        following = where(high == 0, 2 * length, inside)
         last = state.num_trials >= state.max_trials - 1
-        return jnp.where(last, low, following)
+        return where(last, low, following)
 
     def _turn(self, state, base, x, gradient, layout: Layout, found, gained):
         """The state at the end of a search, with a new direction. What has led nowhere
@@ -139,8 +139,8 @@ class LBFGS(AbstractDescent):
 
         def shifted(history, new):
             longer = jnp.concatenate([history[1:], new[None]])
-            history = jnp.where(remember, longer, history)
-            return jnp.where(found | ~state.started, history, 0)
+            history = where(remember, longer, history)
+            return where(found | ~state.started, history, 0)
 
         steps, changes = shifted(state.steps, step), shifted(state.changes, change)
         direction = -_apply_inverse(steps, changes, gradient)
@@ -148,14 +148,14 @@ class LBFGS(AbstractDescent):
         # Without a memory the first step has the size of one, or of the gradient.
         plain = -gradient / jnp.maximum(1, vector_norm(gradient))
         fresh = ~(slope < 0) | (jnp.sum(steps[-1] ** 2) == 0)
-        direction = jnp.where(fresh, plain, direction)
+        direction = where(fresh, plain, direction)
         slope = jnp.vdot(gradient, direction)
         zero, one = jnp.zeros_like(slope), jnp.ones_like(slope)
         none, yes = jnp.zeros_like(state.num_trials), jnp.array(True)
         # Where a search has gained nothing, as within rounding of a minimum, the next one
         # is a quarter as long.
         shorter = jnp.maximum(2, state.max_trials // 4)
-        max_trials = jnp.where(gained | ~state.started, self.max_trials, shorter)
+        max_trials = where(gained | ~state.started, self.max_trials, shorter)
         trials = none, max_trials.astype(none.dtype)
         return _LBFGSState(
             steps, changes, direction, slope, one, zero, zero, *trials, yes
@@ -176,7 +176,7 @@ def _apply_inverse(
 ) -> Float[Array, " n"]:
     """The two-loop recursion: the inverse Hessian that the memory implies, times v."""
     products = jnp.sum(steps * changes, axis=1)
-    weights = jnp.where(products == 0, 0, 1 / nonzero(products))
+    weights = where(products == 0, 0, 1 / nonzero(products))
 
     def backward(vector, entry):
         step, change, weight = entry
@@ -186,7 +186,7 @@ def _apply_inverse(
     entries = steps, changes, weights
     vector, shares = jax.lax.scan(backward, vector, entries, reverse=True)
     square = jnp.vdot(changes[-1], changes[-1])
-    scale = jnp.where(square == 0, 1, products[-1] / nonzero(square))
+    scale = where(square == 0, 1, products[-1] / nonzero(square))
 
     def forward(vector, entry):
         (step, change, weight), share = entry

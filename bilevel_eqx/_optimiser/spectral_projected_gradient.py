@@ -15,6 +15,7 @@ from .._tree import (
     tree_max,
     tree_scale,
     tree_sub,
+    where,
 )
 from .backtracking import backtrack
 
@@ -79,8 +80,8 @@ def spectral_projected_gradient(
         # The first step is of the size of one; one where the curvature is negative, long.
         plain = tree_sub(project(tree_sub(params, gradient)), params)
         first = 1 / nonzero(tree_max(plain))
-        spectral = jnp.where(curvature > 0, square / nonzero(curvature), _LONGEST)
-        length = jnp.where(state.begun & (square > 0), spectral, first)
+        spectral = where(curvature > 0, square / nonzero(curvature), _LONGEST)
+        length = where(state.begun & (square > 0), spectral, first)
         length = jnp.clip(length, 1 / _LONGEST, _LONGEST)
         direction = tree_sub(project(tree_axpy(-length, gradient, params)), params)
         slope = tree_dot(gradient, direction)

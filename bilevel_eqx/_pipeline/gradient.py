@@ -11,7 +11,13 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar
 
 from .._arguments import check_type
 from .._derivatives.first import inner_gradient
-from .._failure.results import figures_of, RESULTS, Verdict, verdict_where
+from .._failure.results import (
+    figures_of,
+    no_figures,
+    RESULTS,
+    Verdict,
+    verdict_where,
+)
 from .._hypergradient import answered, Hypergradient, reaches_outer
 from .._optimiser.descent import AbstractDescent, advance, as_descent, as_optimiser, Point
 from .._optimiser.step import first_order
@@ -112,7 +118,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             anchor=y if self._asks_again(equilibrium, x) else None,
             value=jnp.zeros((), value.dtype),
             gradient=tree_zeros_like(x),
-            verdict=Verdict(result, figures_of(x, {})),
+            verdict=Verdict(result, no_figures(x)),
             outer_state=as_descent(self.optimiser).init(x),
             inner_state=mover.init(problem, x, y) if self._carries(equilibrium) else None,
             key=key,

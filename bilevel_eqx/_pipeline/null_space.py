@@ -19,6 +19,7 @@ from .._failure.results import (
     figures_of,
     finite_or_not,
     first_failure,
+    no_figures,
     RESULTS,
     Verdict,
     verdict_where,
@@ -112,7 +113,7 @@ class _AbstractValueDescent(AbstractPipeline[NullSpaceState]):
             value=jnp.zeros((), value.dtype),
             gradient=tree_zeros_like(x),
             residual=jnp.zeros((), tree_dtype(y)),
-            verdict=Verdict(RESULTS.successful, figures_of(x, {})),
+            verdict=Verdict(RESULTS.successful, no_figures(x)),
             outer_state=as_descent(self.optimiser).init(x),
             started=jnp.array(False),
         )

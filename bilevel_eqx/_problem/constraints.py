@@ -33,6 +33,7 @@ from .._tree import (
     tree_scale,
     tree_struct,
     tree_sub,
+    where,
 )
 from .base import AbstractBilevelProblem
 
@@ -71,7 +72,7 @@ class Stationarity(eqx.Module):
             # The Jacobian of a root may turn the residual by a right angle.
             curvature = jnp.sqrt(gg * tree_dot(Hg, Hg))
         distance = gg / nonzero(curvature) * jnp.sqrt(gg)
-        return jnp.where((curvature == 0) & (gg != 0), jnp.inf, distance)
+        return where((curvature == 0) & (gg != 0), jnp.inf, distance)
 
     def definite_hessian(self) -> lx.AbstractLinearOperator:
         """K where v can move, and 1/t across the face, where it cannot."""
@@ -222,7 +223,7 @@ def _step_size(gradient: PyTree[Array], hessian: lx.AbstractLinearOperator) -> S
     gradient = jax.lax.stop_gradient(gradient)
     curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
     square = tree_dot(gradient, gradient)
-    t = jnp.where((curvature == 0) | (square == 0), 1, square / nonzero(curvature))
+    t = where((curvature == 0) | (square == 0), 1, square / nonzero(curvature))
     return jax.lax.stop_gradient(t)
 
 

@@ -231,7 +231,7 @@ class Batch(eqx.Module):
 
     samples: PyTree[Array]
     weights: Float[Array, " batch"]
-    key: PRNGKeyArray
+    key: PRNGKeyArray | None
 
 
 class OnBatches(AbstractBilevelProblem[X, Y]):

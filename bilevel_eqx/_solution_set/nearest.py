@@ -11,7 +11,7 @@ from .._failure.results import finite_or_not, first_failure, RESULTS
 from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
-from .._tree import tree_axpy, tree_scale, vector_norm
+from .._tree import tree_axpy, tree_scale, vector_norm, where
 from .picture import Adjoint, flat_picture, Picture, Push
 from .search import select
 
@@ -123,9 +123,10 @@ class Displacement(NamedTuple):
         num_steps = here.share_of_products(0.5, 84)
         along = here.project(u)
         basis = eigenbasis_within(here.project, W, along, num_steps)
-        curvatures = jnp.where(basis.values == 0, jnp.inf, basis.values)
+        curvatures = where(basis.values == 0, jnp.inf, basis.values)
         v = basis.combine(basis.coordinates(along) / curvatures, along)
-        null_space_term, Wv = push(v)
+        # The matrix where there is one, which makes the program shorter.
+        null_space_term, Wv = push(v)[0], W.mv(v)
         return basis, (u - Wv, tree_scale(-1, null_space_term))
 
 

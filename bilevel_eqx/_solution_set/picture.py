@@ -40,14 +40,7 @@ from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import flat
 from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
-from .._tree import (
-    Layout,
-    nonzero,
-    tree_axpy,
-    tree_dot,
-    tree_waves,
-    vector_norm,
-)
+from .._tree import Layout, nonzero, tree_axpy, tree_dot, tree_waves, vector_norm, where
 
 
 class Outer(NamedTuple):
@@ -260,8 +253,10 @@ class Picture(eqx.Module):
         else:
             rounding = 10 * jnp.finfo(size.dtype).eps * terms
             q = self.solve(self._beyond(along, rounding))[0]
-        across = self.at.step_size.astype(size.dtype) * (residual - along)
         rest = vector_norm(along - H.mv(q))
+        if not set_y(self.problem).confines:
+            return NewtonStep(q, rest, curvature)
+        across = self.at.step_size.astype(size.dtype) * (residual - along)
         return NewtonStep(self.at.along(q) + across, rest, curvature)
 
     def _beyond(self, vector: Float[Array, " n"], rounding: Scalar):
@@ -624,7 +619,7 @@ def restore(
         step = here.step_from(y, gradient)
         length = vector_norm(step)
         # A step that is longer than the last leads away.
-        y = jnp.where(length < before, y - step, y)
+        y = where(length < before, y - step, y)
         return count + 1, y, length, before, vector_norm(gradient)
 
     largest = jnp.asarray(jnp.finfo(y.dtype).max, y.dtype)

@@ -13,7 +13,7 @@ from .._linalg.newton_direction import newton_direction
 from .._linalg.power_iteration import DENSE_SIZE
 from .._optimiser.backtracking import backtrack
 from .._problem.base import AbstractBilevelProblem
-from .._tree import nonzero, vector_norm
+from .._tree import nonzero, vector_norm, where
 from .picture import flat_picture, Picture, restore
 
 
@@ -60,7 +60,7 @@ def select(
         downhill = -here.project(slope)
         W = here.within(lambda v: lagrangian.push(v)[1])
         norm = vector_norm(downhill)
-        first_norm = jnp.where(first_norm == 0, norm, first_norm)
+        first_norm = where(first_norm == 0, norm, first_norm)
         # The more exactly, the closer: this still converges superlinearly. On a plane one
         # exact step may be all.
         shrunk = jnp.sqrt(norm / nonzero(first_norm))
@@ -98,7 +98,7 @@ def select(
         gained = value - reached
         settled = settled | ((t <= 0.125) & (gained <= 1e-4 * jnp.abs(value)))
         stop = small | (t == 0)
-        return jnp.where(small, here.y, new_y), first_norm, settled, stop
+        return where(small, here.y, new_y), first_norm, settled, stop
 
     def unfinished(search: _Search):
         return ~search.done

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._tree import Layout, nonzero, vector_norm
+from .._tree import Layout, nonzero, vector_norm, where
 from .worst_in_ball import danskin_gradient, pressure, WorstCase
 
 
@@ -65,7 +65,7 @@ def _towards_zero(worst: WorstCase) -> Float[Array, " n"]:
     values, length = worst.basis.values, vector_norm(worst.offset)
     scale = jnp.maximum(jnp.max(jnp.abs(values)), worst.multiplier)
     highest = values >= worst.multiplier - 1e-6 * scale
-    steps = jnp.where(highest[None, :], worst.basis.vectors, 0).T * length
+    steps = where(highest[None, :], worst.basis.vectors, 0).T * length
     start = gradient(here.y)
     changes = jax.vmap(gradient)(here.y[None] + steps) - start[None]
     shares = jnp.linalg.lstsq(changes.T, -start)[0]

@@ -15,7 +15,7 @@ from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
 from .._linalg.trust_region import trust_region, WorstStep
 from .._optimiser.backtracking import backtrack
 from .._problem.base import AbstractBilevelProblem
-from .._tree import nonzero, project_on_ball, tree_axpy, vector_norm
+from .._tree import nonzero, project_on_ball, tree_axpy, vector_norm, where
 from .nearest import Displacement
 from .picture import flat_picture, Picture, restore
 
@@ -77,7 +77,7 @@ class WorstCase(NamedTuple):
             along = jnp.vdot(offset, self.hessian.mv(offset)) / nonzero(square)
             rounding = jnp.sqrt(jnp.finfo(values.dtype).eps)
             presses = self.multiplier > rounding * jnp.abs(along)
-            unit = jnp.where(presses, offset / jnp.sqrt(nonzero(square)), 0)
+            unit = where(presses, offset / jnp.sqrt(nonzero(square)), 0)
 
             def project(vector):
                 vector = self.picture.project(vector)
@@ -126,8 +126,8 @@ def pressure(
     square = jnp.vdot(offset, offset)
     # Deep inside of the ball it does not press, whatever the quotient says.
     presses = (4 * jnp.vdot(displacement, displacement) > radius**2) & (square > 0)
-    quotient = jnp.vdot(tangential, offset) / jnp.where(presses, square, 1)
-    return jnp.maximum(0, jnp.where(presses, quotient, 0))
+    quotient = jnp.vdot(tangential, offset) / where(presses, square, 1)
+    return jnp.maximum(0, where(presses, quotient, 0))
 
 
 def danskin_gradient(
@@ -216,14 +216,14 @@ def find_worst(
 
         def trial(t):
             t = t.astype(y.dtype)
-            step = jnp.where(arriving, 0, t**2 * across + t * (1 - t) * climb)
+            step = where(arriving, 0, t**2 * across + t * (1 - t) * climb)
             point, _, _ = restore(S, project_on_ball(S.y + step, c, radius))
             return point, cost(point), jnp.array(True)
 
         value = cost(S.y)
         none, any_value = jnp.zeros_like(value), jnp.full_like(value, jnp.inf)
         # Any true improvement will do.
-        highest = jnp.where(arriving, any_value, value)
+        highest = where(arriving, any_value, value)
         _, new_y, _ = backtrack(trial, S.y, value, none, highest=highest, rounding=-1.0)
         short = vector_norm(new_y - S.y) <= 10 * eps * (vector_norm(c) + radius)
         return new_y, short & ~arriving
@@ -233,7 +233,7 @@ def find_worst(
         picture = flat_picture(problem, x, search.y, linear_solver)
         here = worst_case(picture, center, radius)
         last = search.settled | (search.num_steps > max_steps)
-        worst, offset = here.step(jnp.where(last, rounding, 0))
+        worst, offset = here.step(where(last, rounding, 0))
         # A first step only leads to S(x). The center lies in it.
         arriving = (search.num_steps == 0) & (not plane)
         new_y, settled = jax.lax.cond(

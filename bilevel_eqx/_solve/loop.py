@@ -14,15 +14,15 @@ from .._compat import any_of_batch
 from .._equilibrium.base import AbstractEquilibrium
 from .._failure.results import (
     figures_of,
-    finite_or_not,
     first_failure,
+    no_figures,
     RESULTS,
     Verdict,
     verdict_where,
 )
 from .._pipeline.base import AbstractPipeline
 from .._problem.base import AbstractBilevelProblem
-from .._tree import all_finite, tree_where
+from .._tree import all_finite, tree_where, where
 from .split import Halves, split
 
 
@@ -142,7 +142,7 @@ def _first_progress(run: Run, state: Any, halves: Halves):
     progress = Progress(
         state,
         jtu.tree_map(_blank, halves.later),
-        Verdict(RESULTS.successful, figures_of(state.x, {})),
+        Verdict(RESULTS.successful, no_figures(state.x)),
         jnp.array(False),
         jnp.array(0, dtype=int),
     )
@@ -174,11 +174,12 @@ def _advance(run, halves: Halves, progress: Progress, history, kept, until, repo
     """
     dynamic, static = eqx.partition(progress.state, eqx.is_array)
     progress = dataclasses.replace(progress, state=dynamic)
-    blocks_in_round = jnp.maximum(1, _ROUND // run.save_every)
+    # `div` and not `//`, which is a dozen operations more for negative numbers.
+    blocks_in_round = jnp.maximum(1, _div(_ROUND, run.save_every))
 
     def run_block(loop: _Loop, limit, end, again) -> _Loop:
         before = loop.progress
-        block = loop.at // run.save_every
+        block = _div(loop.at, run.save_every)
         full = (block + 1) * run.save_every
         end = jnp.minimum(end, full)
         after, rest = _take_steps(halves, before, jnp.minimum(limit, end))
@@ -193,7 +194,7 @@ def _advance(run, halves: Halves, progress: Progress, history, kept, until, repo
         def write(room, entry):
             if len(room) == 0:
                 return room
-            return room.at[block].set(jnp.where(complete, entry, room[block]))
+            return room.at[block].set(where(complete, entry, room[block]))
 
         whole = eqx.combine(after.state, static)
         history, kept = loop.history, loop.kept
@@ -210,7 +211,7 @@ def _advance(run, halves: Halves, progress: Progress, history, kept, until, repo
     def run_round(carry):
         loop, limit, failure = carry
         before = loop.progress
-        end = (loop.at // run.save_every + blocks_in_round) * run.save_every
+        end = (_div(loop.at, run.save_every) + blocks_in_round) * run.save_every
         end = jnp.minimum(end, until)
         loop = jax.lax.while_loop(
             lambda loop: _unfinished(loop.progress, jnp.minimum(limit, end)),
@@ -219,12 +220,13 @@ def _advance(run, halves: Halves, progress: Progress, history, kept, until, repo
         )
         after = loop.progress
         fails = after.verdict.failed
-        limit = jnp.where(fails, after.num_steps, limit)
+        limit = where(fails, after.num_steps, limit)
         failure = verdict_where(fails, after.verdict, failure)
         # Not `tree_where`, which would be a line of the program for each array.
         last_good = jax.lax.cond(fails, lambda: before, lambda: after)
         return dataclasses.replace(loop, progress=last_good), limit, failure
 
+    until = jnp.asarray(until, progress.num_steps.dtype)
     carry = _Loop(progress.num_steps, progress, history, kept), until, progress.verdict
     loop, _, failure = jax.lax.while_loop(
         lambda carry: _unfinished(carry[0].progress, carry[1]), run_round, carry
@@ -236,6 +238,12 @@ def _advance(run, halves: Halves, progress: Progress, history, kept, until, repo
         verdict=verdict_where(failure.failed, failure, end.verdict),
     )
     return end, loop.history, loop.kept
+
+
+def _div(count: Any, size: Any) -> Int[Array, ""]:
+    """The quotient of two positive integers, rounded down."""
+    count, size = jnp.asarray(count, int), jnp.asarray(size, int)
+    return jax.lax.div(count, size)
 
 
 def _unfinished(progress: Progress, end) -> Bool[Array, ""]:
@@ -278,9 +286,12 @@ def _halves(run: Run, state: Any) -> Halves:
         verdict = metrics.get("result", RESULTS.successful)
         if not isinstance(verdict, Verdict):
             verdict = Verdict(verdict, figures_of(x, {}))
+        finite = {"x": all_finite(x), "y": all_finite(y)}
+        is_finite = RESULTS.where(
+            finite["x"] & finite["y"], RESULTS.successful, RESULTS.nonfinite_step
+        )
         verdict = Verdict(
-            first_failure(verdict.result, finite_or_not((x, y))),
-            verdict.figures | {"x": all_finite(x), "y": all_finite(y)},
+            first_failure(verdict.result, is_finite), verdict.figures | finite
         )
         metrics = {k: jnp.asarray(v) for k, v in metrics.items() if k != "result"}
         converged = jnp.array(False)
