@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from ._arguments import as_variables
+from ._arguments import as_variables, check_type
 from ._custom_types import typechecked, X, Y
 from ._depends_on import depends_on
 from ._derivatives.first import inner_gradient, outer_gradients
@@ -90,17 +90,16 @@ def _hypergradient(
     x: PyTree,
     anchor: PyTree,
     response: AbstractResponse,
-    throw: bool,
-) -> Hypergradient:
+) -> tuple[Hypergradient, bool]:
+    """The hypergradient, and whether it can be other than zero."""
     x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
     check_problem(problem, x, anchor)
     out, *_ = answered(problem, x, anchor, response)
     result = first_failure(out.result, finite_or_not(out.y))
-    if not reaches_outer(problem, x, anchor, response):
-        if throw:
-            raise ValueError(RESULTS[RESULTS.zero_hypergradient])
+    reaches = reaches_outer(problem, x, anchor, response)
+    if not reaches:
         result = first_failure(result, RESULTS.zero_hypergradient)
-    return eqx.tree_at(lambda h: h.result, out, result)
+    return eqx.tree_at(lambda h: h.result, out, result), reaches
 
 
 def hypergradient(
@@ -142,8 +141,12 @@ def hypergradient(
     is zero for all x and y. If `throw` is `True`, an `eqx.EquinoxRuntimeError` if the
     inner or the linear solve fails, or if a number is not finite.
     """
-    out = _hypergradient(problem, x, anchor, response, throw)
+    check_type(throw, bool, "throw", "hypergradient")
+    # One program, whether it throws or not.
+    out, reaches = _hypergradient(problem, x, anchor, response)
     if throw:
+        if not reaches:
+            raise ValueError(RESULTS[RESULTS.zero_hypergradient])
         return throw_if_failed(
             out,
             out.result,

@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 
@@ -24,6 +25,10 @@ if jaxlib.__version__.startswith("0.10."):
     )
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
+# Tracing makes many small objects that live on, and looking through them for garbage at
+# Python's own rate is a twentieth of the time.
+gc.set_threshold(100_000, 50, 100)
+
 jax.config.update("jax_enable_x64", True)
 # Whatever happens to work through an implicit promotion would not in strict user code.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -43,6 +48,7 @@ def no_more_programs_than_needed():
     # beyond them the compiler crashes.
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ The reference answers are NumPy in float64, or JAX applied to a closed form; non
 them calls the library.
 """
 
+import itertools
 from typing import Any
 
 import equinox as eqx
@@ -14,12 +15,21 @@ import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
+import pytest
 from jaxtyping import Array, PyTree
 
 import bilevel_eqx as blx
 
 
 dtypes = (jnp.float64, jnp.float32)
+
+
+def grid(quick, *axes):
+    """All combinations, to parametrise over. Those that are not `quick` are slow."""
+    return [
+        pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow)
+        for case in itertools.product(*axes)
+    ]
 
 
 def tolerance(dtype) -> float:

@@ -255,17 +255,38 @@ def _factors():
     yield from ((1.0, 1e6, 1.0, 1e6), (1.0, 0.0, 1e-8, 0.0), (1.0, 0.0, 1e8, 0.0))
 
 
-class Scaled(blx.AbstractBilevelProblem):
+class Separable(blx.AbstractBilevelProblem):
+    """Sums of terms whose coefficients are data, so that each concept is one program.
+
+    F is a square about 1, one about x, and a hill at x = 0; f is wells, with minima at -1
+    and 1 and a maximum at 0, and a square about x.
+    """
+
     F: Array
     F_shift: Array
     f: Array
     f_shift: Array
+    about_one: Array
+    about_x: Array
+    hill: Array
+    wells: Array
+    weights: Array
+
+    @staticmethod
+    def make(**given) -> "Separable":
+        zero = dict.fromkeys((f.name for f in dataclasses.fields(Separable)), 0.0)
+        values = zero | dict(F=1.0, f=1.0, wells=np.zeros(2), weights=np.ones(2)) | given
+        return Separable(**{name: jnp.asarray(value) for name, value in values.items()})
 
     def outer(self, x, y):
-        return self.F * 0.5 * jnp.sum((y - 1) ** 2) + self.F_shift
+        value = self.about_one / 2 * jnp.sum((y - 1) ** 2)
+        value = value + self.about_x * jnp.sum((y - x) ** 2)
+        return self.F * (value - self.hill / 2 * jnp.sum(x**2)) + self.F_shift
 
     def inner(self, x, y):
-        return self.f * 0.5 * jnp.sum((y - x) ** 2) + self.f_shift
+        value = jnp.sum(self.wells * (y**2 - 1) ** 2) / 4
+        value = value + jnp.sum(self.weights * (y - x) ** 2) / 2
+        return self.f * value + self.f_shift
 
 
 @pytest.mark.parametrize(
@@ -283,8 +304,10 @@ class Scaled(blx.AbstractBilevelProblem):
 def test_factors_and_constants(equilibrium):
     x, y = jnp.array([2.0, 1.0]), jnp.array([1.5, 1.0])
 
-    def largest(*factors):
-        problem = Scaled(*map(jnp.asarray, factors))
+    def largest(F, F_shift, f, f_shift):
+        problem = Separable.make(
+            about_one=1.0, F=F, F_shift=F_shift, f=f, f_shift=f_shift
+        )
         return float(blx.certify(problem, equilibrium, x, y, y0=jnp.zeros(2)).largest)
 
     expected = largest(1.0, 0.0, 1.0, 0.0)
@@ -403,30 +426,6 @@ def test_solve_says_where_it_started():
 #
 
 
-class Wells(blx.AbstractBilevelProblem):
-    """f = sum (y^2 - 1)^2 / 4: a minimum at -1 and 1, a maximum at 0."""
-
-    curvature: Array
-
-    def outer(self, x, y):
-        return jnp.sum((y - x) ** 2)
-
-    def inner(self, x, y):
-        return jnp.sum(self.curvature * (y**2 - 1) ** 2) / 4 + 0 * jnp.sum(x)
-
-
-class Saddle(blx.AbstractBilevelProblem):
-    """f = sum of squares with weights, some of them negative or zero."""
-
-    weights: Array
-
-    def outer(self, x, y):
-        return jnp.sum((y - x) ** 2)
-
-    def inner(self, x, y):
-        return 0.5 * jnp.sum(self.weights * (y - x) ** 2)
-
-
 _all = (
     blx.ColdStart(),
     blx.WarmStart(),
@@ -445,13 +444,15 @@ def test_a_maximum_or_saddle_of_f_is_no_inner_minimum(equilibrium):
         out = blx.certify(problem, equilibrium, x, y, y0=y)
         return {k: float(v) for k, v in out.residuals.items()}
 
-    wells = Wells(jnp.ones(2))
+    wells = Separable.make(about_x=1.0, wells=np.ones(2), weights=np.zeros(2))
     maximum, saddle = (
         at(wells, np.zeros(2), np.zeros(2)),
         at(wells, np.zeros(2), [0.0, 1.0]),
     )
-    flat = at(Saddle(jnp.array([-1.0, 0.0])), np.zeros(2), np.zeros(2))
-    slight = at(Saddle(jnp.array([1.0, -0.2])), np.ones(2), np.ones(2))
+    bent = Separable.make(about_x=1.0, weights=np.array([-1.0, 0.0]))
+    flat = at(bent, np.zeros(2), np.zeros(2))
+    bent = Separable.make(about_x=1.0, weights=np.array([1.0, -0.2]))
+    slight = at(bent, np.ones(2), np.ones(2))
     for residuals in (maximum, flat):
         assert residuals["inner"] < 1e-12 and residuals["inner curvature"] == 1
     # H = diag(-1, 2) and diag(1, -0.2), relative to the largest; epsilon adds to both.
@@ -587,12 +588,14 @@ def test_optimistic_and_pessimistic_on_a_circle():
 
 
 class OnPlane(blx.AbstractBilevelProblem):
-    """S(x) is where the last entry of y is zero, for any F."""
+    """S(x) is where the last entry of y is zero, for any F: a sum of functions, of which
+    all but one count for nothing. Which one is data."""
 
-    fn: eqx.Module
+    fns: tuple[eqx.Module, ...]
+    counts: Array
 
     def outer(self, x, y):
-        return self.fn(x, y)
+        return sum(c * fn(x, y) for c, fn in zip(self.counts, self.fns))
 
     def inner(self, x, y):
         return 0.5 * y[-1] ** 2 + 0 * jnp.sum(x)
@@ -627,10 +630,24 @@ class TrulySaddle(eqx.Module):
         return 0.5 * jnp.sum(x**2) + y[0] + y[1] ** 2
 
 
+class HardCase(eqx.Module):
+    """F = ((y_0 - x)^2 + y_1^2 / 2 + y_1) / 2: at x = 0 the slope has no part along y_0,
+    where the curvature is largest."""
+
+    def __call__(self, x, y):
+        return 0.5 * ((y[0] - x[0]) ** 2 + 0.5 * y[1] ** 2 + y[1]) + x[0] ** 2
+
+
+# Those of as many entries of y.
+_TOGETHER = (Exponential(), Cubic()), (Linear(), Concave(), TrulySaddle(), HardCase())
+
+
 def _worst(fn, radius, y, x=(0.0,), *, about=None):
     y = jnp.asarray(y)
     y0 = jnp.zeros(y.size) if about is None else jnp.asarray(about)
-    problem = OnPlane(fn)
+    together = next((fns for fns in _TOGETHER if fn in fns), (fn,))
+    counts = jnp.array([float(other == fn) for other in together])
+    problem = OnPlane(together, counts)
     return blx.certify(problem, blx.Pessimistic(radius), jnp.asarray(x), y, y0=y0)
 
 
@@ -697,14 +714,6 @@ def test_ties(y):
     assert _worst(Distance(a, a + 1.2), 1.0, y, x=a).residuals["outer"] > 1e-2
 
 
-class HardCase(eqx.Module):
-    """F = ((y_0 - x)^2 + y_1^2 / 2 + y_1) / 2: at x = 0 the slope has no part along y_0,
-    where the curvature is largest."""
-
-    def __call__(self, x, y):
-        return 0.5 * ((y[0] - x[0]) ** 2 + 0.5 * y[1] ** 2 + y[1]) + x[0] ** 2
-
-
 def test_the_hard_case():
     # (nu - W) (y - c) = slope: with nu = 1, y_1 = (1/2) / (1 - 1/2) = 1, and y_0 = +-1.
     for sign in (1, -1):
@@ -741,20 +750,11 @@ def test_nearest_to_zero_of_a_hull(count, dimension):
 #
 
 
-class Hill(blx.AbstractBilevelProblem):
-    """F = -x^2 / 2 + ..., greatest at x = 0."""
-
-    def outer(self, x, y):
-        return -0.5 * jnp.sum(x**2) + 0.1 * jnp.sum((y - x) ** 2)
-
-    def inner(self, x, y):
-        return 0.5 * jnp.sum((y - x) ** 2)
-
-
 @pytest.mark.parametrize("equilibrium", _all, ids=str)
 def test_an_outer_maximum_does_not_pass_in_silence(equilibrium):
-    zero = jnp.zeros(2)
-    certificate = blx.certify(Hill(), equilibrium, zero, zero, y0=zero)
+    # F = -x^2 / 2 + ..., greatest at x = 0.
+    hill, zero = Separable.make(hill=1.0, about_x=0.1), jnp.zeros(2)
+    certificate = blx.certify(hill, equilibrium, zero, zero, y0=zero)
     if isinstance(equilibrium, blx.Nash):
         assert certificate.residuals["outer curvature"] == 1
     else:
@@ -796,11 +796,7 @@ def test_more_variables_than_a_matrix_may_have(squares):
 
 @pytest.mark.parametrize("equilibrium", _all, ids=str)
 def test_nan_is_handed_on(equilibrium):
-    problem = blx.BilevelProblem(
-        lambda x, y: jnp.sum((y - x) ** 2),
-        lambda x, y: 0.5 * jnp.sum((y - x) ** 2),
-    )
-    y = jnp.array([1.0, jnp.nan])
+    problem, y = Separable.make(about_x=1.0), jnp.array([1.0, jnp.nan])
     certificate = blx.certify(problem, equilibrium, jnp.ones(2), y, y0=jnp.zeros(2))
     assert np.isnan(certificate.largest)
 

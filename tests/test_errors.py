@@ -663,7 +663,7 @@ def test_wrong_types(name, arguments):
 
 
 def test_wrong_type_of_throw():
-    with pytest.raises(TypeCheckError):
+    with pytest.raises(ValueError, match="throw=.*must be of type `bool`"):
         blx.hypergradient(_quadratic(), x3, x3, exact, throw="no")  # pyright: ignore
 
 

@@ -583,7 +583,11 @@ def _scale(case, dense, y, J):
     return size, _norm(J) + turning * size
 
 
-@_names((name for name in responses if name != "cholesky"), ("cholesky",))
+# Damped by either linear solver; the proximal one is in `test_solve` too.
+_damped = "proximal", "cholesky"
+
+
+@_names((name for name in responses if name not in _damped), _damped)
 @given(data=st.data())
 def test_response(name, data):
     case = data.draw(_response_cases(name))
@@ -627,10 +631,7 @@ def _stack(*trees):
     return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-transformed = _names(("cold", "checkpointed"), ("proximal",))
-
-
-@transformed
+@_names(("cold", "checkpointed"), ("proximal",))
 @given(cases=st.tuples(*3 * [_one]))
 def test_vmap(name, cases):
     """Over x, the anchor and all data at once: other ranks and other spectra."""
@@ -659,7 +660,7 @@ def _differentiated(problem, x, anchor, response):
     return out, *jax.value_and_grad(value)(x)
 
 
-@transformed
+@_names(("cold",), ("checkpointed", "proximal"))
 @given(case=_one)
 def test_grad_and_jit(name, case):
     """The derivative of F(x, best_response(x)), and the hypergradient within a program
@@ -721,7 +722,7 @@ def test_hypergradient(name, case):
     assert tree_identical(outs[0], gradient())
 
 
-@_names(("matrix_free", "neumann_drawn"), ("cg", "svd"))
+@_names(("neumann_drawn", "svd"), ("cg", "matrix_free"))
 @given(data=st.data())
 def test_x64_solver(name, data):
     log_cond = log_conds.get(name, 4.0)

@@ -156,7 +156,7 @@ def _network_as_it_is():
     (
         _moving_rows,
         pytest.param(_network, marks=pytest.mark.slow),
-        _network_as_it_is,
+        pytest.param(_network_as_it_is, marks=pytest.mark.slow),
     ),
 )
 def test_finite_differences_of_the_projection(make, getkey):
@@ -275,7 +275,7 @@ _slow = pytest.mark.slow
     "kind, equilibrium",
     (
         ("squares", blx.Optimistic()),
-        ("squares", blx.Pessimistic(0.5)),
+        pytest.param("squares", blx.Pessimistic(0.5), marks=_slow),
         pytest.param("squares", blx.ColdStart(), marks=_slow),
         pytest.param("squares", blx.Stackelberg(), marks=_slow),
         pytest.param("bent", blx.Optimistic(), marks=_slow),

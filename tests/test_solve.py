@@ -117,9 +117,8 @@ def _numpy_run(problem, x, y0, warm, response, inner_update, num_steps):
 def test_a_run_is_a_loop(name):
     equilibrium, pipeline, response, inner_update = _algorithms()[name]
     problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)
-    solution = blx.solve(
-        problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=7, record=_points
-    )
+    run = dict(pipeline=pipeline, num_steps=7, record=_points, certify=False)
+    solution = blx.solve(problem, equilibrium, x0, y0, **run)
     expected = _numpy_run(problem, x0, y0, equilibrium.warm, response, inner_update, 7)
     assert tree_allclose(solution.history, expected, rtol=1e-10)
     last = jtu.tree_map(lambda h: h[-1], expected)
@@ -178,7 +177,8 @@ def test_pytrees_of_mixed_shapes():
     pipeline = blx.GradientPipeline(
         blx.Implicit(blx.Projection(), lx.Cholesky()), optax.sgd(RATE)
     )
-    solution = blx.solve(problem, blx.ColdStart(), x, y0, pipeline=pipeline, num_steps=5)
+    run = dict(pipeline=pipeline, num_steps=5, certify=False)
+    solution = blx.solve(problem, blx.ColdStart(), x, y0, **run)
 
     @jax.jit
     def step(x):
@@ -207,9 +207,8 @@ def test_inner_optimiser_state(equilibrium, with_inner_update):
     pipeline = blx.GradientPipeline(
         blx.Unrolled(optimiser, 2), optax.sgd(1.0), inner_update
     )
-    solution = blx.solve(
-        problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=6, record=_points
-    )
+    run = dict(pipeline=pipeline, num_steps=6, record=_points, certify=False)
+    solution = blx.solve(problem, equilibrium, x0, y0, **run)
 
     def unroll(x, y, velocity, num_steps):
         for _ in range(num_steps):
@@ -258,9 +257,8 @@ def test_adam_inside_and_outside():
     pipeline = blx.GradientPipeline(blx.Unrolled(inner, 2), outer)
     # Adam itself mixes types.
     with jax.numpy_dtype_promotion("standard"):
-        solution = blx.solve(
-            problem, blx.WarmStart(), x0, y0, pipeline=pipeline, num_steps=4
-        )
+        run = dict(pipeline=pipeline, num_steps=4, certify=False)
+        solution = blx.solve(problem, blx.WarmStart(), x0, y0, **run)
 
         @jax.jit
         def look_ahead(x, y, state):
@@ -340,9 +338,8 @@ def test_history(save_every):
 def test_default_record():
     problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)
     equilibrium, pipeline, response, inner_update = _algorithms()["Algorithm 1"]
-    solution = blx.solve(
-        problem, equilibrium, x0, y0, pipeline=pipeline, num_steps=7, save_every=2
-    )
+    run = dict(pipeline=pipeline, num_steps=7, save_every=2, certify=False)
+    solution = blx.solve(problem, equilibrium, x0, y0, **run)
     assert set(solution.history) == {"value", "outer_residual", "inner_residual"}
     run = _numpy_run(problem, x0, y0, True, response, inner_update, 7)
     phi = as_numpy(problem.features)
@@ -514,7 +511,7 @@ def test_stops_on_both_residuals(save_every):
 def test_stops_under_vmap():
     # Each element at a step of its own, with what is never reached blank.
     starts = jnp.array([0.0, 0.9, 3.0])
-    solution = jax.vmap(lambda x0: _spring(TOLERANCE, x0=x0))(starts)
+    solution = jax.vmap(lambda x0: _spring(TOLERANCE, x0=x0, certify=False))(starts)
     for i, start in enumerate(starts):
         residuals = _spring_residuals(float(start))
         small = residuals[:, :2] <= TOLERANCE
@@ -571,7 +568,7 @@ def test_one_failure_of_a_batch(save_every):
     edges = jnp.array([1.05, np.inf, 0.25])
 
     def run(edge):
-        return _march(edge, 15, save_every=save_every, throw=False)
+        return _march(edge, 15, save_every=save_every, throw=False, certify=False)
 
     solution = jax.vmap(run)(edges)
     assert solution.stats["num_steps"].tolist() == [10, 15, 2]
@@ -588,7 +585,7 @@ def test_one_failure_of_a_batch(save_every):
         assert np.all(np.isnan(history["x"][kept:]))
     if save_every == 1:
         with pytest.raises(eqx.EquinoxRuntimeError, match="NaN or infinity appeared"):
-            jax.vmap(lambda edge: _march(edge, 15))(edges)
+            jax.vmap(lambda edge: _march(edge, 15, certify=False))(edges)
 
 
 @pytest.mark.parametrize("dtype", dtypes)
@@ -599,13 +596,12 @@ def test_divergence(dtype):
     )
     one = jnp.ones((), dtype)
     pipeline = blx.GradientPipeline(exact, optax.sgd(1e4))
+    fixed = dict(pipeline=pipeline, num_steps=60, certify=False)
     largest = float(jnp.finfo(dtype).max)
     good = int(np.floor(np.log(largest) / 2 / np.log(9999)))
 
     def run(**kwargs):
-        return blx.solve(
-            problem, blx.WarmStart(), one, one, pipeline=pipeline, num_steps=60, **kwargs
-        )
+        return blx.solve(problem, blx.WarmStart(), one, one, **fixed, **kwargs)
 
     with pytest.raises(eqx.EquinoxRuntimeError, match=f"At outer step {good + 1}: "):
         run()
@@ -710,11 +706,12 @@ def test_vmap_over_the_number_of_steps(name):
     num_steps = jnp.array([1, 3, 20])
 
     def run(K):
+        fixed = dict(num_steps=300, certify=False)
         if name == "neumann":
             response = blx.Implicit(blx.Projection(), blx.Neumann(K, 0.3))
         else:
             response = blx.Unrolled(optax.sgd(0.3), K)
-        return _toy(blx.WarmStart(), response, num_steps=300)
+        return _toy(blx.WarmStart(), response, **fixed)
 
     solution = jax.vmap(run)(num_steps)
     m = 1 - 0.7 ** np.asarray(num_steps)
@@ -727,9 +724,8 @@ def test_vmap_over_data_and_rates():
 
     def run(target, rate):
         pipeline = blx.GradientPipeline(exact, optax.sgd(rate))
-        return blx.solve(
-            Spring(target), blx.ColdStart(), zero, zero, pipeline=pipeline, num_steps=9
-        )
+        fixed = dict(pipeline=pipeline, num_steps=9, certify=False)
+        return blx.solve(Spring(target), blx.ColdStart(), zero, zero, **fixed)
 
     solution = jax.vmap(run)(targets, rates)
     expected = targets * (1 - (1 - rates) ** 9)
@@ -742,11 +738,12 @@ def test_jit():
     assert tree_allclose(solution.x, (1 + C) / 2, rtol=1e-10)
     assert solution.history["value"].shape == (80,)
     # The sentence comes through; the numbers cannot.
-    failing = eqx.filter_jit(lambda edge: _march(edge, 15).x)
+    failing = eqx.filter_jit(lambda edge: _march(edge, 15, certify=False).x)
     with pytest.raises(eqx.EquinoxRuntimeError, match="NaN or infinity appeared"):
         failing(jnp.array(1.05))
     # A history that is cut short outside of `jit` has a fixed shape inside.
-    stopped = eqx.filter_jit(lambda edge: _march(edge, 15, throw=False))
+    run = dict(throw=False, certify=False)
+    stopped = eqx.filter_jit(lambda edge: _march(edge, 15, **run))
     history = stopped(jnp.array(1.05)).history["x"]
     assert tree_allclose(history[:10], RATE * np.arange(1, 11), rtol=1e-12)
     assert history.shape == (15,) and np.all(np.isnan(history[10:]))
@@ -941,16 +938,9 @@ def test_a_failure_does_not_depend_on_the_cuts(cut, save_every):
 def test_the_callers_arrays_stay_valid():
     problem, x0, y0 = make_ridge()
     gradient = blx.GradientPipeline(exact, optax.sgd(RATE))
-    first = blx.solve(problem, blx.WarmStart(), x0, y0, num_steps=3, pipeline=gradient)
-    again = blx.solve(
-        problem,
-        blx.WarmStart(),
-        x0,
-        y0,
-        num_steps=3,
-        pipeline=gradient,
-        state=first.state,
-    )
+    run = dict(num_steps=3, pipeline=gradient)
+    first = blx.solve(problem, blx.WarmStart(), x0, y0, **run)
+    again = blx.solve(problem, blx.WarmStart(), x0, y0, **run, state=first.state)
     for tree in (problem, x0, y0, first, again):
         leaves = jtu.tree_leaves(tree)
         assert not any(isinstance(u, jax.Array) and u.is_deleted() for u in leaves)
@@ -1095,11 +1085,8 @@ def _steps_of(lines):
 
 def test_lines_within_a_transformation(capfd):
     for save_every, steps in ((1, range(1, 11)), (4, (4, 8, 10)), (20, (10,))):
-        run = jax.jit(
-            lambda edge, save_every=save_every: (
-                _march(edge, 15, save_every=save_every, progress=True, throw=False).x
-            )
-        )
+        options = dict(save_every=save_every, progress=True, throw=False, certify=False)
+        run = jax.jit(lambda edge, options=options: _march(edge, 15, **options).x)
         run(jnp.array(1.05)).block_until_ready()
         jax.effects_barrier()
         lines = capfd.readouterr().out.splitlines()
@@ -1184,9 +1171,8 @@ def test_a_value_that_is_closed_over_is_transformed():
         problem = blx.BilevelProblem(
             lambda x, y: 0.5 * (y - target) ** 2, lambda x, y: 0.5 * (y - x) ** 2
         )
-        return blx.solve(
-            problem, blx.WarmStart(), zero, zero, pipeline=march, num_steps=9
-        ).x
+        fixed = dict(pipeline=march, num_steps=9, certify=False)
+        return blx.solve(problem, blx.WarmStart(), zero, zero, **fixed).x
 
     targets = jnp.array([1.0, -2.0])
     expected = targets * (1 - 0.9**9)
