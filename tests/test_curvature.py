@@ -190,6 +190,12 @@ def test_a_sum_of_squares_does_not_square_its_condition(w, bent, angle, x, s, sl
 
     # z = (s, s) / 2, and F = 2 (s / 2 - 1)^2.
     gradient, rtol = (s - 2) * slope, 100 * np.finfo(float).eps / w
+    if not bent:
+        # J = (1, 1) / 2 in the rotated coordinates.
+        J = blx.response_jacobian(problem, x, jnp.zeros(2), blx.Pseudoinverse())
+        assert np.allclose(rotation @ as_numpy(J.mv(jnp.ones(1))), 0.5, rtol=rtol)
+        u = jnp.asarray(rotation.T @ np.array([0.3, 0.9]))
+        assert np.allclose(J.T.mv(u), 0.6, rtol=rtol)
     for response in (implicit, blx.MinimumDisplacement()):
         out = blx.hypergradient(problem, x, y0, response)
         assert np.allclose(rotation @ as_numpy(out.y), s / 2, rtol=rtol)
