@@ -4,7 +4,6 @@ from . import pipelines as pipelines, reports as reports
 from ._derivatives.public import (
     cross_derivative as cross_derivative,
     inner_hessian as inner_hessian,
-    response_jacobian as response_jacobian,
 )
 from ._equilibrium.base import (
     AbstractEquilibrium as AbstractEquilibrium,
@@ -60,6 +59,7 @@ from ._problem.root import (
 from ._response.base import AbstractResponse as AbstractResponse, Response as Response
 from ._response.fixed import Fixed as Fixed
 from ._response.implicit import Implicit as Implicit
+from ._response.jacobian import response_jacobian as response_jacobian
 from ._response.minimum_displacement import MinimumDisplacement as MinimumDisplacement
 from ._response.proximal import Proximal as Proximal
 from ._response.unrolled import Unrolled as Unrolled

@@ -126,6 +126,11 @@ def _instead(dtype: Any) -> str:
 def says(part: Any, what: str, default: Any) -> Any:
     """The class attribute `what` of a part, or the default.
 
-    Parts may come from other libraries, which do not have these attributes.
+    Parts may come from other libraries, which do not have these attributes. A part that
+    wraps another has the class attribute `speaks_for`, the name of its field for it, and
+    says what that says, unless it says something itself.
     """
+    field = getattr(type(part), "speaks_for", None)
+    if field is not None and not hasattr(type(part), what):
+        return says(getattr(part, field), what, default)
     return getattr(type(part), what, default)

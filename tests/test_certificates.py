@@ -767,6 +767,71 @@ def test_an_outer_maximum_does_not_pass_in_silence(equilibrium):
 #
 
 
+@pytest.mark.parametrize(
+    "equilibrium",
+    (
+        blx.Stackelberg(),
+        pytest.param(blx.WarmStart(), marks=pytest.mark.slow),
+        pytest.param(blx.WarmStart(0.5), marks=pytest.mark.slow),
+        pytest.param(blx.ColdStart(), marks=pytest.mark.slow),
+    ),
+    ids=str,
+)
+def test_a_minimum_in_x_to_second_order(equilibrium):
+    # F = cos(y) with y = x: stationary wherever sin(x) = 0.
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(jnp.cos(y)), lambda x, y: jnp.sum((y[:2] - x) ** 2)
+    )
+    size = 2 if isinstance(equilibrium, blx.Stackelberg) else 3
+    for x, expected in (([0, 0], 1), ([np.pi, 0], 1), ([np.pi, np.pi], 0)):
+        x = jnp.asarray(x, float)
+        y = jnp.append(x, np.pi)[:size]
+        found = blx.certify(problem, equilibrium, x, y, y0=y, second_order=True)
+        assert np.isclose(found.residuals["outer curvature"], expected, atol=1e-12)
+        assert found.residuals["outer"] < 1e-12
+        assert "minimum is not checked" not in str(found)
+
+
+def test_where_no_second_derivative_in_x_is_known():
+    problem = blx.BilevelProblem(lambda x, y: jnp.sum(x * y), lambda x, y: y[0] ** 2)
+    found = blx.certify(
+        problem, blx.Optimistic(), jnp.zeros(2), jnp.zeros(2), second_order=True
+    )
+    assert "not checked for this concept" in str(found)
+
+
+@pytest.mark.parametrize("kind", ("squares", "plain", "curved"))
+def test_curvature_between_noise_and_signal(kind):
+    class Weighted(blx.AbstractBilevelProblem):
+        w: jax.Array
+
+        def outer(self, x, y):
+            return jnp.sum(y**2)
+
+        def inner(self, x, y):
+            bent = jnp.log(jnp.cosh(y - x)) if kind == "curved" else (y - x) ** 2
+            return jnp.sum(self.w * bent)
+
+    class WeightedSquares(blx.AbstractLeastSquaresProblem):
+        w: jax.Array
+
+        def outer(self, x, y):
+            return jnp.sum(y**2)
+
+        def inner_residual(self, x, y):
+            return self.w * (y - x)
+
+    cls, x = WeightedSquares if kind == "squares" else Weighted, jnp.ones(3)
+    for weight in (0, 3e-15, 1e-14, 1e-12, 1):
+        # Sixteen times machine precision is 3.6e-15.
+        problem = cls(jnp.array([1.0, weight, 0.5]))
+        found = blx.certify(problem, blx.WarmStart(), x, x)
+        unclear = weight if 0 < weight < 1e-13 else 0
+        assert found.unclear is not None
+        assert np.isclose(found.unclear, unclear, rtol=1e-6, atol=0)
+        assert ("between noise and signal" in str(found)) == (unclear > 0)
+
+
 @pytest.mark.parametrize("squares", (True, False))
 def test_more_variables_than_a_matrix_may_have(squares):
     """Negative curvature that a Krylov space sees; and the note that it may not."""

@@ -195,6 +195,12 @@ def test_a_sum_of_squares_does_not_square_its_condition(w, bend, angle, x, s, sl
     x, y0 = jnp.array([x]), jnp.zeros(2)
     # z = (s, s) / 2, and F = 2 (s / 2 - 1)^2.
     gradient, rtol = (s - 2) * slope, 100 * np.finfo(float).eps / w
+    if not bent:
+        # J = (1, 1) / 2 in the rotated coordinates.
+        J = blx.response_jacobian(problem, x, jnp.zeros(2), blx.Pseudoinverse())
+        assert np.allclose(rotation @ as_numpy(J.mv(jnp.ones(1))), 0.5, rtol=rtol)
+        u = jnp.asarray(rotation.T @ np.array([0.3, 0.9]))
+        assert np.allclose(J.T.mv(u), 0.6, rtol=rtol)
     for response in (implicit, blx.MinimumDisplacement()):
         out = blx.hypergradient(problem, x, y0, response)
         assert np.allclose(rotation @ as_numpy(out.y), s / 2, rtol=rtol)
@@ -202,6 +208,87 @@ def test_a_sum_of_squares_does_not_square_its_condition(w, bend, angle, x, s, sl
     _, pushed, (pulled,) = _composed(problem, x, y0, jnp.ones(1))
     assert np.allclose(pushed, gradient, rtol=rtol)
     assert np.allclose(pulled, gradient, rtol=rtol)
+
+
+class _Turning(blx.AbstractLeastSquaresProblem):
+    """(A + x_1 A_1 + ...) y - b, at x = 0."""
+
+    A: Array
+    A_x: Array
+    b: Array
+    t: Array
+
+    def inner_residual(self, x, y):
+        return (self.A + jnp.tensordot(x, self.A_x, 1)) @ y - self.b
+
+    def outer(self, x, y):
+        return 0.5 * jnp.sum((y - self.t) ** 2)
+
+
+def _turning(rng, condition, rank, noise):
+    """Data of such a problem, its gradients for a warm and a cold start, and how much
+    they can change by rounding of the data."""
+    U = np.linalg.qr(rng.normal(size=(ROWS, ROWS)))[0]
+    V = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))[0]
+    U, rest, V = U[:, :rank], U[:, rank:], V[:, :rank]
+    s = condition ** -np.linspace(0, 1, rank)
+    # Through its range alone, so that the gradient is of the order of one.
+    A_x = np.stack([(U * s) @ rng.normal(size=(rank, SIZE)) for _ in range(OUTER)])
+    y, t = V @ rng.normal(size=rank), rng.normal(size=SIZE)
+    across = noise * rest @ rng.normal(size=rest.shape[1])
+    pinv = (V / s) @ U.T
+    image = pinv.T @ (y - t)
+    moved = -np.array([image @ (dA @ y) for dA in A_x])
+    # A^T r = 0, and r is orthogonal to the columns of each A_i.
+    null = (y - t) - V @ (V.T @ (y - t))
+    turned = np.array([null @ (dA.T @ (pinv.T @ y)) for dA in A_x])
+    # Wedin, 1973.
+    sensitivity = condition + condition**2 * np.linalg.norm(across) / np.linalg.norm(y)
+    data = (U * s) @ V.T, A_x, (U * s) @ (V.T @ y) + across, t
+    return data, moved, moved + turned, sensitivity
+
+
+@pytest.mark.parametrize("dense_size", (1024, pytest.param(1, marks=pytest.mark.slow)))
+def test_a_residual_whose_jacobian_moves_with_x(dense_size):
+    # The term dA^T r, where r is rounding: times H^+, its error would be eps cond^2.
+    rng = np.random.default_rng(5)
+    conditions = np.repeat(10.0 ** np.arange(2, 9), 6)
+    draws = [
+        _turning(rng, condition, rank, noise)
+        for condition, rank, noise in zip(
+            conditions, (6, 6, 4, 4, 2, 3) * 7, (0, 1e-6, 0, 1e-6, 0, 0.1) * 7
+        )
+    ]
+    data, warm, cold, sensitivity = zip(*draws)
+    problems = _Turning(*(jnp.asarray(np.stack(part)) for part in zip(*data)))
+    solver = blx.Pseudoinverse(dense_size=dense_size)
+    implicit = blx.Implicit(blx.Projection(), solver)
+    nearest = blx.MinimumDisplacement(linear_solver=solver)
+
+    @jax.jit
+    @jax.vmap
+    def gradients(problem):
+        x, y0 = jnp.zeros(OUTER), jnp.zeros(SIZE)
+
+        def composed(response):
+            return lambda x: problem.outer(
+                x, blx.best_response(problem, x, y0, response, throw=False)
+            )
+
+        ways = [
+            blx.hypergradient(problem, x, y0, implicit, throw=False).gradient,
+            jax.grad(composed(implicit))(x),
+            jax.jacfwd(composed(implicit))(x),
+            blx.hypergradient(problem, x, y0, nearest, throw=False).gradient,
+            jax.grad(composed(nearest))(x),
+        ]
+        return jnp.stack(ways)
+
+    exact = np.stack([[w, w, w, c, c] for w, c in zip(warm, cold)])
+    error = np.linalg.norm(as_numpy(gradients(problems)) - exact, axis=2)
+    error = error / np.linalg.norm(exact, axis=2)
+    bound = 1000 if dense_size == 1 else 100
+    assert np.all(error < bound * np.finfo(float).eps * np.array(sensitivity)[:, None])
 
 
 @pytest.mark.parametrize("degree, tolerance", ((3, 1e-4), (6, 1e-3)))

@@ -27,6 +27,7 @@ from jaxtyping import Array
 
 import bilevel_eqx as blx
 from bilevel_eqx._text import as_code
+from bilevel_eqx._trust.squares import num_squares
 
 
 def _at_a_minimum(cls, dtype=jnp.float64):
@@ -97,6 +98,75 @@ def test_at_a_stationary_point():
     assert found.terms == {1.0: 1, 0.1: 1, 0.01: 1}
     assert all(gap <= 1 for gap in found.gaps.values())
     assert np.isclose(found.null_share, 0.5, atol=1e-6)
+
+
+#
+# Sums of squares that are not stated as such
+#
+
+
+_A, _b = jnp.reshape(jnp.cos(jnp.arange(20.0)), (5, 4)), jnp.arange(5.0)
+_w = jnp.array([1.0, 0.0, 2.0, 3.0, 0.5])
+
+
+@jax.jit
+def _jitted(r):
+    return jnp.vdot(r, r)
+
+
+_shown = {
+    "sum": (lambda x, r: jnp.sum(r**2), 5),
+    "mean": (lambda x, r: 0.5 * jnp.mean(jnp.square(r)), 5),
+    "product": (lambda x, r: r @ r, 5),
+    "itself": (lambda x, r: jnp.sum(r * r) / 3, 5),
+    "norm": (lambda x, r: jnp.linalg.norm(r) ** 2, 5),
+    "called": (lambda x, r: _jitted(r) / 2, 5),
+    "weights": (lambda x, r: jnp.sum(_w * r**2), 5),
+    "weighted": (lambda x, r: _w @ jnp.tanh(r) ** 2, 5),
+    "ridge": (lambda x, r: jnp.sum(r**2) + jnp.exp(x[0]) * jnp.sum(r[:2] ** 2), 7),
+    "constant": (lambda x, r: jnp.sum(r**2) - jnp.sum(x**2) - 3, 5),
+    "tree": (lambda x, r: sum(jnp.sum(u**2) for u in (r[:2], jnp.sin(r[2:]))), 5),
+}
+_not_shown = {
+    "signs": lambda x, r: jnp.sum((_w - 1) * r**2),
+    "negative": lambda x, r: -jnp.sum(r**2),
+    "factor": lambda x, r: x[1] * jnp.sum(r**2),
+    "difference": lambda x, r: jnp.sum(r**2) - jnp.sum(r[:2] ** 2),
+    "linear": lambda x, r: jnp.sum(r**2) + r[0],
+    "cube": lambda x, r: jnp.sum(r**3),
+    "two": lambda x, r: r @ (2 * r[::-1]),
+    "logistic": lambda x, r: jnp.sum(jnp.logaddexp(0.0, r)),
+    "power": lambda x, r: jnp.sum(r**2) ** 1.5,
+    "function of it": lambda x, r: jnp.log1p(jnp.sum(r**2)),
+    "moving weights": lambda x, r: jnp.sum(jnp.exp(r) * r**2),
+    "rows": lambda x, r: jnp.sum(jnp.outer(r, r)),
+}
+
+
+def test_a_sum_of_squares_in_disguise():
+    x, y = jnp.array([0.5, -1.0]), jnp.ones(4)
+    for name, (f, count) in _shown.items():
+        assert num_squares(lambda y: f(x, _A @ y - _b), y) == count, name
+    for name, f in _not_shown.items():
+        assert num_squares(lambda y: f(x, _A @ y - _b), y) is None, name
+
+
+def test_what_a_sum_of_squares_would_gain():
+    A = jnp.diag(jnp.array([1.0, 1e-3]))
+
+    def residual(x, y):
+        return A @ y - x
+
+    plain = blx.BilevelProblem(
+        lambda x, y: jnp.sum(y), lambda x, y: 0.5 * jnp.sum(residual(x, y) ** 2)
+    )
+    x, y = jnp.array([1.0, 1e-3]), jnp.ones(2)
+    found = blx.diagnose(plain, x, y)
+    assert found.num_squares == 2
+    assert "a sum of 2 squares" in str(found)
+    assert "1.0e+03 in place of 1.0e+06" in str(found)
+    stated = blx.LeastSquaresProblem(lambda x, y: jnp.sum(y), residual)
+    assert blx.diagnose(stated, x, y).num_squares is None
 
 
 #

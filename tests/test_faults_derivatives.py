@@ -142,6 +142,11 @@ def test_jacobians_and_nearest_minima_check_too():
     jacobian = blx.Implicit(None, lx.LU())(problem, x, y).jacobian
     with pytest.raises(eqx.EquinoxRuntimeError, match="linear solve"):
         eqx.filter_jit(jacobian.mv)(x)
+    # As an operator of its own, in both directions.
+    J = blx.response_jacobian(problem, x, y, lx.LU())
+    for product, vector in ((J.mv, x), (J.T.mv, y)):
+        with pytest.raises(eqx.EquinoxRuntimeError, match="linear solve"):
+            eqx.filter_jit(product)(vector)
     nearest = blx.MinimumDisplacement(blx.Projection(), lx.LU())
     with pytest.raises(eqx.EquinoxRuntimeError):
         blx.hypergradient(problem, x, jnp.zeros(5), nearest)

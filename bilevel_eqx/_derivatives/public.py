@@ -1,18 +1,15 @@
-"""The public operators of a bilevel problem: H, B and the response Jacobian."""
+"""The public operators of a bilevel problem: H and B."""
 
 from collections.abc import Iterable
 
 import lineax as lx
 from jaxtyping import PyTree, ScalarLike
 
-from .._arguments import as_variables, check_positive
+from .._arguments import as_variables
 from .._compat import is_traced
 from .._custom_types import typechecked
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
-from .._problem.constraints import set_y
-from .._problem.root import AbstractRootProblem
-from .operators import damped
 from .second import cross_derivative_operator, gradient_and_hessian
 
 
@@ -76,63 +73,6 @@ def cross_derivative(
     x, y = as_variables(x, "x"), as_variables(y, "y")
     check_problem(problem, x, y)
     return cross_derivative_operator(problem, x, y)
-
-
-@typechecked
-def response_jacobian(
-    problem: AbstractBilevelProblem,
-    x: PyTree,
-    y: PyTree,
-    linear_solver: lx.AbstractLinearSolver,
-    *,
-    damping: ScalarLike = 0.0,
-) -> lx.AbstractLinearOperator:
-    r"""The response Jacobian of the implicit function theorem,
-
-    $$\frac{\partial y^*}{\partial x} = -(H + \epsilon I)^{-1} B,$$
-
-    which is the row "response Jacobian" of Table 1 of the paper, with the sign that is
-    missing there. The inverse is that of `linear_solver`: a pseudoinverse, a truncated
-    series, or a factorisation.
-
-    **Arguments:**
-
-    - `problem`: the bilevel problem.
-    - `x`: the outer variables, a pytree of floating-point arrays.
-    - `y`: the inner variables, a pytree of floating-point arrays. The inner problem is
-        not solved: J is evaluated at this y.
-    - `linear_solver`: any lineax solver. H is tagged as positive semidefinite, as it
-        is at a minimum, so that `lx.CG` and `lx.Cholesky` accept it. The Jacobian of a
-        root has no tags.
-    - `damping`: the $\epsilon$ above. Keyword only argument.
-
-    **Returns:**
-
-    A lineax operator from pytrees like `x` to pytrees like `y`.
-
-    **Raises:** as [`bilevel_eqx.inner_hessian`][]; also a `ValueError` if `damping` is
-    negative, or if the problem confines y to a set. A linear solve that fails raises
-    when a product is taken.
-
-    ??? cite "Reference"
-
-        Vicol, Lorraine, Duvenaud and Grosse, *Implicit Regularization in
-        Overparameterized Bilevel Optimization*, 2021: Table 1 and Equation 4.
-    """
-    check_positive(damping, "damping", "response_jacobian", or_zero=True)
-    if set_y(problem).confines:
-        raise ValueError(
-            "`response_jacobian` is for inner problems without constraints, but this "
-            "problem has a `project_y`. Use `Implicit(None, linear_solver)(problem, x, "
-            "y).jacobian`, which is the Jacobian in the set."
-        )
-    is_root = isinstance(problem, AbstractRootProblem)
-    tags = () if is_root else {lx.positive_semidefinite_tag}
-    H = inner_hessian(problem, x, y, tags=tags)
-    B = cross_derivative(problem, x, y)
-    if is_nonzero(damping):
-        H = damped(H, damping)
-    return -(lx.invert(H, linear_solver) @ B)
 
 
 def is_nonzero(damping: ScalarLike) -> bool:

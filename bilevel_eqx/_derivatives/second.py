@@ -9,15 +9,24 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
+from .._arguments import says
 from .._depends_on import depends_on
 from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
-from .._tree import nonzero, tree_struct, tree_sub, tree_zeros_like, where
+from .._tree import (
+    nonzero,
+    tree_axpy,
+    tree_struct,
+    tree_sub,
+    tree_zeros_like,
+    where,
+)
 from .first import inner_gradient
 from .operators import (
+    AugmentedHessian,
     CrossDerivative,
     curved_tag,
     CurvedHessian,
@@ -66,12 +75,18 @@ def gradient_and_hessian(
 
 
 def expansion(
-    problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array], tags: Any = ()
+    problem: AbstractBilevelProblem,
+    x: PyTree[Array],
+    y: PyTree[Array],
+    tags: Any = (),
+    linear_solver: lx.AbstractLinearSolver | None = None,
 ) -> tuple[PyTree[Array], lx.AbstractLinearOperator, Callable[..., PyTree]]:
     r"""f_y, H and the map $q \mapsto B^\top q$, from one linearisation in y.
 
-    For a sum of squares that map takes $A q$ too, if it is known better than q. For a
-    root they are r, dr/dy and $q \mapsto (\partial r / \partial x)^\top q$.
+    For a sum of squares that map takes $A q$ too, if it is known better than q; and if a
+    linear solver is given, H and B are those of the minimum that y should be: see
+    `stationary_residual`. For a root they are r, dr/dy and
+    $q \mapsto (\partial r / \partial x)^\top q$.
     """
     if isinstance(problem, AbstractRootProblem):
         residual, jacobian = _linearised(lambda y: problem.root(x, y), y, tags)
@@ -80,7 +95,7 @@ def expansion(
     # `positive_semidefinite_tag` alone does not make an operator symmetric to lineax.
     tags = frozenset(tags) | {lx.symmetric_tag}
     if isinstance(problem, AbstractLeastSquaresProblem):
-        return _expansion_of_squares(problem, x, y, tags)
+        return _expansion_of_squares(problem, x, y, tags, linear_solver)
 
     def gradients(y):
         return jax.grad(problem.inner, argnums=(1, 0))(x, y)
@@ -101,16 +116,19 @@ def tells_change(problem: AbstractBilevelProblem, y: PyTree, tags: Any) -> bool:
     return curved_tag in tags and is_vector and plain and not set_y(problem).confines
 
 
-def _expansion_of_squares(problem, x, y, tags):
+def _expansion_of_squares(problem, x, y, tags, linear_solver):
     r"""The same, with the residual $w = r$ as a variable of its own:
     $f_y = A^\top w$ and $f_x = r_x^\top w$."""
-    w, jacobian = _linearised(lambda y: problem.inner_residual(x, y), y)
+    r, jacobian = _linearised(lambda y: problem.inner_residual(x, y), y)
+    w = _without_range(problem, x, y, r, jacobian, linear_solver)
 
     def gradients(w, y):
         _, pull = jax.vjp(problem.inner_residual, x, y)
         return pull(w)[::-1]
 
     (gradient, _), push = jax.linearize(gradients, w, y)
+    if w is not r:
+        gradient = jacobian.transpose().mv(r)
     C = None
     if _is_curved_residual(problem, x, y):
         curvature = _CurvatureOfSquares(push, w)
@@ -139,12 +157,53 @@ class _CrossTransposedOfSquares(eqx.Module):
         return self.push(self.jacobian.mv(q) if image is None else image, q)[1]
 
 
+def stationary_residual(
+    problem: Any,
+    x: PyTree[Array],
+    y: PyTree[Array],
+    linear_solver: lx.AbstractLinearSolver | None,
+) -> PyTree[Array]:
+    r"""The residual that a sum of squares has at the minimum next to y:
+    $(I - A A^+) r$, as far as it matters.
+
+    At a minimum $A^\top r = 0$, so r has no part in the range of A. What a computed r has
+    there is rounding, or the error of y. Where A depends on x or y, $A^{+\top}$ and
+    $A^+$ multiply that part by the square of the condition number:
+    $q^\top \mathrm d A^\top r$ with $q = H^+ F_y$. Without it the error is that of r
+    itself. The part that is left out is no function of x, because it is zero along the
+    minima.
+    """
+    r, jacobian = _linearised(lambda y: problem.inner_residual(x, y), y)
+    return _without_range(problem, x, y, r, jacobian, linear_solver)
+
+
+def _without_range(problem, x, y, r, jacobian, linear_solver):
+    """r without its part in the range of A; r itself where that part does not matter, or
+    where the solver does not work on A."""
+    splits = says(linear_solver, "splits_squares", False)
+    # In a set, A^T r need not be zero at a minimum.
+    if not splits or set_y(problem).confines or not _jacobian_varies(problem, x, y):
+        return r
+    dynamic, static = eqx.partition((jacobian, r), eqx.is_array)
+    A, fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
+    K = AugmentedHessian(LeastSquaresHessian(A, None, frozenset()))
+    state = linear_solver.init(K, options={})
+    right = fixed, tree_zeros_like(y)
+    # The solution is p = A A^+ r - r.
+    (p, _), _, _ = linear_solver.compute(state, right, {})
+    return tree_sub(r, tree_axpy(1.0, p, fixed))
+
+
 def squares_condition(
-    problem: Any, x: PyTree[Array], y: PyTree[Array]
+    problem: Any,
+    x: PyTree[Array],
+    y: PyTree[Array],
+    linear_solver: lx.AbstractLinearSolver | None = None,
 ) -> Callable[[Any, PyTree], tuple[PyTree, PyTree]]:
     r"""$(r - w, A^\top w)$ at this y for $w = r$, as a function of a sum of squares and
-    of x. Its derivative in $(w, y)$ is `AugmentedHessian`."""
-    w = problem.inner_residual(x, y)
+    of x. Its derivative in $(w, y)$ is `AugmentedHessian`. With a linear solver, w is the
+    `stationary_residual`."""
+    w = stationary_residual(problem, x, y, linear_solver)
 
     def condition(problem, x):
         residual, pull = jax.vjp(lambda y: problem.inner_residual(x, y), y)
@@ -219,11 +278,19 @@ class HessianAt(eqx.Module):
 
 
 def _is_curved_residual(problem, x, y):
-    def jacobian_times_ones(y):
-        ones = jax.tree.map(jnp.ones_like, y)
-        return jax.jvp(lambda y: problem.inner_residual(x, y), (y,), (ones,))[1]
+    return depends_on(lambda y: _jacobian_times_ones(problem, x, y), y)
 
-    return depends_on(jacobian_times_ones, y)
+
+def _jacobian_varies(problem, x, y):
+    """Whether the Jacobian of the residual depends on x or y."""
+    return _is_curved_residual(problem, x, y) or depends_on(
+        lambda x: _jacobian_times_ones(problem, x, y), x
+    )
+
+
+def _jacobian_times_ones(problem, x, y):
+    ones = jax.tree.map(jnp.ones_like, y)
+    return jax.jvp(lambda y: problem.inner_residual(x, y), (y,), (ones,))[1]
 
 
 def cross_derivative_operator(

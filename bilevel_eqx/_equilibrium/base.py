@@ -1,10 +1,11 @@
 """What an equilibrium is, and what certifies one."""
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
@@ -19,6 +20,7 @@ from .._problem.constraints import set_y
 from .._problem.root import check_has_objective
 from .._text import aligned
 from .._tree import tree_eps, tree_size, widened
+from .outer_curvature import NOT_A_MINIMUM, outer_curvature
 
 
 MAX_PRODUCTS = 128
@@ -38,15 +40,22 @@ class Certificate(eqx.Module):
     - `largest`: the largest of the residuals.
     - `accuracy`: how accurate the linear solves behind the residuals were, as a relative
         residual that was measured and not presumed; `None` if there were none.
+    - `unclear`: the eigenvalue of $H$, relative to the largest, of which it is the least
+        clear whether it is zero, because it lies between noise and signal. For a sum of
+        squares it is a singular value of the Jacobian of the residual. Zero if all are
+        clear; `None` if they were not looked at: beyond 1,024 variables, and in a set.
+        `unclear_what` says which of the two it is.
     - `notes`: what the residuals do not say: where the picture is only local, or where
         a condition is empty.
     """
 
     residuals: dict[str, Scalar]
     accuracy: Scalar | None
+    unclear: Scalar | None
     concept: str = eqx.field(static=True)
     notes: tuple[str, ...] = eqx.field(static=True)
     _meanings: tuple[tuple[str, str], ...] = eqx.field(static=True)
+    unclear_what: str = eqx.field(static=True)
 
     def __init__(
         self,
@@ -54,6 +63,7 @@ class Certificate(eqx.Module):
         residuals: dict[str, tuple[Any, str]],
         *,
         accuracy: Any = None,
+        unclear: tuple[Any, str] | None = None,
         notes: Iterable[str] = (),
     ):
         """**Arguments:**
@@ -63,11 +73,15 @@ class Certificate(eqx.Module):
             sentence on what it measures.
         - `accuracy`: the relative residual of the linear solves behind them. Keyword
             only argument.
+        - `unclear`: a curvature of which it is not clear whether it is zero, relative to
+            the largest, and what it is. Keyword only argument.
         - `notes`: further sentences. Keyword only argument.
         """
         self.concept = concept
         self.residuals = {k: jnp.asarray(value) for k, (value, _) in residuals.items()}
         self.accuracy = None if accuracy is None else jnp.asarray(accuracy)
+        value, self.unclear_what = (None, "") if unclear is None else unclear
+        self.unclear = None if value is None else jnp.asarray(value)
         self.notes = tuple(notes)
         self._meanings = tuple((k, meaning) for k, (_, meaning) in residuals.items())
 
@@ -92,8 +106,19 @@ class Certificate(eqx.Module):
         if self.accuracy is not None:
             accuracy = _as_text(self.accuracy)
             lines.append(f"  (linear solves behind these are right to {accuracy})")
+        if _is_positive(self.unclear):
+            lines.append(
+                f"  (it is not clear whether {self.unclear_what} is zero that is "
+                f"{_as_text(self.unclear)} of the largest: it lies between noise and "
+                "signal, and another minimum may or may not be near)"
+            )
         lines.extend(f"  ({note})" for note in self.notes)
         return "\n".join(lines)
+
+
+def _is_positive(value) -> bool:
+    known = eqx.is_array(value) and not is_traced(value)
+    return known and bool(np.any(np.asarray(value) > 0))
 
 
 def _as_text(value) -> str:
@@ -154,6 +179,14 @@ class AbstractEquilibrium(eqx.Module):
                 "x are for all."
             )
 
+    def outer_function(
+        self, problem: AbstractBilevelProblem, y: PyTree[Array], y0: PyTree[Array] | None
+    ) -> Callable[[PyTree[Array]], Scalar] | None:
+        """x -> F(x, y(x)), for the y(x) of the concept that passes through y; or `None`
+        if that is no function with two derivatives. [`bilevel_eqx.certify`][] asks for it
+        if it is to look for a minimum in x to second order."""
+        del problem, y, y0
+
     @abc.abstractmethod
     def certify(
         self,
@@ -176,6 +209,7 @@ def certify(
     y0: PyTree = None,
     x0: PyTree = None,
     max_products: int = MAX_PRODUCTS,
+    second_order: bool = False,
 ) -> Certificate:
     r"""Checks a point against the definition of an equilibrium.
 
@@ -202,6 +236,13 @@ def certify(
         good that was. [`bilevel_eqx.Pessimistic`][] and
         [`bilevel_eqx.ProximalEquilibrium`][] are not bounded by it. Smaller problems take
         a decomposition of H. Keyword only argument.
+    - `second_order`: whether to check, too, that x is a minimum to second order: the
+        entry `outer curvature`, from the derivative of the hypergradient. That needs
+        third derivatives of f, and a longer program. Beyond 1,024 entries of x negative
+        curvature is looked for in a Krylov space of 64 products. [`bilevel_eqx.Nash`][]
+        and [`bilevel_eqx.ProximalEquilibrium`][] always check it, and for
+        [`bilevel_eqx.Optimistic`][] and [`bilevel_eqx.Pessimistic`][] it is not known: a
+        note says so. Keyword only argument.
 
     **Returns:**
 
@@ -250,7 +291,33 @@ def certify(
         options["max_products"] = max_products
     if says(equilibrium, "heeds_x0", False):
         options["x0"] = x0
-    return equilibrium.certify(problem, x, y, y0, **options)
+    certificate = equilibrium.certify(problem, x, y, y0, **options)
+    if second_order and NOT_A_MINIMUM in certificate.notes:
+        fn = equilibrium.outer_function(problem, y, y0)
+        return _to_second_order(certificate, problem, x, fn)
+    return certificate
+
+
+def _to_second_order(certificate, problem, x, fn) -> Certificate:
+    """The certificate with an entry on the second derivative in x."""
+    notes = [note for note in certificate.notes if note != NOT_A_MINIMUM]
+    residuals: dict[str, tuple[Any, str]] = {
+        name: (certificate.residuals[name], meaning)
+        for name, meaning in certificate.meanings.items()
+    }
+    if fn is None:
+        notes.append(f"{NOT_A_MINIMUM} for this concept")
+    else:
+        gradient, product = jax.linearize(jax.grad(fn), x)
+        what = "the same to second order: d^2 F(x, y(x)) / dx^2 >= 0"
+        residuals |= outer_curvature(problem, x, gradient, product, what)
+    return Certificate(
+        certificate.concept,
+        residuals,
+        accuracy=certificate.accuracy,
+        unclear=(certificate.unclear, certificate.unclear_what),
+        notes=notes,
+    )
 
 
 def stated_cost(

@@ -3,11 +3,13 @@
 from typing import ClassVar
 
 from .._linalg.eigenbasis import negative_curvature
+from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.nearest import Displacement
 from .._solution_set.picture import picture
 from .._tree import vector_norm
 from .base import AbstractEquilibrium, Certificate, require_start
-from .residuals import measure, NOT_A_MINIMUM, share, slopes_of
+from .outer_curvature import NOT_A_MINIMUM
+from .residuals import measure, share, slopes_of
 
 
 class ColdStart(AbstractEquilibrium):
@@ -35,6 +37,10 @@ class ColdStart(AbstractEquilibrium):
     bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = False
 
+    def outer_function(self, problem, y, y0):
+        response = MinimumDisplacement(tolerance=None, selection_tolerance=None)
+        return lambda x: problem.outer(x, response.best_response(problem, x, y0)[0])
+
     def certify(self, problem, x, y, y0, max_products=None):
         require_start(y0, "ColdStart()", "A cold start")
         here, layout = picture(
@@ -60,5 +66,6 @@ class ColdStart(AbstractEquilibrium):
                 **at.stationary("x is stationary for F(x, proj(y0, S(x)))"),
             },
             accuracy=at.accuracy,
+            unclear=at.unclear,
             notes=(*at.notes, NOT_A_MINIMUM),
         )

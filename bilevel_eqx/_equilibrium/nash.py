@@ -1,21 +1,16 @@
 """The Nash equilibrium."""
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import lineax as lx
-from jaxtyping import Array, PyTree, ScalarLike
 
 from .._depends_on import depends_on
-from .._linalg.eigenbasis import eigenbasis, negative_curvature
-from .._problem.base import AbstractBilevelProblem
-from .._problem.constraints import set_x
 from .._solution_set.picture import picture
-from .._tree import tree_norm, tree_struct
+from .._tree import tree_norm
 from .base import AbstractEquilibrium, Certificate
+from .outer_curvature import outer_curvature
 from .residuals import measure, outer_residual, slopes_of
 
 
@@ -72,20 +67,6 @@ class Nash(AbstractEquilibrium):
                 ),
             },
             accuracy=at.accuracy,
+            unclear=at.unclear,
             notes=notes,
         )
-
-
-def outer_curvature(
-    problem: AbstractBilevelProblem,
-    x: PyTree[Array],
-    gradient: PyTree[Array],
-    product: Callable[[PyTree[Array]], PyTree[Array]],
-    what: str,
-    scale: ScalarLike = 0.0,
-) -> dict:
-    """The entry on second derivatives in x, within the set of x. `scale` is the size of
-    the terms that cancel in them."""
-    hessian = lx.FunctionLinearOperator(product, tree_struct(x), lx.symmetric_tag)
-    restricted = set_x(problem).stationarity(gradient, hessian, x).hessian
-    return {"outer curvature": (negative_curvature(eigenbasis(restricted), scale), what)}

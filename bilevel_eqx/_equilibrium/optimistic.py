@@ -6,7 +6,8 @@ from .._linalg.eigenbasis import eigenbasis_within, negative_curvature
 from .._solution_set.picture import picture
 from .._tree import vector_norm
 from .base import AbstractEquilibrium, Certificate
-from .residuals import measure, NOT_A_MINIMUM, share, slopes_of
+from .outer_curvature import NOT_A_MINIMUM
+from .residuals import measure, share, slopes_of
 
 
 class Optimistic(AbstractEquilibrium):
@@ -61,5 +62,6 @@ class Optimistic(AbstractEquilibrium):
                 ),
             },
             accuracy=at.accuracy,
+            unclear=at.unclear,
             notes=(*at.notes, NOT_A_MINIMUM),
         )

@@ -34,15 +34,8 @@ from .._tree import (
     vector_norm,
 )
 from .base import AbstractEquilibrium, Certificate, require_start
-from .residuals import (
-    measure,
-    Measures,
-    NOT_A_MINIMUM,
-    outer_residual,
-    outer_slopes,
-    share,
-    slopes_of,
-)
+from .outer_curvature import NOT_A_MINIMUM
+from .residuals import measure, Measures, outer_residual, outer_slopes, share, slopes_of
 
 
 _CENTER_STEPS = 100
@@ -178,6 +171,7 @@ class Pessimistic(AbstractEquilibrium):
                 **_against_mirror_images(worst, at),
             },
             accuracy=at.accuracy,
+            unclear=at.unclear,
             notes=notes,
         )
 

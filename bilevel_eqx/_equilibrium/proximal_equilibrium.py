@@ -19,7 +19,7 @@ from .._problem.proximal import proximal
 from .._solution_set.picture import picture
 from .._tree import nonzero, tree_axpy, tree_norm, tree_waves
 from .base import AbstractEquilibrium, Certificate
-from .nash import outer_curvature
+from .outer_curvature import outer_curvature
 from .residuals import measure, outer_residual, outer_slopes, slopes_of
 
 

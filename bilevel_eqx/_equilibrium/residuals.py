@@ -18,6 +18,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._derivatives.first import outer_gradients
+from .._derivatives.operators import AugmentedHessian
 from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_x, set_y
@@ -30,9 +31,6 @@ from .._tree import (
     tree_waves,
     vector_norm,
 )
-
-
-NOT_A_MINIMUM = "x is stationary: whether it is a minimum is not checked"
 
 
 def share(wrong: Scalar, right: Scalar) -> Scalar:
@@ -164,6 +162,19 @@ class Measures(NamedTuple):
                 "for in a Krylov space alone"
             )
         return tuple(notes)
+
+    @property
+    def unclear(self) -> tuple[Scalar, str] | None:
+        """The curvature that is least clearly zero or not, and what it is."""
+        value = self.picture.unclear()
+        if value is None:
+            return None
+        what = "an eigenvalue of H"
+        if self.picture.is_root:
+            what = "a singular value of dr/dy"
+        elif isinstance(self.picture.system, AugmentedHessian):
+            what = "a singular value of the residual's Jacobian"
+        return value, what
 
     def stationary(self, what: str) -> dict:
         """The entry on the hypergradient."""

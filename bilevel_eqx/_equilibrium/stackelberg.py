@@ -10,13 +10,16 @@ from jaxtyping import Scalar
 from .._compat import is_traced
 from .._linalg.eigenbasis import extreme_eigenvalues
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.constraints import set_y
 from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
+from .._response.implicit import Implicit
 from .._solution_set.picture import Picture, picture
 from .._tree import nonzero, tree_size
 from .base import AbstractEquilibrium, Certificate
-from .residuals import measure, NOT_A_MINIMUM, slopes_of
+from .outer_curvature import NOT_A_MINIMUM
+from .residuals import measure, slopes_of
 
 
 class Stackelberg(AbstractEquilibrium):
@@ -66,6 +69,10 @@ class Stackelberg(AbstractEquilibrium):
                 f"{abs(float(lowest)):.2g} times its own uncertainty"
             )
 
+    def outer_function(self, problem, y, y0):
+        response = Implicit(None, Pseudoinverse(), None)
+        return lambda x: problem.outer(x, response.best_response(problem, x, y)[0])
+
     def certify(self, problem, x, y, y0, max_products=None):
         # Half of the products are for the question whether the minimum is unique.
         share = 1.0 if isinstance(problem, AbstractRootProblem) else 0.5
@@ -96,6 +103,7 @@ class Stackelberg(AbstractEquilibrium):
                 **at.stationary(f"x is stationary: F_x - {through} F_y = 0"),
             },
             accuracy=at.accuracy,
+            unclear=at.unclear,
             notes=notes,
         )
 

@@ -1,16 +1,23 @@
 """The warm-start equilibrium."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 from jaxtyping import ScalarLike
 
 from .._arguments import as_rate, check_positive
 from .._derivatives.public import is_nonzero
+from .._linear_solver.pseudoinverse import Pseudoinverse
+from .._problem.constraints import set_y
 from .._problem.proximal import proximal
+from .._problem.root import AbstractRootProblem
+from .._response.base import AbstractResponse
+from .._response.implicit import Implicit
+from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.picture import picture
 from .base import AbstractEquilibrium, Certificate
-from .residuals import measure, NOT_A_MINIMUM, slopes_of
+from .outer_curvature import NOT_A_MINIMUM
+from .residuals import measure, slopes_of
 
 
 def _zero_or_rate(epsilon):
@@ -59,6 +66,17 @@ class WarmStart(AbstractEquilibrium):
         """Whether epsilon is positive. A traced epsilon counts as positive."""
         return is_nonzero(self.epsilon)
 
+    def outer_function(self, problem, y, y0):
+        plain = not (set_y(problem).confines or isinstance(problem, AbstractRootProblem))
+        answering: Any = problem
+        response: AbstractResponse = Implicit(None, Pseudoinverse(), None)
+        if self.partial:
+            answering = proximal(problem, y, self.epsilon)
+        elif plain:
+            # Not -H^+ B alone, which need not be the derivative of any function.
+            response = MinimumDisplacement(None, tolerance=None, selection_tolerance=None)
+        return lambda x: problem.outer(x, response.best_response(answering, x, y)[0])
+
     def certify(self, problem, x, y, y0, max_products=None):
         # At the anchor itself the pull vanishes but its curvature, epsilon I, does not.
         answering = proximal(problem, y, self.epsilon) if self.partial else problem
@@ -74,6 +92,7 @@ class WarmStart(AbstractEquilibrium):
                 **at.stationary(f"x is stationary with it: F_x - {through} F_y = 0"),
             },
             accuracy=at.accuracy,
+            unclear=at.unclear,
             notes=(*at.notes, NOT_A_MINIMUM),
         )
 

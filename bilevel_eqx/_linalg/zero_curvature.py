@@ -18,7 +18,7 @@ here, so that no eigenvalue is zero to one of them and counts to another.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
-from .._tree import where
+from .._tree import nonzero, where
 from .power_iteration import DENSE_SIZE
 
 
@@ -96,3 +96,34 @@ def margin(clearance: Float[Array, " k"]) -> Scalar:
     size = jnp.abs(clearance)
     ratio = jnp.maximum(size, 1 / where(size == 0, 1, size))
     return jnp.min(where(size == 0, jnp.inf, ratio), initial=jnp.inf)
+
+
+def least_clear(
+    clearance: Float[Array, " k"], values: Float[Array, " k"] | None, size: int
+) -> Scalar:
+    """The size, relative to the largest, of the eigenvalue whose decision is the least
+    clear; zero if all decisions are clear.
+
+    Rounding is at least twice smaller than its bound, and what is a hundred times larger
+    is not rounding. An eigenvalue that vanishes at the minimum changes by itself over a
+    step towards it, and any other by less than a quarter of itself. In between it is not
+    clear which of the two it is. `values` are `None` if all uncertainty is rounding.
+    """
+    clear = jnp.abs(clearance)
+    if values is None:
+        relative = clear / nonzero(jnp.max(clear, initial=0))
+        low, high = _NOISE, _SIGNAL
+    else:
+        relative = jnp.abs(values) / nonzero(jnp.max(jnp.abs(values), initial=0))
+        one = jnp.ones((), relative.dtype)
+        # A little more, for the rounding of the quotient.
+        by_rounding = relative <= 1.01 * clear * rounding_of(one, size)
+        low = where(by_rounding, _NOISE, 2 / 3)
+        high = where(by_rounding, _SIGNAL, 2.0)
+    is_unclear = (clear > low) & (clear < high)
+    distance = jnp.abs(jnp.log(where(is_unclear, clear, 1)))
+    closest = jnp.argmin(where(is_unclear, distance, jnp.inf))
+    return where(is_unclear[closest], relative[closest], 0)
+
+
+_NOISE, _SIGNAL = 0.5, 100.0

@@ -31,6 +31,7 @@ class _Judged(lx.AbstractLinearSolver):
     solver: lx.AbstractLinearSolver
 
     judges_itself: ClassVar[bool] = True
+    speaks_for: ClassVar[str] = "solver"
 
     def init(self, operator, options):
         if not isinstance(self.solver, lx.CG):
@@ -78,6 +79,7 @@ class _Throwing(lx.AbstractLinearSolver):
     solver: lx.AbstractLinearSolver
 
     judges_itself: ClassVar[bool] = True
+    speaks_for: ClassVar[str] = "solver"
 
     def init(self, operator, options):
         return self.solver.init(operator, options)

@@ -119,7 +119,7 @@ class Implicit(AbstractResponse):
             solver = throwing(self.linear_solver)
             K = augmented(self.linear_solver, at.hessian)
             if K is not None:
-                gradient = squares_condition(problem, x, v)
+                gradient = squares_condition(problem, x, v, self.linear_solver)
                 B = derivative_in_x(lambda x: gradient(problem, x), x)
                 z = lx.linear_solve(K, B.mv(tangent), solver, throw=False).value
                 return layout.unravel(tree_scale(-1, z[1]))
@@ -181,7 +181,7 @@ class Implicit(AbstractResponse):
         """The first-order condition of the inner problem at (x, y), and B^T."""
         check_symmetry(problem, self.linear_solver)
         tags = tags_for(problem, self.linear_solver, hessian_depends_on_y(problem, x, y))
-        gradient, H, cross_transposed = expansion(problem, x, y, tags)
+        gradient, H, cross_transposed = expansion(problem, x, y, tags, self.linear_solver)
         return set_y(problem).stationarity(gradient, H, y, tags), cross_transposed
 
     def _failure(self, problem, x, anchor, at):
@@ -315,7 +315,9 @@ def _argmin_jvp(primals, tangents):
         vector = tree_materialised(vector, K.in_structure())
         return lx.linear_solve(K, vector, solver, throw=False).value[1]
 
-    gradient = plain if K is None else squares_condition(problem, x, y)
+    gradient = plain
+    if K is not None:
+        gradient = squares_condition(problem, x, y, response.linear_solver)
     t_y = set_y(problem).minimum_tangent(
         at, y, gradient, (problem, x), (t_problem, t_x), solve
     )

@@ -22,16 +22,18 @@ from .._derivatives.first import inner_gradient, outer_gradients
 from .._derivatives.operators import AugmentedHessian, LeastSquaresHessian
 from .._derivatives.second import (
     curved_hessian,
+    expansion,
     gradient_and_hessian,
     hessian_depends_on_y,
     squares_condition,
+    stationary_residual,
     tells_change,
     value_gradient_and_product,
 )
 from .._failure.results import RESULTS
 from .._linalg.eigenbasis import eigenbasis, negative_share, singular_values
 from .._linalg.power_iteration import DENSE_SIZE
-from .._linalg.zero_curvature import clearance, uncertainty
+from .._linalg.zero_curvature import clearance, least_clear, uncertainty
 from .._linear_solver.judged import judged
 from .._linear_solver.misc import augmented, explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
@@ -194,8 +196,15 @@ class Picture(eqx.Module):
         r"""$\nabla_y f$ at this y, as a function of the problem and of x; for a sum of
         squares that of the augmented form."""
         if isinstance(self.system, AugmentedHessian):
-            return squares_condition(self.problem, self.x, self.y)
+            solver = self._projector
+            return squares_condition(self.problem, self.x, self.y, solver)
         return lambda problem, x: inner_gradient(problem, x, self.y)
+
+    @property
+    def _projector(self) -> lx.AbstractLinearSolver | None:
+        """What takes the range of A from the residual of a sum of squares. Nothing does
+        where the products with H are counted."""
+        return None if self.max_products is not None else self.linear_solver
 
     def step_of(self, tangent: PyTree[Array]) -> Float[Array, " n"]:
         r"""$H^+ v$ for a tangent of `condition`."""
@@ -224,6 +233,12 @@ class Picture(eqx.Module):
             rows = self.inverse.right
             # Not `rows.T @ ...`, which is several times slower on a CPU.
             return vector - (rows @ vector) @ rows
+        K = self.system
+        if isinstance(K, AugmentedHessian):
+            # Not H v, which would square the condition number.
+            A, C = K.hessian.residual_jacobian, K.hessian.curvature
+            bent = jnp.zeros_like(vector) if C is None else C.mv(vector)
+            return vector - self.step_of((A.mv(vector), bent))
         return vector - self.pinv(self.at.hessian.mv(vector))
 
     @property
@@ -303,7 +318,9 @@ class Picture(eqx.Module):
         image and a fixed $w = r$."""
         problem: Any = self.problem
         residual = problem.inner_residual
-        w = residual(self.x, y)
+        # At y itself, whatever is differentiated: along S(x), A v is zero, and what it is
+        # by rounding is not to be multiplied with mu.
+        w = stationary_residual(problem, self.x, self.y, self._projector)
 
         def total(x, y):
             r, A_mu = jax.jvp(lambda y: residual(x, y), (y,), (multiplier,))
@@ -395,6 +412,14 @@ class Picture(eqx.Module):
             values = eigenbasis(self.at.definite_hessian()).values
             curved = not self.is_plane
         return clearance(values, uncertainty(values, self.y.size, curved=curved))
+
+    def unclear(self) -> Scalar | None:
+        """The eigenvalue, relative to the largest, of which it is the least clear whether
+        it is zero; zero if that is clear of all, and `None` if they are not known."""
+        if not self.is_dense or set_y(self.problem).confines:
+            return None
+        values = getattr(self.inverse, "values", None)
+        return least_clear(self.inverse.clearance, values, self.y.size)
 
     @property
     def largest_curvature(self) -> Scalar:
@@ -495,12 +520,13 @@ def flat_picture(
     is_plane = not hessian_depends_on_y(problem, x, y)
     linear_solver = judged(linear_solver)
     tags = tags_for(problem, linear_solver, not is_plane)
+    bounded = max_products is not None and y.size > DENSE_SIZE
     if computed is None:
-        computed = (*_expansion(problem, x, y, dense, tags), None)
+        projector = None if bounded else linear_solver
+        computed = (*_expansion(problem, x, y, dense, tags, projector), None)
     value, gradient, H, inverse = computed
     at = set_y(problem).stationarity(gradient, H, y, tags)
     spectrum = None
-    bounded = max_products is not None and y.size > DENSE_SIZE
     if bounded and inverse is None:
         assert max_products is not None
         num_products = max(1, int(share * max_products) - _FURTHER_PRODUCTS)
@@ -544,7 +570,7 @@ def flat_picture(
     )
 
 
-def _expansion(problem, x, y, dense: bool, tags):
+def _expansion(problem, x, y, dense: bool, tags, projector):
     """f, f_y and H, from one linearisation."""
     if isinstance(problem, AbstractRootProblem):
         residual, jacobian = gradient_and_hessian(problem, x, y, tags)
@@ -553,10 +579,10 @@ def _expansion(problem, x, y, dense: bool, tags):
     if tells_change(problem, y, tags):
         return curved_hessian(problem, x, y, tags)
     if not dense:
-        gradient, H = gradient_and_hessian(problem, x, y, tags)
+        gradient, H, _ = expansion(problem, x, y, tags, projector)
         return problem.inner(x, y), gradient, H
     if isinstance(problem, AbstractLeastSquaresProblem):
-        gradient, H = gradient_and_hessian(problem, x, y, tags)
+        gradient, H, _ = expansion(problem, x, y, tags, projector)
         assert isinstance(H, LeastSquaresHessian)
         A = as_operator(H.residual_jacobian.mv, y, True, ())
         C = None if H.curvature is None else as_operator(H.curvature.mv, y, True)

@@ -46,6 +46,7 @@ from .._response.unrolled import Unrolled
 from .._solution_set.picture import picture
 from .._text import as_code
 from .._tree import nonzero, tree_dot, tree_dtype, tree_norm, tree_size
+from .squares import num_squares
 
 
 _PRODUCTS = 60
@@ -122,6 +123,9 @@ class Diagnosis:
     - `num_variables`: the size of y.
     - `num_products`: the number of products with $H$.
     - `num_cross_products`: the number of products with $B^\top$.
+    - `num_squares`: if the inner objective is a sum of squares at this x, but not stated
+        as one, the number of squares; else `None`. It is read from the program of the
+        inner objective, and a sum of squares that is not written as such is not found.
     """
 
     response: AbstractResponse
@@ -147,6 +151,7 @@ class Diagnosis:
     num_variables: int
     num_products: int
     num_cross_products: int
+    num_squares: int | None
 
     def __str__(self):
         about = "" if self.exact else "about "
@@ -187,8 +192,27 @@ class Diagnosis:
                 f"{self.residual:.1e}.",
                 f"Response: {response}. Equilibrium: {equilibrium}.",
                 self.reason,
+                *self._on_squares(),
             ]
         )
+
+    def _on_squares(self) -> list[str]:
+        if self.num_squares is None:
+            return []
+        squares = f"{self.num_squares:,} square{'s' * (self.num_squares > 1)}"
+        condition = self.largest / self.smallest_nonzero
+        gain = (
+            f": here about {np.sqrt(condition):.1e} in place of {condition:.1e}, and the "
+            "rounding error of hypergradients is in proportion to it"
+            if condition > 0
+            else ""
+        )
+        return [
+            f"The inner objective is a sum of {squares}, stated plainly. Stated as "
+            "`LeastSquaresProblem(outer, residual)`, it is solved with by the Jacobian "
+            "of the residual. Where the residual is small, or linear in y, the condition "
+            f"number of that is the square root of the one of H{gain}."
+        ]
 
 
 def diagnose(
@@ -410,6 +434,7 @@ def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
         num_variables=tree_size(y),
         num_products=spectrum.values.size + 1,
         num_cross_products=nodes.values.size,
+        num_squares=_unstated_squares(problem, x, y),
     )
     negative = spectrum.convexifying > 0
     depends_on_x = hessian_depends_on_x(problem, x, y)
@@ -481,6 +506,12 @@ def _bounds(nodes: _Nodes) -> np.ndarray:
     gaps = np.diff(np.asarray(nodes.values), prepend=-np.inf, append=np.inf)
     gap = np.minimum(gaps[1:], gaps[:-1])
     return residuals * np.minimum(1, residuals / np.where(gap > 0, gap, np.inf))
+
+
+def _unstated_squares(problem, x, y) -> int | None:
+    if isinstance(problem, AbstractLeastSquaresProblem):
+        return None
+    return num_squares(lambda y: problem.inner(x, y), y)
 
 
 def _num_squares(problem, x, y) -> float:
