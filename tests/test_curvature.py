@@ -195,7 +195,7 @@ def test_a_sum_of_squares_does_not_square_its_condition(w, bend, angle, x, s, sl
     x, y0 = jnp.array([x]), jnp.zeros(2)
     # z = (s, s) / 2, and F = 2 (s / 2 - 1)^2.
     gradient, rtol = (s - 2) * slope, 100 * np.finfo(float).eps / w
-    if not bent:
+    if bend == 0:
         # J = (1, 1) / 2 in the rotated coordinates.
         J = blx.response_jacobian(problem, x, jnp.zeros(2), blx.Pseudoinverse())
         assert np.allclose(rotation @ as_numpy(J.mv(jnp.ones(1))), 0.5, rtol=rtol)

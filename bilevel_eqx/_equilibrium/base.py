@@ -14,6 +14,7 @@ from .._arguments import as_variables, check_count, says
 from .._compat import is_traced
 from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linalg.zero_curvature import least_clear
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_y
@@ -44,18 +45,18 @@ class Certificate(eqx.Module):
         clear whether it is zero, because it lies between noise and signal. For a sum of
         squares it is a singular value of the Jacobian of the residual. Zero if all are
         clear; `None` if they were not looked at: beyond 1,024 variables, and in a set.
-        `unclear_what` says which of the two it is.
+        It is computed when it is asked for.
     - `notes`: what the residuals do not say: where the picture is only local, or where
         a condition is empty.
     """
 
     residuals: dict[str, Scalar]
     accuracy: Scalar | None
-    unclear: Scalar | None
     concept: str = eqx.field(static=True)
     notes: tuple[str, ...] = eqx.field(static=True)
     _meanings: tuple[tuple[str, str], ...] = eqx.field(static=True)
-    unclear_what: str = eqx.field(static=True)
+    _decisions: tuple[Array, Array | None] | None
+    _decided: str = eqx.field(static=True)
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class Certificate(eqx.Module):
         residuals: dict[str, tuple[Any, str]],
         *,
         accuracy: Any = None,
-        unclear: tuple[Any, str] | None = None,
+        decisions: tuple[Any, Any, str] | None = None,
         notes: Iterable[str] = (),
     ):
         """**Arguments:**
@@ -73,15 +74,16 @@ class Certificate(eqx.Module):
             sentence on what it measures.
         - `accuracy`: the relative residual of the linear solves behind them. Keyword
             only argument.
-        - `unclear`: a curvature of which it is not clear whether it is zero, relative to
-            the largest, and what it is. Keyword only argument.
+        - `decisions`: curvatures in units of their uncertainty; the curvatures, or `None`
+            if all uncertainty is rounding; and what they are. Keyword only argument.
         - `notes`: further sentences. Keyword only argument.
         """
         self.concept = concept
         self.residuals = {k: jnp.asarray(value) for k, (value, _) in residuals.items()}
         self.accuracy = None if accuracy is None else jnp.asarray(accuracy)
-        value, self.unclear_what = (None, "") if unclear is None else unclear
-        self.unclear = None if value is None else jnp.asarray(value)
+        self._decisions, self._decided = None, ""
+        if decisions is not None:
+            self._decisions, self._decided = decisions[:2], decisions[2]
         self.notes = tuple(notes)
         self._meanings = tuple((k, meaning) for k, (_, meaning) in residuals.items())
 
@@ -97,6 +99,17 @@ class Certificate(eqx.Module):
             largest = jnp.maximum(largest.astype(value.dtype), value)
         return largest
 
+    @property
+    def decisions(self) -> tuple[Any, Any, str] | None:
+        known = self._decisions
+        return None if known is None else (*known, self._decided)
+
+    @property
+    def unclear(self) -> Array | None:
+        if self._decisions is None or not eqx.is_array(self._decisions[0]):
+            return None
+        return least_clear(*self._decisions)
+
     def __str__(self):
         rows = [
             ["  " + name, _as_text(self.residuals[name]), " " + meaning]
@@ -106,10 +119,11 @@ class Certificate(eqx.Module):
         if self.accuracy is not None:
             accuracy = _as_text(self.accuracy)
             lines.append(f"  (linear solves behind these are right to {accuracy})")
-        if _is_positive(self.unclear):
+        unclear = self.unclear
+        if _is_positive(unclear):
             lines.append(
-                f"  (it is not clear whether {self.unclear_what} is zero that is "
-                f"{_as_text(self.unclear)} of the largest: it lies between noise and "
+                f"  (it is not clear whether {self._decided} is zero that is "
+                f"{_as_text(unclear)} of the largest: it lies between noise and "
                 "signal, and another minimum may or may not be near)"
             )
         lines.extend(f"  ({note})" for note in self.notes)
@@ -315,7 +329,7 @@ def _to_second_order(certificate, problem, x, fn) -> Certificate:
         certificate.concept,
         residuals,
         accuracy=certificate.accuracy,
-        unclear=(certificate.unclear, certificate.unclear_what),
+        decisions=certificate.decisions,
         notes=notes,
     )
 

@@ -66,6 +66,6 @@ class ColdStart(AbstractEquilibrium):
                 **at.stationary("x is stationary for F(x, proj(y0, S(x)))"),
             },
             accuracy=at.accuracy,
-            unclear=at.unclear,
+            decisions=at.decisions,
             notes=(*at.notes, NOT_A_MINIMUM),
         )

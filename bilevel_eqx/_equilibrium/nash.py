@@ -67,6 +67,6 @@ class Nash(AbstractEquilibrium):
                 ),
             },
             accuracy=at.accuracy,
-            unclear=at.unclear,
+            decisions=at.decisions,
             notes=notes,
         )

@@ -62,6 +62,6 @@ class Optimistic(AbstractEquilibrium):
                 ),
             },
             accuracy=at.accuracy,
-            unclear=at.unclear,
+            decisions=at.decisions,
             notes=(*at.notes, NOT_A_MINIMUM),
         )

@@ -171,7 +171,7 @@ class Pessimistic(AbstractEquilibrium):
                 **_against_mirror_images(worst, at),
             },
             accuracy=at.accuracy,
-            unclear=at.unclear,
+            decisions=at.decisions,
             notes=notes,
         )
 

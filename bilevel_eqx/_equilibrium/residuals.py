@@ -10,7 +10,7 @@ one, but another sum of them is: the change of the gradient if every variable ch
 part of its own size, up or down.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -164,17 +164,17 @@ class Measures(NamedTuple):
         return tuple(notes)
 
     @property
-    def unclear(self) -> tuple[Scalar, str] | None:
-        """The curvature that is least clearly zero or not, and what it is."""
-        value = self.picture.unclear()
-        if value is None:
+    def decisions(self) -> tuple[Any, Any, str] | None:
+        """By how much each curvature is clearly zero or not, and what it is."""
+        known = self.picture.decisions()
+        if known is None:
             return None
         what = "an eigenvalue of H"
         if self.picture.is_root:
             what = "a singular value of dr/dy"
         elif isinstance(self.picture.system, AugmentedHessian):
             what = "a singular value of the residual's Jacobian"
-        return value, what
+        return *known, what
 
     def stationary(self, what: str) -> dict:
         """The entry on the hypergradient."""

@@ -103,7 +103,7 @@ class Stackelberg(AbstractEquilibrium):
                 **at.stationary(f"x is stationary: F_x - {through} F_y = 0"),
             },
             accuracy=at.accuracy,
-            unclear=at.unclear,
+            decisions=at.decisions,
             notes=notes,
         )
 

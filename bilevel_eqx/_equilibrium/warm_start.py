@@ -92,7 +92,7 @@ class WarmStart(AbstractEquilibrium):
                 **at.stationary(f"x is stationary with it: F_x - {through} F_y = 0"),
             },
             accuracy=at.accuracy,
-            unclear=at.unclear,
+            decisions=at.decisions,
             notes=(*at.notes, NOT_A_MINIMUM),
         )
 

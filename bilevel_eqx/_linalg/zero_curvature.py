@@ -15,10 +15,14 @@ The pseudoinverse, the null space, the uniqueness of a minimum and the reports a
 here, so that no eigenvalue is zero to one of them and counts to another.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Scalar
 
-from .._tree import nonzero, where
+from .._compat import is_traced
+from .._tree import where
 from .power_iteration import DENSE_SIZE
 
 
@@ -99,8 +103,8 @@ def margin(clearance: Float[Array, " k"]) -> Scalar:
 
 
 def least_clear(
-    clearance: Float[Array, " k"], values: Float[Array, " k"] | None, size: int
-) -> Scalar:
+    clearance: Float[Array, "*batch k"], values: Float[Array, "*batch k"] | None
+) -> Float[Any, "*batch"]:
     """The size, relative to the largest, of the eigenvalue whose decision is the least
     clear; zero if all decisions are clear.
 
@@ -109,21 +113,23 @@ def least_clear(
     step towards it, and any other by less than a quarter of itself. In between it is not
     clear which of the two it is. `values` are `None` if all uncertainty is rounding.
     """
-    clear = jnp.abs(clearance)
-    if values is None:
-        relative = clear / nonzero(jnp.max(clear, initial=0))
-        low, high = _NOISE, _SIGNAL
-    else:
-        relative = jnp.abs(values) / nonzero(jnp.max(jnp.abs(values), initial=0))
-        one = jnp.ones((), relative.dtype)
+    # NumPy, where there are numbers: it has nothing to compile.
+    xp: Any = jnp if is_traced(clearance) else np
+    clear = abs(xp.asarray(clearance))
+    size = clear if values is None else abs(xp.asarray(values))
+    largest = xp.max(size, -1, keepdims=True, initial=0)
+    relative = size / xp.where(largest == 0, 1, largest)
+    low, high = _NOISE, _SIGNAL
+    if values is not None:
+        rounding = rounding_of(xp.ones((), size.dtype), size.shape[-1])
         # A little more, for the rounding of the quotient.
-        by_rounding = relative <= 1.01 * clear * rounding_of(one, size)
-        low = where(by_rounding, _NOISE, 2 / 3)
-        high = where(by_rounding, _SIGNAL, 2.0)
+        by_rounding = relative <= 1.01 * clear * rounding
+        low, high = xp.where(by_rounding, low, 2 / 3), xp.where(by_rounding, high, 2.0)
     is_unclear = (clear > low) & (clear < high)
-    distance = jnp.abs(jnp.log(where(is_unclear, clear, 1)))
-    closest = jnp.argmin(where(is_unclear, distance, jnp.inf))
-    return where(is_unclear[closest], relative[closest], 0)
+    distance = abs(xp.log(xp.where(is_unclear, clear, 1)))
+    closest = xp.argmin(xp.where(is_unclear, distance, xp.inf), -1, keepdims=True)
+    found = xp.where(is_unclear, relative, 0)
+    return xp.take_along_axis(found, closest, -1)[..., 0]
 
 
 _NOISE, _SIGNAL = 0.5, 100.0

@@ -33,7 +33,7 @@ from .._derivatives.second import (
 from .._failure.results import RESULTS
 from .._linalg.eigenbasis import eigenbasis, negative_share, singular_values
 from .._linalg.power_iteration import DENSE_SIZE
-from .._linalg.zero_curvature import clearance, least_clear, uncertainty
+from .._linalg.zero_curvature import clearance, uncertainty
 from .._linear_solver.judged import judged
 from .._linear_solver.misc import augmented, explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
@@ -413,13 +413,12 @@ class Picture(eqx.Module):
             curved = not self.is_plane
         return clearance(values, uncertainty(values, self.y.size, curved=curved))
 
-    def unclear(self) -> Scalar | None:
-        """The eigenvalue, relative to the largest, of which it is the least clear whether
-        it is zero; zero if that is clear of all, and `None` if they are not known."""
+    def decisions(self) -> tuple[Float[Array, " k"], Float[Array, " k"] | None] | None:
+        """`clearance`, and the eigenvalues if their uncertainty is not all rounding;
+        `None` if they are not known."""
         if not self.is_dense or set_y(self.problem).confines:
             return None
-        values = getattr(self.inverse, "values", None)
-        return least_clear(self.inverse.clearance, values, self.y.size)
+        return self.inverse.clearance, getattr(self.inverse, "values", None)
 
     @property
     def largest_curvature(self) -> Scalar:
