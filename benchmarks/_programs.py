@@ -170,19 +170,16 @@ class Written:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
     @contextlib.contextmanager
-    def during(self) -> Iterator[dict[str, Loop]]:
-        """What is written in the meantime, by the names of the functions: of those of one
-        name the longest program. It is read at the end."""
+    def during(self) -> Iterator[dict[str, str]]:
+        """The texts of what is written in the meantime, by the names of the functions: of
+        those of one name the longest. They are there at the end."""
         before = set(self._files())
-        loops: dict[str, Loop] = {}
-        yield loops
         texts: dict[str, str] = {}
+        yield texts
         for path in sorted(set(self._files()) - before):
             # As in `module_0012.jit_certify.sm_9.0_gpu_after_optimizations.txt`.
             name, text = path.name.split(".")[1].removeprefix("jit_"), path.read_text()
-            if len(text) > len(texts.get(name, "")):
-                texts[name] = text
-        loops |= {name: read_program(text) for name, text in texts.items()}
+            texts[name] = max(text, texts.get(name, ""), key=len)
 
     def _files(self) -> Iterator[Path]:
         return Path(self._folder.name).glob("*after_optimizations.txt")

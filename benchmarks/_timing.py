@@ -66,7 +66,8 @@ def parse_arguments(
     # Both have to be said before JAX starts its backend.
     if args.shared:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.device])
+    # With the CPU beside a GPU, since JAX hands it the arguments of callbacks.
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[args.device])
     return args
 
 

@@ -8,6 +8,7 @@ device before the end. The arrays are those of the problems in JAX, not copies.
 # PyTorch is no dependency, not even of the benchmarks.
 # pyright: reportMissingImports=false
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +19,23 @@ from torch.autograd import grad
 from torch.nn import functional
 
 
-class Call:
-    """A function without arguments that waits for its value, as a list of tensors."""
+Run = Callable[[], list[torch.Tensor]]
 
-    def __init__(self, fn: Callable[[], list[torch.Tensor]]):
-        self._fn = fn
+
+class Call:
+    """A function without arguments that waits for its value, as a list of tensors.
+
+    It is made by the first call, so that what fails, fails there.
+    """
+
+    def __init__(self, make: Callable[[], Run]):
+        self._make = make
+        self._run: Run | None = None
 
     def __call__(self) -> list[torch.Tensor]:
-        out = self._fn()
+        if self._run is None:
+            self._run = self._make()
+        out = self._run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return out
@@ -38,6 +48,10 @@ class Call:
         before = torch.cuda.memory_allocated()
         self()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _call(make: Callable[..., Run]) -> Callable[..., Call]:
+    return lambda *args, **kwargs: Call(ft.partial(make, *args, **kwargs))
 
 
 def use_float32() -> None:
@@ -119,7 +133,8 @@ def _objectives(problem: Any) -> tuple[Objective, Objective]:
 #
 
 
-def hypergradient(problem: Any, x: Any, y: Any, num_steps: int) -> Call:
+@_call
+def hypergradient(problem: Any, x: Any, y: Any, num_steps: int) -> Run:
     """With so many steps of conjugate gradients."""
     outer, inner = _objectives(problem)
     x0, y0 = _tensors(x), _tensors(y)
@@ -149,7 +164,7 @@ def hypergradient(problem: Any, x: Any, y: Any, num_steps: int) -> Call:
             p, rr = axpy(new_rr / rr, p, r), new_rr
         return [-u for u in grad(gradient, x, grad_outputs=q)]
 
-    return Call(run)
+    return run
 
 
 #
@@ -166,7 +181,8 @@ def _descend(inner, x, y, rate, *, create_graph):
     return [(u - rate * g).detach().requires_grad_() for u, g in zip(y, gradient)]
 
 
-def unrolled(problem: Any, x: Any, y: Any, num_steps: int, rate: float) -> Call:
+@_call
+def unrolled(problem: Any, x: Any, y: Any, num_steps: int, rate: float) -> Run:
     """Through so many steps of gradient descent."""
     outer, inner = _objectives(problem)
     x0, y0 = _tensors(x), _tensors(y)
@@ -177,9 +193,10 @@ def unrolled(problem: Any, x: Any, y: Any, num_steps: int, rate: float) -> Call:
             y = _descend(inner, x, y, rate, create_graph=True)
         return list(grad(outer(x, y), x))
 
-    return Call(run)
+    return run
 
 
+@_call
 def warm_start(
     problem: Any,
     x: Any,
@@ -189,7 +206,7 @@ def warm_start(
     inner_rate: float,
     outer_rate: float,
     with_inner_update: bool,
-) -> Call:
+) -> Run:
     """The run of D, with its history of values, which stay on the device."""
     outer, inner = _objectives(problem)
     x0, y0 = _tensors(x), _tensors(y)
@@ -216,7 +233,7 @@ def warm_start(
             values.append(value)
         return [*x, torch.stack(values)]
 
-    return Call(run)
+    return run
 
 
 #
@@ -224,17 +241,25 @@ def warm_start(
 #
 
 
-def minimum_norm(features: Any, targets: Any) -> dict[str, Call]:
-    """By the dual Cholesky factorisation, and by QR of the transpose."""
+@_call
+def dual_cholesky(features: Any, targets: Any) -> Run:
     A, t = _tensors((features, targets))
 
-    def dual_cholesky():
+    def run():
         factor = torch.linalg.cholesky(A @ A.T)
         return [torch.cholesky_solve(t[:, None], factor)[:, 0] @ A]
 
-    def qr():
+    return run
+
+
+@_call
+def qr(features: Any, targets: Any) -> Run:
+    """Of the transpose."""
+    A, t = _tensors((features, targets))
+
+    def run():
         orthogonal, triangular = torch.linalg.qr(A.T)
         solved = torch.linalg.solve_triangular(triangular.T, t[:, None], upper=False)
         return [orthogonal @ solved[:, 0]]
 
-    return {"torch, dual Cholesky": Call(dual_cholesky), "torch, QR": Call(qr)}
+    return run

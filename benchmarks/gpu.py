@@ -52,7 +52,7 @@ class Report:
         self.end = self.deadline = time.monotonic() + 60 * args.minutes
         # Those of the programs that `solve` and `certify` compile out of sight.
         self.written = _programs.Written("certify|segment")
-        self.torch = _peer()
+        self.torch, self.no_torch = _peer()
         self.ceilings: dict[str, float] = {}
         self.section = ""
         self._tables: dict[str, Rows] = {}
@@ -97,6 +97,19 @@ class Report:
         jax.clear_caches()
         gc.collect()
 
+    def read(self, text: str | None) -> _programs.Loop | None:
+        """The loops of an optimised program, if there is one."""
+        if text is None:
+            return None
+        try:
+            return _programs.read_program(text)
+        except Exception as error:
+            # XLA may change the text at any time. That should not cost the times.
+            if self.quick:
+                raise
+            print("A program could not be read:", _timing.failure(error), flush=True)
+            return None
+
     @contextlib.contextmanager
     def table(self, title: str) -> Iterator[Rows]:
         """The rows of a table, to be filled in. If that breaks off, what there is of it
@@ -133,31 +146,36 @@ class Report:
             output.with_suffix(".md").write_text(text)
 
 
-def _peer() -> Any:
-    """The contenders in PyTorch, or `None` without it."""
+def _peer() -> tuple[Any, str]:
+    """The contenders in PyTorch; or `None`, and why not."""
     if importlib.util.find_spec("torch") is None:
-        return None
-    module = importlib.import_module("_torch")
-    module.use_float32()
-    return module
+        return None, "PyTorch is not installed"
+    try:
+        module = importlib.import_module("_torch")
+        module.use_float32()
+    except Exception as error:
+        return None, _timing.failure(error)
+    return module, ""
 
 
 def _with_torch(report: Report, rows: Rows, names: list[str], contenders) -> None:
     """Completes the rows of PyTorch: its memory, or that it is missing."""
     for name in names:
         if report.torch is None:
-            rows[name] = {"failed": "PyTorch is not installed"}
+            rows[name] = {"failed": report.no_torch}
         elif "failed" not in rows[name]:
             rows[name]["temporary_mebibytes"] = contenders[name].temporary_mebibytes()
 
 
 def _program_figures(
-    program: _programs.Loop, depth: int = 1, unknown_length: int = 1
+    program: _programs.Loop | None, depth: int = 1, unknown_length: int = 1
 ) -> dict[str, Any]:
     """How many operations a program starts outside of its loops, and at each step of the
     loop in question, which is so many loops deep. Loops within a step whose length is not
     in the program are presumed to have the given one.
     """
+    if program is None:
+        return {}
     chain = program.chain
     depth = min(depth, len(chain) - 1)
     figures = {
@@ -177,8 +195,8 @@ def _asks(loops) -> str:
     return "yes" if any(loop.length is None for loop in loops) else "no"
 
 
-def _jitted_figures(run: _timing.Jitted) -> dict[str, Any]:
-    figures = _program_figures(_programs.read_program(run.program.as_text()))
+def _jitted_figures(report: Report, run: _timing.Jitted) -> dict[str, Any]:
+    figures = _program_figures(report.read(run.program.as_text()))
     return {"temporary_mebibytes": run.temporary_mebibytes, **figures}
 
 
@@ -284,7 +302,7 @@ def measure_hypergradients(report: Report, instances, num_steps: int) -> None:
                 rows["ours"]["steps"] = int(values["ours"].stats["linear_num_steps"])
             for row in ("bare", "ours, within jit"):
                 if row in values:
-                    rows[row] |= _jitted_figures(contenders[row])
+                    rows[row] |= _jitted_figures(report, contenders[row])
             _with_torch(report, rows, ["torch"], contenders)
             exact = contenders["bare"].in_float64()[1]
             gradients = {
@@ -376,8 +394,11 @@ def measure_roofline(report: Report) -> None:
                         "bound": "operations" if by_flops > by_bytes else "bytes",
                         "roofline_share": max(by_flops, by_bytes) / seconds,
                         "error": _timing.relative_difference(values[precision], exact),
-                        "operations_a_step": _jitted_figures(run)["operations_a_step"],
                     }
+                    program = _jitted_figures(report, run)
+                    rows[precision]["operations_a_step"] = program.get(
+                        "operations_a_step"
+                    )
 
 
 #
@@ -418,7 +439,7 @@ def measure_C(report: Report) -> None:
                     assert report.torch is not None
                     value = report.torch.as_arrays(value)
                 else:
-                    rows[row] |= _jitted_figures(contenders[row])
+                    rows[row] |= _jitted_figures(report, contenders[row])
                 rows[row]["error"] = _timing.relative_difference(
                     jax.tree.leaves(value), jax.tree.leaves(exact)
                 )
@@ -475,10 +496,10 @@ def measure_D(report: Report) -> None:
             for row in values:
                 rows[row]["steps_a_second"] = num_steps / rows[row]["seconds"]
             if "bare scan" in values:
-                rows["bare scan"] |= _jitted_figures(contenders["bare scan"])
+                rows["bare scan"] |= _jitted_figures(report, contenders["bare scan"])
             if "ours" in values:
-                if "_segment" in programs:
-                    rows["ours"] |= _program_figures(programs["_segment"], _STEPS)
+                program = report.read(programs.get("_segment"))
+                rows["ours"] |= _program_figures(program, _STEPS)
                 x, _, solution = values["ours"]
 
                 def certify(problem=problem, solution=solution):
@@ -648,15 +669,12 @@ def _measure_implicit(report: Report) -> None:
             with report.written.during() as programs:
                 rows["ours"] = _marginal(report, ours, few, many)
             if "milliseconds_a_step" in rows["bare scan"]:
-                rows["bare scan"] |= _jitted_figures(scans[many])
+                rows["bare scan"] |= _jitted_figures(report, scans[many])
                 bare = rows["bare scan"]["milliseconds_a_step"]
                 if "milliseconds_a_step" in rows["ours"]:
                     rows["ours"]["ratio"] = rows["ours"]["milliseconds_a_step"] / bare
-            if "_segment" in programs:
-                program = programs["_segment"]
-                rows["ours"] |= _program_figures(
-                    program, _STEPS, unknown_length=num_steps
-                )
+            program = report.read(programs.get("_segment"))
+            rows["ours"] |= _program_figures(program, _STEPS, unknown_length=num_steps)
 
 
 # Widths of the network of F: 337 weights, and nearly as many as are decomposed at most.
@@ -696,9 +714,9 @@ def _measure_defaults(report: Report) -> None:
                 with report.written.during() as programs:
                     rows[name] = _marginal(report, run, few, many)
                 seconds = 1e-3 * rows[name].get("milliseconds_a_step", np.nan)
-                if "_segment" in programs:
-                    program = programs["_segment"]
-                    rows[name] |= _program_figures(program, _STEPS)
+                program = report.read(programs.get("_segment"))
+                rows[name] |= _program_figures(program, _STEPS)
+                if program is not None:
                     rows[name]["decompositions"] = program.decompositions_anywhere
                 if np.isfinite(seconds):
                     long = _busy(report, lambda run=run: run(many), np.nan)
@@ -747,8 +765,8 @@ def measure_certificates(report: Report) -> None:
                 seconds = figures[name]["seconds"]
                 row["first_call"] = seconds + figures[name]["compile_seconds"]
                 row["second_call"] = seconds
-                if "certify" in programs:
-                    program = programs["certify"]
+                program = report.read(programs.get("certify"))
+                if program is not None:
                     count = program.decompositions_anywhere
                     row["operations"] = program.total()
                     row["asks_the_host"] = _asks(program.loops)
@@ -788,7 +806,10 @@ def measure_E(report: Report) -> None:
         jitted = list(contenders)
         names = ["torch, dual Cholesky", "torch, QR"]
         if report.torch is not None:
-            contenders |= report.torch.minimum_norm(features, targets)
+            contenders |= {
+                "torch, dual Cholesky": report.torch.dual_cholesky(features, targets),
+                "torch, QR": report.torch.qr(features, targets),
+            }
         with report.table(
             f"{name}, {num_samples} samples, {num_weights} weights"
         ) as rows:
