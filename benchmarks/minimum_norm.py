@@ -70,7 +70,7 @@ def by_projection(linear_solver):
 _DENSE = blx.Pseudoinverse()
 _MATRIX_FREE = blx.Pseudoinverse(dense_size=1)
 
-_CONTENDERS = {
+CONTENDERS = {
     "dual Cholesky": dual_cholesky,
     "QR": qr,
     "pinv": pinv,
@@ -81,28 +81,38 @@ _CONTENDERS = {
 }
 
 
-def main(args: argparse.Namespace) -> None:
-    num_samples, num_weights = (50, 500) if args.quick else (200, 5_000)
+def instance(num_samples: int, num_weights: int) -> tuple[jax.Array, jax.Array]:
+    """The features, of condition number 100, and the targets."""
     rng = np.random.default_rng(0)
     left, _ = np.linalg.qr(rng.normal(size=(num_samples, num_samples)))
     right, _ = np.linalg.qr(rng.normal(size=(num_weights, num_samples)))
     values = np.geomspace(1, 1e-2, num_samples)
     features = jnp.asarray((left * values) @ right.T, jnp.float32)
-    targets = jnp.asarray(rng.normal(size=num_samples), jnp.float32)
-    exact = np.linalg.lstsq(
-        np.asarray(features, np.float64), np.asarray(targets, np.float64)
-    )[0]
+    return features, jnp.asarray(rng.normal(size=num_samples), jnp.float32)
 
-    def runner(contender):
-        compiled = jax.jit(contender)
-        return lambda: compiled(features, targets)
 
-    runners = {name: runner(contender) for name, contender in _CONTENDERS.items()}
-    figures, responses = _timing.compare(runners, args, "dual Cholesky")
+def exact_response(features, targets) -> np.ndarray:
+    """In float64. The condition number of the dual matrix is harmless there."""
+    features, targets = (np.asarray(u, np.float64) for u in (features, targets))
+    return np.linalg.solve(features @ features.T, targets) @ features
+
+
+def runners(features, targets):
+    """The contenders, on one problem, as functions without arguments."""
+    return {
+        name: _timing.Jitted(contender, features, targets)
+        for name, contender in CONTENDERS.items()
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    num_samples, num_weights = (50, 500) if args.quick else (200, 5_000)
+    features, targets = instance(num_samples, num_weights)
+    exact = exact_response(features, targets)
+    contenders = runners(features, targets)
+    figures, responses = _timing.compare(contenders, args, "dual Cholesky")
     for name, row in figures.items():
-        row["error"] = _timing.relative_difference(
-            np.asarray(responses[name], np.float64), exact
-        )
+        row["error"] = _timing.relative_difference(responses[name], exact)
     _timing.print_table(f"E, {num_samples} samples, {num_weights} weights", figures)
     _timing.write(args, figures)
 

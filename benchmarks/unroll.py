@@ -21,11 +21,11 @@ from _problems import penalised_network
 import bilevel_eqx as blx
 
 
-_STEP_SIZE = 0.01
+STEP_SIZE = 0.01
 
 
 def _descend(y, gradient):
-    return jax.tree.map(lambda u, g: u - _STEP_SIZE * g, y, gradient)
+    return jax.tree.map(lambda u, g: u - STEP_SIZE * g, y, gradient)
 
 
 def plain_scan(problem, x, y, num_steps):
@@ -62,13 +62,13 @@ def hand_adjoint(problem, x, y, num_steps):
 
 def unrolled(mode):
     def hypergradient(problem, x, y, num_steps):
-        response = blx.Unrolled(optax.sgd(_STEP_SIZE), num_steps, mode)
+        response = blx.Unrolled(optax.sgd(STEP_SIZE), num_steps, mode)
         return blx.hypergradient(problem, x, y, response, throw=False).gradient
 
     return hypergradient
 
 
-_CONTENDERS = {
+CONTENDERS = {
     "plain scan": plain_scan,
     "hand adjoint": hand_adjoint,
     "Unrolled, reverse": unrolled("reverse"),
@@ -76,17 +76,19 @@ _CONTENDERS = {
 }
 
 
-def measure(problem, x, y, num_steps, args, rounds):
-    def runner(contender):
-        compiled = jax.jit(contender, static_argnames="num_steps")
-        return lambda: compiled(problem, x, y, num_steps)
+def runners(problem, x, y, num_steps):
+    """The contenders, on one problem, as functions without arguments."""
+    return {
+        name: _timing.Jitted(ft.partial(contender, num_steps=num_steps), problem, x, y)
+        for name, contender in CONTENDERS.items()
+    }
 
-    runners = {name: runner(contender) for name, contender in _CONTENDERS.items()}
-    rows, gradients = _timing.compare(runners, args, "plain scan", rounds=rounds)
+
+def measure(problem, x, y, num_steps, args, rounds):
+    contenders = runners(problem, x, y, num_steps)
+    rows, gradients = _timing.compare(contenders, args, "plain scan", rounds=rounds)
     for name, row in rows.items():
-        row["peak_mebibytes"] = _timing.temporary_mebibytes(
-            ft.partial(_CONTENDERS[name], num_steps=num_steps), problem, x, y
-        )
+        row["peak_mebibytes"] = contenders[name].temporary_mebibytes
         row["difference"] = _timing.relative_difference(
             gradients[name], gradients["plain scan"]
         )

@@ -13,6 +13,7 @@ timed by itself (`certificate_share`, of our time): it does not grow with the ru
 """
 
 import argparse
+import functools as ft
 
 import _timing
 import jax
@@ -23,43 +24,67 @@ import bilevel_eqx as blx
 from bilevel_eqx.tasks import rings
 
 
-_INNER_RATE, _OUTER_RATE = 1e-3, 1e-2
+INNER_RATE, OUTER_RATE = 1e-3, 1e-2
 
 
 def _record(x, y, metrics):
     return {"value": metrics["value"], "points": x["points"]}
 
 
-def ours(problem, x, y, pipeline, num_steps):
+@ft.cache
+def pipeline(with_inner_update):
+    response = blx.Unrolled(optax.sgd(INNER_RATE), num_steps=1)
+    return blx.GradientPipeline(
+        response,
+        optax.adam(OUTER_RATE),
+        inner_update=response if with_inner_update else None,
+    )
+
+
+def ours(problem, x, y, num_steps, *, with_inner_update=True, certify=True):
     """The points at the end, their history, and the solution."""
     solution = blx.solve(
         problem,
         blx.WarmStart(),
         x,
         y,
-        pipeline=pipeline,
+        pipeline=pipeline(with_inner_update),
         num_steps=num_steps,
         save_every=50,
         record=_record,
+        certify=certify,
     )
     return solution.x, solution.history, solution
 
 
-def _bare(with_inner_update):
-    """The initial carry and the step of the run, by hand."""
-    optimiser = optax.adam(_OUTER_RATE)
+def unrolled_step(problem, x, y):
+    """One step of gradient descent on the inner objective, by hand."""
+    gradient = jax.grad(problem.inner, argnums=1)(x, y)
+    return jax.tree.map(lambda u, g: u - INNER_RATE * g, y, gradient)
 
-    def inner_step(problem, x, y):
-        gradient = jax.grad(problem.inner, argnums=1)(x, y)
-        return jax.tree.map(lambda u, g: u - _INNER_RATE * g, y, gradient)
+
+def unrolled_hypergradient(problem, x, y):
+    """The value, the gradient through one such step, and where the step leads."""
+
+    def outer(x):
+        answer = unrolled_step(problem, x, y)
+        return problem.outer(x, answer), answer
+
+    (value, answer), gradient = jax.value_and_grad(outer, has_aux=True)(x)
+    return value, gradient, answer
+
+
+def bare_run(hypergradient, inner_update):
+    """The initial carry and the step of a warm-start run, by hand.
+
+    `hypergradient(problem, x, y)` is the value, the gradient and the answer. The weights
+    move by `inner_update(problem, x, y)`, or to the answer if that is `None`.
+    """
+    optimiser = optax.adam(OUTER_RATE)
 
     def respond(problem, x, y):
-        def outer(x):
-            answer = inner_step(problem, x, y)
-            return problem.outer(x, answer), answer
-
-        (value, answer), gradient = jax.value_and_grad(outer, has_aux=True)(x)
-        return value, gradient, y if with_inner_update else answer
+        value, gradient, answer = hypergradient(problem, x, y)
+        return value, gradient, answer if inner_update is None else y
 
     def init(problem, x, y):
         _, gradient, y = respond(problem, x, y)
@@ -69,34 +94,36 @@ def _bare(with_inner_update):
         x, y, gradient, state = carry
         updates, state = optimiser.update(gradient, state)
         x = optax.apply_updates(x, updates)
-        if with_inner_update:
-            y = inner_step(problem, x, y)
+        if inner_update is not None:
+            y = inner_update(problem, x, y)
         value, gradient, y = respond(problem, x, y)
-        history = _record(x, y, {"value": value})
-        return (x, y, gradient, state), history
+        return (x, y, gradient, state), value
 
     return init, step
 
 
-def measure(title, width, with_inner_update, num_steps, args):
-    problem, x, y = rings(jr.key(0), width=width)
-    response = blx.Unrolled(optax.sgd(_INNER_RATE), num_steps=1)
-    pipeline = blx.GradientPipeline(
-        response,
-        optax.adam(_OUTER_RATE),
-        inner_update=response if with_inner_update else None,
+def instance(with_inner_update, num_steps, **sizes):
+    """The problem with its initial variables, and the contenders."""
+    problem, x, y = rings(jr.key(0), **sizes)
+    init, step = bare_run(
+        unrolled_hypergradient, unrolled_step if with_inner_update else None
     )
-    init, step = _bare(with_inner_update)
 
-    @jax.jit
+    def recorded_step(problem, carry):
+        carry, value = step(problem, carry)
+        return carry, _record(carry[0], carry[1], {"value": value})
+
     def bare_scan(problem, x, y):
         carry = init(problem, x, y)
         carry, history = jax.lax.scan(
-            lambda carry, _: step(problem, carry), carry, None, length=num_steps
+            lambda carry, _: recorded_step(problem, carry),
+            carry,
+            None,
+            length=num_steps,
         )
         return carry[0], history
 
-    jitted_init, jitted_step = jax.jit(init), jax.jit(step)
+    jitted_init, jitted_step = jax.jit(init), jax.jit(recorded_step)
 
     def python_loop(read):
         carry, history = jitted_init(problem, x, y), []
@@ -106,11 +133,18 @@ def measure(title, width, with_inner_update, num_steps, args):
         return carry[0], history
 
     contenders = {
-        "bare scan": lambda: bare_scan(problem, x, y),
-        "ours": lambda: ours(problem, x, y, pipeline, num_steps),
+        "bare scan": _timing.Jitted(bare_scan, problem, x, y),
+        "ours": lambda: ours(
+            problem, x, y, num_steps, with_inner_update=with_inner_update
+        ),
         "Python loop": lambda: python_loop(read=False),
         "Python loop, reading a float a step": lambda: python_loop(read=True),
     }
+    return (problem, x, y), contenders
+
+
+def measure(title, width, with_inner_update, num_steps, args):
+    (problem, _, _), contenders = instance(with_inner_update, num_steps, width=width)
     rows, values = _timing.compare(
         contenders, args, "bare scan", quotient=lambda time, base: base / time
     )
