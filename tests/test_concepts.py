@@ -245,7 +245,7 @@ def _toy_b(n):
     return blx.BilevelProblem(outer, inner), blx.Pessimistic(within=projection), x, y
 
 
-@pytest.mark.parametrize("n", (1, 3, 8))
+@pytest.mark.parametrize("n", (1, 3, pytest.param(8, marks=pytest.mark.slow)))
 def test_toy_b_certificate(n):
     problem, equilibrium, x, y = _toy_b(n)
     certificate = blx.certify(problem, equilibrium, x, y)
