@@ -767,7 +767,7 @@ def test_an_outer_maximum_does_not_pass_in_silence(equilibrium):
 #
 
 
-@pytest.mark.parametrize("squares", (True, False))
+@pytest.mark.parametrize("squares", (pytest.param(True, marks=pytest.mark.slow), False))
 def test_more_variables_than_a_matrix_may_have(squares):
     """Negative curvature that a Krylov space sees; and the note that it may not."""
     size = 1100

@@ -193,7 +193,9 @@ def test_toy_c_threshold():
         assert largest(equilibrium, convex) < 1e-6
 
 
-@pytest.mark.parametrize("weight", (0.0, 2.0, jnp.inf))
+@pytest.mark.parametrize(
+    "weight", (pytest.param(0.0, marks=pytest.mark.slow), 2.0, jnp.inf)
+)
 def test_toy_c_is_reached(weight):
     problem = _toy_c(p=-1.0 if weight < 3 else 1.0)
     solution = blx.solve(

@@ -339,7 +339,7 @@ def _x(x, y, metrics):
 
 @pytest.mark.parametrize(
     "name, concept",
-    _marked({"stackelberg": ("simplex",), "cold": ("simplex",), "optimistic": ("ball",)}),
+    _marked({"stackelberg": ("simplex",), "cold": (), "optimistic": ("ball",)}),
 )
 def test_solve_with_x_in_a_set(name, concept):
     problem = ridge(name)
@@ -385,7 +385,10 @@ def test_tolerance_is_of_the_projected_gradient():
 
 @pytest.mark.parametrize(
     "name, optimiser",
-    [("box", optax.adam(0.03)), ("simplex", optax.sgd(0.05, momentum=0.5))],
+    [
+        ("box", optax.adam(0.03)),
+        pytest.param("simplex", optax.sgd(0.05, momentum=0.5), marks=pytest.mark.slow),
+    ],
     ids=["box", "simplex"],
 )
 def test_any_optimiser_is_projected(name, optimiser):
@@ -470,7 +473,7 @@ def test_nash_with_both_in_sets():
     assert off.residuals["outer"] > 0.1
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+@pytest.mark.parametrize("epsilon", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_solve_with_y_in_a_set(epsilon):
     # Of C x only the share between the bounds counts; F is least where y = .3.
     problem = blx.BilevelProblem(

@@ -153,10 +153,9 @@ _softmax_outer = eqx.filter_jit(lambda problem, x, y: problem.outer(x, y))
     "name",
     (
         "projection",
-        "bfgs",
         "proximal",
         "checkpointed",
-        *(pytest.param(n, marks=slow) for n in ("descent", "reverse", "forward")),
+        *(pytest.param(n, marks=slow) for n in ("bfgs", "descent", "reverse", "forward")),
     ),
 )
 def test_finite_differences(name):
@@ -550,7 +549,7 @@ forward_over_reverse = _twice(jax.jacfwd, jax.jacrev)
     "kind, response, order",
     (
         ("general", exact, forward_over_reverse),
-        ("general", at_solution, _twice(jax.jacrev, jax.jacrev)),
+        pytest.param("general", at_solution, _twice(jax.jacrev, jax.jacrev), marks=slow),
         ("general", at_solution, _twice(jax.jacfwd, jax.jacfwd)),
         pytest.param(
             "general",

@@ -352,7 +352,7 @@ def test_implicit_without_a_solver():
         # Also in `test_faults_derivatives.py`.
         pytest.param(lx.SVD(), marks=slow),
         pytest.param(lx.LU(), marks=slow),
-        lx.LSMR(rtol=1e-13, atol=1e-13),
+        pytest.param(lx.LSMR(rtol=1e-13, atol=1e-13), marks=slow),
     ),
     ids=lambda solver: type(solver).__name__,
 )
