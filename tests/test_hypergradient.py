@@ -16,9 +16,9 @@ from helpers import (
     finite_difference_gradient,
     finite_difference_jvp,
     flatten,
-    linear_problems,
     linear_reference,
     LinearBilevel,
+    LinearLeastSquares,
     make_linear,
     make_ridge,
     make_softmax,
@@ -53,7 +53,9 @@ at_solution = blx.Implicit(None, lx.Cholesky())
 #
 
 
-@pytest.mark.parametrize("cls", linear_problems)
+@pytest.mark.parametrize(
+    "cls", (LinearLeastSquares, pytest.param(LinearBilevel, marks=slow))
+)
 def test_linear_closed_forms(cls):
     """F_x + J^T F_y at the point of each response, for the J of each. (In float32:
     `test_properties.test_hypergradient`.)"""
