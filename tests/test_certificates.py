@@ -832,7 +832,7 @@ def test_curvature_between_noise_and_signal(kind):
         assert ("between noise and signal" in str(found)) == (unclear > 0)
 
 
-@pytest.mark.parametrize("squares", (True, False))
+@pytest.mark.parametrize("squares", (pytest.param(True, marks=pytest.mark.slow), False))
 def test_more_variables_than_a_matrix_may_have(squares):
     """Negative curvature that a Krylov space sees; and the note that it may not."""
     size = 1100

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import FunctionOfValue, LinearBilevel, make_linear
+from helpers import FunctionOfValue, grid, LinearBilevel, make_linear
 from jaxtyping import Array
 
 import bilevel_eqx as blx
 
 
+slow = pytest.mark.slow
 exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
 OUTER = np.random.default_rng(1).normal(size=(3, 4))
 
@@ -238,6 +239,7 @@ def test_a_rule_for_reverse_mode_alone():
     assert row.right and row.errors["warm"] < 1e-6
 
 
+@slow
 def test_rules_that_call_rules():
     """There are no second derivatives in forward mode. The check takes them in reverse
     mode, and says which responses cannot."""
@@ -344,7 +346,7 @@ def _pieces(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ("lasso", pytest.param("hinge", marks=pytest.mark.slow), "median")
+    "kind,", grid(lambda kind: kind == "lasso", ("lasso", "hinge", "median"))
 )
 def test_a_minimum_at_a_kink(kind):
     response = blx.Implicit(blx.GradientDescent(0.01, 301), blx.Pseudoinverse(), None)
@@ -356,6 +358,7 @@ def test_a_minimum_at_a_kink(kind):
     assert "kink" in row.verdict and "sign" not in row.verdict
 
 
+@slow
 def test_few_programs():
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(60, 4)), np.sign(rng.normal(size=60))

@@ -221,13 +221,14 @@ def _rings():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "equilibrium, num_steps",
     (
         # The points run away to where they have no more effect, and do so slowly.
-        pytest.param(blx.ColdStart(), 60, marks=pytest.mark.slow),
+        (blx.ColdStart(), 60),
         (blx.WarmStart(0.1), 25),
-        pytest.param(blx.Optimistic(), 40, marks=pytest.mark.slow),
+        (blx.Optimistic(), 40),
     ),
     ids=lambda part: type(part).__name__,
 )

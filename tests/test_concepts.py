@@ -193,7 +193,9 @@ def test_toy_c_threshold():
         assert largest(equilibrium, convex) < 1e-6
 
 
-@pytest.mark.parametrize("weight", (0.0, 2.0, jnp.inf))
+@pytest.mark.parametrize(
+    "weight", (pytest.param(0.0, marks=pytest.mark.slow), 2.0, jnp.inf)
+)
 def test_toy_c_is_reached(weight):
     problem = _toy_c(p=-1.0 if weight < 3 else 1.0)
     solution = blx.solve(
@@ -245,7 +247,7 @@ def _toy_b(n):
     return blx.BilevelProblem(outer, inner), blx.Pessimistic(within=projection), x, y
 
 
-@pytest.mark.parametrize("n", (1, 3, 8))
+@pytest.mark.parametrize("n", (1, 3, pytest.param(8, marks=pytest.mark.slow)))
 def test_toy_b_certificate(n):
     problem, equilibrium, x, y = _toy_b(n)
     certificate = blx.certify(problem, equilibrium, x, y)

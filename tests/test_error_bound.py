@@ -119,12 +119,12 @@ _slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, linear",
     (
-        (Quadratic, blx.Neumann(5, 0.3)),
+        pytest.param(Quadratic, blx.Neumann(5, 0.3), marks=_slow),
         (Quadratic, blx.TruncatedCG(4)),
         pytest.param(Quadratic, blx.Pseudoinverse(), marks=_slow),
         (Logistic, blx.Neumann(5, 0.3)),
         pytest.param(Logistic, blx.TruncatedCG(4), marks=_slow),
-        (Logistic, blx.Pseudoinverse()),
+        pytest.param(Logistic, blx.Pseudoinverse(), marks=_slow),
     ),
     ids=lambda part: getattr(part, "__name__", type(part).__name__),
 )
@@ -244,28 +244,36 @@ def test_single_precision():
     assert error <= float(bound.bound)
 
 
-def test_a_hypergradient_holds_no_data():
+@pytest.mark.parametrize(
+    "response",
+    (
+        pytest.param(blx.Implicit(None, blx.TruncatedCG(5)), marks=_slow),
+        blx.Proximal(0.5, None, blx.TruncatedCG(5)),
+    ),
+    ids=lambda response: type(response).__name__,
+)
+def test_a_hypergradient_holds_no_data(response):
     # It leaves programs and is batched: only arrays, and none of the problem's.
     problem, x = Quadratic.draw(jr.key(0))
     xs = jnp.stack([x, 2 * x])
-    for response in (
-        blx.Implicit(None, blx.TruncatedCG(5)),
-        blx.Proximal(0.5, None, blx.TruncatedCG(5)),
-    ):
 
-        @jax.jit
-        def run(xs):
-            return jax.vmap(
-                lambda x: blx.hypergradient(problem, x, jnp.zeros(N), response)
-            )(xs)
+    @jax.jit
+    @jax.vmap
+    def run(x):
+        return blx.hypergradient(problem, x, jnp.zeros(N), response)
 
-        out = run(xs)
-        assert max(leaf.size for leaf in jax.tree.leaves(out)) <= 2 * N
-        found = jax.vmap(lambda x, o: blx.error_bound(problem, x, o, 0.01).bound)(xs, out)
-        for i in range(2):
-            one = blx.hypergradient(problem, xs[i], jnp.zeros(N), response)
-            expected = blx.error_bound(problem, xs[i], one, 0.01).bound
-            assert np.isclose(found[i], expected, rtol=1e-12)
+    @jax.jit
+    @jax.vmap
+    def bounds(x, out):
+        return blx.error_bound(problem, x, out, 0.01).bound
+
+    out = run(xs)
+    assert max(leaf.size for leaf in jax.tree.leaves(out)) <= 2 * N
+    found = bounds(xs, out)
+    for i in range(2):
+        one = blx.hypergradient(problem, xs[i], jnp.zeros(N), response)
+        expected = blx.error_bound(problem, xs[i], one, 0.01).bound
+        assert np.isclose(found[i], expected, rtol=1e-12)
 
 
 def test_says_what_it_knows():
@@ -326,7 +334,15 @@ class NoisyRidge(blx.AbstractBilevelProblem):
         return 0.5 * jnp.sum((y - self.t) ** 2)
 
 
-@pytest.mark.parametrize("rows, noise", ((200, 1e4), (200, 0.0), (40, 1e6), (1000, 1e3)))
+@pytest.mark.parametrize(
+    "rows, noise",
+    (
+        (200, 1e4),
+        (200, 0.0),
+        pytest.param(40, 1e6, marks=_slow),
+        pytest.param(1000, 1e3, marks=_slow),
+    ),
+)
 def test_rounding_does_not_violate_it(rows, noise):
     # The residual is large and orthogonal to A: the gradient is small because large
     # numbers cancel, and what is left of it in single precision is rounding.

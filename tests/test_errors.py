@@ -11,6 +11,7 @@ import optax
 import optimistix as optx
 import pytest
 from helpers import (
+    grid,
     LinearBilevel,
     LinearLeastSquares,
     make_linear,
@@ -22,6 +23,7 @@ from jaxtyping import TypeCheckError
 import bilevel_eqx as blx
 
 
+slow = pytest.mark.slow
 exact = blx.Implicit(blx.Projection(), lx.Cholesky())
 x3 = np.array([0.5, -0.3, 0.2])
 
@@ -456,7 +458,7 @@ def _quartic():
     )
 
 
-@pytest.mark.parametrize("name", list(_slow_responses()))
+@pytest.mark.parametrize("name,", grid(lambda name: name != "bfgs", _slow_responses()))
 def test_inner_solve_did_not_converge(name):
     response = _slow_responses()[name]
     problem, x, anchor = _quartic(), jnp.asarray(x3), jnp.array([9.0, -7.0, 8.0])
@@ -501,7 +503,7 @@ def test_tolerance():
 
 
 @pytest.mark.parametrize("scale", (1e-6, 1e6))
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+@pytest.mark.parametrize("dtype", (jnp.float32, pytest.param(jnp.float64, marks=slow)))
 def test_convergence_does_not_depend_on_the_scale(scale, dtype):
     """Of the inner objective: the same points are accepted and refused."""
     ridge, x, anchor = make_ridge(dtype)
@@ -534,7 +536,11 @@ def test_least_squares_without_a_solution():
 
 @pytest.mark.parametrize(
     "linear_solver",
-    (lx.CG(rtol=1e-12, atol=1e-12, max_steps=3), lx.Cholesky(), lx.LU()),
+    (
+        lx.CG(rtol=1e-12, atol=1e-12, max_steps=3),
+        pytest.param(lx.Cholesky(), marks=slow),
+        lx.LU(),
+    ),
     ids=lambda solver: type(solver).__name__,
 )
 def test_singular_hessian(linear_solver):

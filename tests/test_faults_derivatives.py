@@ -121,7 +121,8 @@ def test_foreign_solvers_are_right_or_raise(solver, kind):
         assert raised == ["hypergradient", "reverse", "forward", "vmap"]
 
 
-@pytest.mark.parametrize("solver", (lx.LU(), pytest.param(lx.Cholesky(), marks=slow)))
+@slow
+@pytest.mark.parametrize("solver", (lx.LU(), lx.Cholesky()))
 def test_foreign_solvers_in_float32(solver):
     problem, x, rows, at = _rows((1.4, 1.0, 0.6), 5, jnp.float32)
     for compute in _derivatives(problem, x, solver).values():
@@ -192,8 +193,8 @@ def _bda():
     (
         blx.Aggregated(20),
         pytest.param(blx.Aggregated(50), marks=slow),
-        blx.Aggregated(20, inner_step_size=0.1),
-        blx.Aggregated(20, outer_step_size=0.1),
+        pytest.param(blx.Aggregated(20, inner_step_size=0.1), marks=slow),
+        pytest.param(blx.Aggregated(20, outer_step_size=0.1), marks=slow),
         blx.Aggregated(20, 0.1, 0.1),
     ),
 )
@@ -497,7 +498,7 @@ def test_a_gradient_that_is_given_to_a_derivative():
     "equilibrium, pipeline",
     (
         (blx.ColdStart(), "minimum displacement"),
-        (blx.WarmStart(), "implicit"),
+        pytest.param(blx.WarmStart(), "implicit", marks=slow),
         (blx.Optimistic(), "aggregation"),
     ),
 )
@@ -596,7 +597,9 @@ def test_types_that_do(types):
             assert tree_allclose(gradient, truth, rtol=1e-5)
 
 
-@pytest.mark.parametrize("types", list(_TYPES))
+@pytest.mark.parametrize(
+    "types,", grid(lambda types: types in ("f64, f32", "bf16"), _TYPES)
+)
 def test_a_run_in_each_type(types):
     pipeline = blx.GradientPipeline(blx.Unrolled(optax.sgd(0.1), 50), optax.sgd(0.1))
     x, y0 = jnp.asarray(_x, jnp.float32), _two_leaves(_TYPES[types])

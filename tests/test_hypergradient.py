@@ -16,9 +16,9 @@ from helpers import (
     finite_difference_gradient,
     finite_difference_jvp,
     flatten,
-    linear_problems,
     linear_reference,
     LinearBilevel,
+    LinearLeastSquares,
     make_linear,
     make_ridge,
     make_softmax,
@@ -42,6 +42,7 @@ from helpers import (
 import bilevel_eqx as blx
 
 
+slow = pytest.mark.slow
 exact = blx.Implicit(blx.Projection(), lx.Cholesky())
 # The same where the anchor is known to be a solution, with much less to compile.
 at_solution = blx.Implicit(None, lx.Cholesky())
@@ -52,7 +53,9 @@ at_solution = blx.Implicit(None, lx.Cholesky())
 #
 
 
-@pytest.mark.parametrize("cls", linear_problems)
+@pytest.mark.parametrize(
+    "cls", (LinearLeastSquares, pytest.param(LinearBilevel, marks=slow))
+)
 def test_linear_closed_forms(cls):
     """F_x + J^T F_y at the point of each response, for the J of each. (In float32:
     `test_properties.test_hypergradient`.)"""
@@ -152,13 +155,9 @@ _softmax_outer = eqx.filter_jit(lambda problem, x, y: problem.outer(x, y))
     "name",
     (
         "projection",
-        "bfgs",
         "proximal",
         "checkpointed",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("descent", "reverse", "forward")
-        ),
+        *(pytest.param(n, marks=slow) for n in ("bfgs", "descent", "reverse", "forward")),
     ),
 )
 def test_finite_differences(name):
@@ -181,7 +180,9 @@ def test_finite_differences(name):
     assert np.linalg.norm(flatten(out.gradient) - flatten(direct)) > 1e-2
 
 
-@pytest.mark.parametrize("name", ("projection", "proximal", "checkpointed"))
+@pytest.mark.parametrize(
+    "name", ("projection", pytest.param("proximal", marks=slow), "checkpointed")
+)
 def test_best_response(name, getkey):
     """Differentiated in x and in the data, in both modes. The problem has integers
     among its leaves, too."""
@@ -320,7 +321,9 @@ class Seeded(blx.AbstractBilevelProblem):
         return jnp.sum((y - x * jax.random.uniform(self.key, (2,))) ** 2)
 
 
-@pytest.mark.parametrize("make_key", (jax.random.key, jax.random.PRNGKey))
+@pytest.mark.parametrize(
+    "make_key", (jax.random.key, pytest.param(jax.random.PRNGKey, marks=slow))
+)
 def test_key_in_a_problem(make_key):
     problem, x = Seeded(make_key(0)), jnp.array([1.0, 2.0])
     noise = jax.random.uniform(problem.key, (2,))
@@ -359,7 +362,7 @@ def test_derivatives_of_ones_own():
     "name, structured",
     (
         ("implicit", False),
-        ("implicit", True),
+        pytest.param("implicit", True, marks=slow),
         ("proximal", True),
         ("unrolled", False),
     ),
@@ -548,9 +551,14 @@ forward_over_reverse = _twice(jax.jacfwd, jax.jacrev)
     "kind, response, order",
     (
         ("general", exact, forward_over_reverse),
-        ("general", at_solution, _twice(jax.jacrev, jax.jacrev)),
+        pytest.param("general", at_solution, _twice(jax.jacrev, jax.jacrev), marks=slow),
         ("general", at_solution, _twice(jax.jacfwd, jax.jacfwd)),
-        ("general", blx.Implicit(None, blx.Pseudoinverse()), forward_over_reverse),
+        pytest.param(
+            "general",
+            blx.Implicit(None, blx.Pseudoinverse()),
+            forward_over_reverse,
+            marks=slow,
+        ),
         ("least squares", blx.Implicit(None, blx.Pseudoinverse()), forward_over_reverse),
     ),
     ids=("solved", "reverse-reverse", "forward-forward", "pseudoinverse", "factor"),
@@ -569,6 +577,7 @@ def test_hessian(kind, response, order):
     assert tree_allclose(hessian, ridge_hessian(ridge, x), rtol=1e-9)
 
 
+@slow
 def test_hessian_of_a_proximal_response():
     problem, x, anchor = make_ridge()
     epsilon = 0.4
@@ -651,6 +660,7 @@ class Middle(blx.AbstractBilevelProblem):
         return 0.5 * jnp.sum((y - x) ** 2) + 0.3 * jnp.sum((z - self.wanted) ** 2)
 
 
+@slow
 def test_trilevel():
     """min_x F(x, y), y minimising over log-penalties what the ridge solution gives."""
     bottom, x, anchor = make_ridge()

@@ -32,14 +32,18 @@ def _public(module):
     }
 
 
-def test_import_is_light():
-    # In an interpreter of its own: here, others may have imported anything.
+@pytest.fixture(scope="module")
+def fresh():
+    """What an interpreter of its own says after the import. Here, others may have
+    imported anything; and an imported submodule is an attribute too."""
     code = (
-        "import sys, bilevel_eqx\n"
+        "import sys, bilevel_eqx as blx\n"
         "print(','.join(sorted(m.split('.')[0] for m in sys.modules)))\n"
-        "import jax\n"
         "from jax._src import xla_bridge\n"
         "print(xla_bridge.backends_are_initialized())\n"
+        "print(','.join(dir(blx)))\n"
+        "print(type(blx.pipelines.NullSpaceDescent()).__name__)\n"
+        "print(blx.reports.Comparison.__name__)\n"
     )
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -47,7 +51,11 @@ def test_import_is_light():
         text=True,
         check=True,
     )
-    modules, started = run.stdout.split()
+    return run.stdout.split()
+
+
+def test_import_is_light(fresh):
+    modules, started, *_ = fresh
     assert "bilevel_eqx" in modules.split(",")
     assert "matplotlib" not in modules.split(",")
     # Whoever sets a platform or a precision after the import must still be heard.
@@ -79,26 +87,16 @@ def test_no_more_public_names_than_can_be_overlooked():
     assert len(dir(blx)) <= 55
 
 
-def test_dir_shows_the_public_names_and_nothing_else():
-    # In an interpreter of its own: an imported submodule is an attribute too.
-    code = "import bilevel_eqx; print(*dir(bilevel_eqx))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.split() == sorted({*_public(blx), "pipelines", "reports"})
+def test_dir_shows_the_public_names_and_nothing_else(fresh):
+    assert fresh[2].split(",") == sorted({*_public(blx), "pipelines", "reports"})
     for name in dir(blx):
         value = getattr(blx, name)
         own = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
         assert own.startswith("bilevel_eqx.")
 
 
-def test_submodules_come_with_the_package():
-    code = (
-        "import bilevel_eqx as blx\n"
-        "blx.pipelines.NullSpaceDescent()\n"
-        "assert blx.reports.Comparison.__name__ == 'Comparison'\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_submodules_come_with_the_package(fresh):
+    assert fresh[3:] == ["NullSpaceDescent", "Comparison"]
     # And nothing is there twice.
     for module in (blx.pipelines, blx.reports):
         assert _public(module).keys() & _public(blx).keys() == set()

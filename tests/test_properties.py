@@ -631,7 +631,7 @@ def _stack(*trees):
     return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-@_names(("cold", "checkpointed"), ("proximal",))
+@_names(("cold",), ("checkpointed", "proximal"))
 @given(cases=st.tuples(*3 * [_one]))
 def test_vmap(name, cases):
     """Over x, the anchor and all data at once: other ranks and other spectra."""

@@ -11,6 +11,7 @@ from helpers import (
     dense_derivatives,
     flatten,
     gradient_descent,
+    grid,
     LinearBilevel,
     LinearLeastSquares,
     make_linear,
@@ -34,6 +35,7 @@ import bilevel_eqx as blx
 
 
 modes = ("checkpointed", "reverse", "forward")
+slow = pytest.mark.slow
 
 
 @eqx.filter_jit
@@ -185,8 +187,8 @@ def _optimisers():
     (
         ("momentum", "checkpointed"),
         ("adam", "checkpointed"),
-        ("adam", "reverse"),
-        ("adam", "forward"),
+        pytest.param("adam", "reverse", marks=slow),
+        pytest.param("adam", "forward", marks=slow),
         ("schedule", "checkpointed"),
     ),
 )
@@ -347,9 +349,10 @@ def test_implicit_without_a_solver():
         blx.Pseudoinverse(dense_size=1),
         lx.CG(rtol=1e-13, atol=1e-13),
         lx.Cholesky(),
-        lx.SVD(),
-        lx.LU(),
-        lx.LSMR(rtol=1e-13, atol=1e-13),
+        # Also in `test_faults_derivatives.py`.
+        pytest.param(lx.SVD(), marks=slow),
+        pytest.param(lx.LU(), marks=slow),
+        pytest.param(lx.LSMR(rtol=1e-13, atol=1e-13), marks=slow),
     ),
     ids=lambda solver: type(solver).__name__,
 )
@@ -406,9 +409,9 @@ def test_t12_moving_feature():
 @pytest.mark.parametrize(
     "cls, linear_solver, dtype",
     (
-        (LinearBilevel, blx.Pseudoinverse(), jnp.float64),
+        pytest.param(LinearBilevel, blx.Pseudoinverse(), jnp.float64, marks=slow),
         (LinearBilevel, lx.Cholesky(), jnp.float32),
-        (LinearLeastSquares, blx.Pseudoinverse(), jnp.float32),
+        pytest.param(LinearLeastSquares, blx.Pseudoinverse(), jnp.float32, marks=slow),
         (LinearLeastSquares, lx.Cholesky(), jnp.float64),
     ),
 )
@@ -537,7 +540,7 @@ def _responses():
     }
 
 
-@pytest.mark.parametrize("name", list(_responses()))
+@pytest.mark.parametrize("name,", grid(lambda name: name != "reverse", _responses()))
 def test_jacobian_pullback_and_best_response_agree(name, getkey):
     """On a nonlinear problem over pytrees, in forward and in reverse mode."""
     problem, x, y0 = make_softmax()

@@ -21,7 +21,6 @@ from helpers import (
     as_numpy,
     Counter,
     damped_jacobian,
-    dtypes,
     gradient_descent,
     linear_reference,
     LinearBilevel,
@@ -43,6 +42,7 @@ import bilevel_eqx as blx
 from bilevel_eqx._solve import report, segments, split
 
 
+slow = pytest.mark.slow
 exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
 RATE = 0.1
 
@@ -130,7 +130,8 @@ def test_a_run_is_a_loop(name):
     assert tree_allclose(solution.value, value, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", dtypes)
+# In float64, `test_a_run_is_a_loop` takes several.
+@pytest.mark.parametrize("dtype", (pytest.param(jnp.float64, marks=slow), jnp.float32))
 def test_one_step_of_gradient_descent(dtype):
     problem, x0, y0 = make_linear(LinearBilevel, dtype)
     phi = as_numpy(problem.features)
@@ -563,7 +564,7 @@ def test_failure_at_a_known_step(save_every):
     assert short.result == blx.RESULTS.successful
 
 
-@pytest.mark.parametrize("save_every", (1, 7))
+@pytest.mark.parametrize("save_every", (1, pytest.param(7, marks=slow)))
 def test_one_failure_of_a_batch(save_every):
     edges = jnp.array([1.05, np.inf, 0.25])
 
@@ -588,7 +589,7 @@ def test_one_failure_of_a_batch(save_every):
             jax.vmap(lambda edge: _march(edge, 15, certify=False))(edges)
 
 
-@pytest.mark.parametrize("dtype", dtypes)
+@pytest.mark.parametrize("dtype", (pytest.param(jnp.float64, marks=slow), jnp.float32))
 def test_divergence(dtype):
     # x is multiplied by -9999 a step, until the square of it overflows.
     problem = blx.BilevelProblem(
@@ -701,7 +702,7 @@ def test_vmap_over_epsilon():
     assert np.all(solution.certificate.largest < 1e-8)
 
 
-@pytest.mark.parametrize("name", ("neumann", "unrolled"))
+@pytest.mark.parametrize("name", ("neumann", pytest.param("unrolled", marks=slow)))
 def test_vmap_over_the_number_of_steps(name):
     num_steps = jnp.array([1, 3, 20])
 
@@ -749,7 +750,7 @@ def test_jit():
     assert history.shape == (15,) and np.all(np.isnan(history[10:]))
 
 
-@pytest.mark.parametrize("mode", ("sgd", "momentum"))
+@pytest.mark.parametrize("mode", ("sgd", pytest.param("momentum", marks=slow)))
 def test_float32_stays_float32(mode):
     # With 64-bit types on, and rates in float64.
     y0 = start.astype(jnp.float32)
@@ -889,7 +890,7 @@ def cut(monkeypatch):
     return set_lengths
 
 
-@pytest.mark.parametrize("save_every", (1, 4))
+@pytest.mark.parametrize("save_every", (pytest.param(1, marks=slow), 4))
 def test_the_answer_does_not_depend_on_the_cuts(cut, save_every):
     problem, x0, y0 = make_ridge()
     momentum = optax.sgd(0.05, momentum=0.9)
@@ -922,7 +923,7 @@ def test_the_answer_does_not_depend_on_the_cuts(cut, save_every):
         assert tree_identical(solution, whole)
 
 
-@pytest.mark.parametrize("save_every", (1, 7))
+@pytest.mark.parametrize("save_every", (pytest.param(1, marks=slow), 7))
 def test_a_failure_does_not_depend_on_the_cuts(cut, save_every):
     # Also where it fails in the first step of a segment, and after more than a round.
     whole = None
@@ -984,7 +985,7 @@ def _press():
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("tolerance", (None, 1e-12))
+@pytest.mark.parametrize("tolerance", (None, pytest.param(1e-12, marks=slow)))
 def test_interrupted(cut, tolerance):
     cut([10])
     options = {"record": _points, "progress": _after(20, _press), "tolerance": tolerance}
