@@ -1048,3 +1048,35 @@ def test_a_link_is_followed(tmp_path):
         assert link.is_symlink() and real.is_file() and not real.is_symlink()
         assert list((tmp_path / "elsewhere").iterdir()) == [real]
     assert tree_identical(solution, _solve(8))
+
+
+def test_two_runs_that_write_one_file(tmp_path):
+    path = tmp_path / "run.blx"
+
+    def other(step, num_steps, metrics):
+        # While this run is running another one of the same kind begins, saves and ends.
+        if step == 4:
+            _solve(4, checkpoint=path, checkpoint_every=2)
+            others.append(path.read_bytes())
+
+    for before in (False, True):
+        others = []
+        if before:
+            # Of the same run, so that both of them begin with it.
+            path.unlink()
+            _solve(2, checkpoint=path, checkpoint_every=2)
+        with pytest.raises(FileExistsError, match="another run has written this file"):
+            _solve(6, checkpoint=path, checkpoint_every=6, progress=other)
+        # The other one's file is left as it is.
+        assert [path.read_bytes()] == others
+
+
+def test_a_file_that_is_removed_is_written_anew(tmp_path):
+    path = tmp_path / "run.blx"
+
+    def remove(step, num_steps, metrics):
+        path.unlink(missing_ok=True)
+
+    whole = _solve(6, checkpoint=path, checkpoint_every=2, progress=remove)
+    again = _solve(6, checkpoint=path, checkpoint_every=2)
+    assert tree_identical(again.x, whole.x)

@@ -478,6 +478,19 @@ def test_many_minima_are_refused_by_stackelberg():
 
 def test_other_than_zero_sum_is_refused():
     assert "zero-sum" in _refused(blx.ProximalEquilibrium(1.0))
+    # Not "nan times".
+    x = jnp.ones(2)
+    undefined = blx.BilevelProblem(
+        lambda x, y: jnp.sum(jnp.sqrt(x - 1) + y), lambda x, y: -jnp.sum(y)
+    )
+    with pytest.raises(ValueError, match="not finite at \\(x0, y0\\)"):
+        blx.ProximalEquilibrium(1.0).check(undefined, -9 * x, x)
+    # Defined near (x, y) alone.
+    near = blx.BilevelProblem(
+        lambda x, y: jnp.sum(jnp.sqrt(0.1 - x * x) * y),
+        lambda x, y: -jnp.sum(jnp.sqrt(0.1 - x * x) * y),
+    )
+    blx.ProximalEquilibrium(1.0).check(near, 0.3 * x, x)
     with pytest.raises(ValueError, match="at least zero"):
         blx.ProximalEquilibrium(-1.0)
 

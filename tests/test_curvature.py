@@ -154,6 +154,110 @@ def test_no_wrong_gradient_is_a_success_in_a_thousand(kind):
 
 
 #
+# Random nonlinear problems, whose minimum and gradient are known
+#
+
+
+class _Bent(blx.AbstractBilevelProblem):
+    r"""$f = \sum_i w_i e^{a_i^\top x} \log\cosh z_i$ with $z = V^\top y - R x$. Some
+    weights are zero: the rank of H is the number of the others."""
+
+    w: Array
+    turns: Array
+    V: Array
+    R: Array
+    t: Array
+    slope: Array
+
+    def outer(self, x, y):
+        return 0.5 * jnp.sum((y - self.t) ** 2) - self.slope @ x
+
+    def inner(self, x, y):
+        z = self.V.T @ y - self.R @ x
+        return jnp.sum(self.w * jnp.exp(self.turns @ x) * jnp.log(jnp.cosh(z)))
+
+
+class _BentSquares(blx.AbstractLeastSquaresProblem):
+    r"""The same with $r_i = w_i e^{a_i^\top x} \sinh z_i$."""
+
+    w: Array
+    turns: Array
+    V: Array
+    R: Array
+    t: Array
+    slope: Array
+
+    def outer(self, x, y):
+        return 0.5 * jnp.sum((y - self.t) ** 2) - self.slope @ x
+
+    def inner_residual(self, x, y):
+        z = self.V.T @ y - self.R @ x
+        return self.V @ (self.w * jnp.exp(self.turns @ x) * jnp.sinh(z))
+
+
+def _random_bent(rng, moves):
+    """Data whose equilibrium of a full warm start is (x, y), and the condition."""
+    V = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))[0]
+    rank, condition = rng.integers(1, SIZE + 1), 10 ** rng.uniform(0, 8)
+    w = np.zeros(SIZE)
+    w[:rank] = 10 ** rng.uniform(-6, 6) * condition ** -np.linspace(0, 1, rank)
+    turns = moves * rng.normal(size=(SIZE, OUTER))
+    R, x, t = (
+        rng.normal(size=(SIZE, OUTER)),
+        rng.normal(size=OUTER),
+        rng.normal(size=SIZE),
+    )
+    present = w > 0
+    y = V @ np.where(present, R @ x, rng.normal(size=SIZE))
+    through = R.T @ (present * (V.T @ (y - t)))
+    scale = np.linalg.norm(R, 2) * np.linalg.norm(y - t)
+    # Of the weights with their factors.
+    now = (w * np.exp(turns @ x))[present]
+    data = w, turns, V, R, t, through
+    return data, x, y, V[:, present] @ rng.normal(size=rank), scale, max(now) / min(now)
+
+
+@jax.jit
+def _bent_answers(problems, xs, ys, moves):
+    def one(problem, x, y, move):
+        at = blx.Implicit(None, blx.Pseudoinverse())
+        out = blx.hypergradient(problem, x, y, at, throw=False)
+        nearest = blx.MinimumDisplacement(None)
+        displaced = blx.hypergradient(problem, x, y, nearest, throw=False)
+        gradients = jnp.stack([out.gradient, displaced.gradient])
+        good = jnp.stack([h.result == blx.RESULTS.successful for h in (out, displaced)])
+
+        def largest(x, y):
+            return blx.certify(problem, blx.WarmStart(), x, y).largest
+
+        off = 0.01 * jnp.linalg.norm(y) * move / jnp.linalg.norm(move)
+        moved = jnp.stack([largest(x, y + off), largest(1.01 * x, y)])
+        return gradients, good, largest(x, y), moved
+
+    return jax.vmap(one)(problems, xs, ys, moves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moves", (0.0, 0.3))
+@pytest.mark.parametrize("cls", (_Bent, _BentSquares))
+def test_random_nonlinear_problems(cls, moves):
+    rng = np.random.default_rng(3)
+    draws = [_random_bent(rng, moves) for _ in range(50)]
+    data, xs, ys, off, scale, condition = zip(*draws)
+    problems = cls(*(jnp.asarray(np.stack(part)) for part in zip(*data)))
+    arrays = (jnp.asarray(np.stack(part)) for part in (xs, ys, off))
+    gradients, good, at, moved = map(as_numpy, _bent_answers(problems, *arrays))
+    # The hypergradient is zero there; its terms are not.
+    error = np.linalg.norm(gradients, axis=2) / np.array(scale)[:, None]
+    bound = 100 * np.finfo(float).eps * np.array(condition)
+    wrong = (error > np.maximum(bound, 1e-13)[:, None]) & good.astype(bool)
+    assert not wrong.any(), (np.argwhere(wrong), error[wrong])
+    assert np.mean(good) > 0.99
+    assert np.all(at < 1e-4)
+    assert np.all(moved > 1e-6)
+
+
+#
 # Sums of squares
 #
 

@@ -521,13 +521,19 @@ def test_an_x_that_runs_off():
     with pytest.raises(eqx.EquinoxRuntimeError, match=match):
         blx.solve(problem, blx.WarmStart(), x, y, pipeline=descent, num_steps=400)
     # The default does not go where the inner solve fails.
-    run = dict(num_steps=100, certify=False)
-    stays = blx.solve(problem, blx.WarmStart(), x, y, **run)
+    stays = blx.solve(problem, blx.WarmStart(), x, y, num_steps=100)
     assert np.all(np.diff(stays.history["value"]) <= 0)
+    # It ends without a failure, and the certificate says where.
+    said = str(stays.certificate)
+    assert stays.certificate.residuals["outer"] > 1e-3
+    for word in ("grown from 0 to", "`project_x`", "penalty", "entries of the history"):
+        assert word in said
     bounded = blx.BilevelProblem(
         problem.outer, problem.inner, project_x=lambda x: jnp.clip(x, -3.0, 3.0)
     )
-    assert blx.solve(bounded, blx.WarmStart(), x, y, **run).x == 3
+    held = blx.solve(bounded, blx.WarmStart(), x, y, num_steps=20)
+    assert held.x == 3
+    assert "has grown" not in str(held.certificate)
 
 
 #

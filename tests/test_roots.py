@@ -782,3 +782,19 @@ def test_check_hypergradient_of_swapped_arguments():
     )
     check = blx.check_hypergradient(problem, jnp.ones(3), jnp.ones(2))
     assert not check.sound and len(check.findings) == 1
+
+
+def test_a_root_without_forward_mode():
+    # A rule for reverse mode alone: there is no Jacobian to take Newton steps with.
+    @jax.custom_vjp
+    def half(y):
+        return y / 2
+
+    half.defvjp(lambda y: (half(y), None), lambda _, u: (u / 2,))
+    problem = blx.RootProblem(
+        lambda x, y: jnp.sum(y**2), lambda x, y: y - half(y) - jnp.cos(x)
+    )
+    check = blx.check_hypergradient(problem, jnp.ones(2), jnp.zeros(2))
+    assert len(check.findings) == 1
+    assert "derivatives of `root` cannot be computed in forward mode" in str(check)
+    assert "custom_vjp" in str(check)

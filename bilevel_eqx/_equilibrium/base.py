@@ -356,26 +356,31 @@ def certify(
     )
 
 
-def _to_second_order(certificate, problem, x, fn) -> Certificate:
-    """The certificate with an entry on the second derivative in x."""
-    notes = [note for note in certificate.notes if note != NOT_A_MINIMUM]
-    residuals: dict[str, tuple[Any, str]] = {
-        name: (certificate.residuals[name], meaning)
-        for name, meaning in certificate.meanings.items()
-    }
-    if fn is None:
-        notes.append(f"{NOT_A_MINIMUM} for this concept")
-    else:
-        gradient, product = jax.linearize(jax.grad(fn), x)
-        what = "the same to second order: d^2 F(x, y(x)) / dx^2 >= 0"
-        residuals |= outer_curvature(problem, x, gradient, product, what)
+def amended(
+    certificate: Certificate,
+    notes: Iterable[str],
+    residuals: dict[str, tuple[Any, str]] | None = None,
+) -> Certificate:
+    """The certificate with other notes, and with further residuals."""
+    old = {k: (certificate.residuals[k], m) for k, m in certificate.meanings.items()}
     return Certificate(
         certificate.concept,
-        residuals,
+        old | (residuals or {}),
         accuracy=certificate.accuracy,
         decisions=certificate.decisions,
         notes=notes,
     )
+
+
+def _to_second_order(certificate, problem, x, fn) -> Certificate:
+    """The certificate with an entry on the second derivative in x."""
+    notes = [note for note in certificate.notes if note != NOT_A_MINIMUM]
+    if fn is None:
+        return amended(certificate, [*notes, f"{NOT_A_MINIMUM} for this concept"])
+    gradient, product = jax.linearize(jax.grad(fn), x)
+    what = "the same to second order: d^2 F(x, y(x)) / dx^2 >= 0"
+    entry = outer_curvature(problem, x, gradient, product, what)
+    return amended(certificate, notes, entry)
 
 
 def stated_cost(

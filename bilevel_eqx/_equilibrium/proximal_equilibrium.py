@@ -65,6 +65,13 @@ class ProximalEquilibrium(AbstractEquilibrium):
 
     def check(self, problem, x, y):
         defect = _defect_of_zero_sum(problem, x, y)
+        if not is_traced(defect) and jnp.isnan(defect):
+            raise ValueError(
+                "A `ProximalEquilibrium` is defined only for zero-sum problems, and "
+                "whether this is one cannot be told: the gradients of the objectives are "
+                "not finite at (x0, y0), nor at points around it. Start from another "
+                "point."
+            )
         if not is_traced(defect) and not defect <= 1e-3:
             raise ValueError(
                 "A `ProximalEquilibrium` is defined only for zero-sum problems, whose "
@@ -153,20 +160,27 @@ def _defect_of_zero_sum(problem, x: PyTree[Array], y: PyTree[Array]) -> Scalar:
     def total(variables):
         return problem.outer(*variables) + problem.inner(*variables)
 
-    defect = scale = jnp.zeros((), tree_norm((x, y)).dtype)
-    for key in jr.split(jr.PRNGKey(0), 3):
-        flat, treedef = jtu.tree_flatten((x, y))
+    dtype = tree_norm((x, y)).dtype
+    defect = scale = jnp.zeros((), dtype)
+    known = jnp.array(False)
+    flat, treedef = jtu.tree_flatten((x, y))
+    sizes = [nonzero(tree_norm(u)) for u in flat]
+    # Not only at (x, y): at an equilibrium both gradients vanish. But also there: the
+    # other points may lie where an objective is not defined.
+    for i, key in enumerate(jr.split(jr.PRNGKey(0), 4)):
         keys = jr.split(key, len(flat))
-        # Not only at (x, y): at an equilibrium both gradients vanish.
-        sizes = [nonzero(tree_norm(u)) for u in flat]
         moved = [
-            u + size * jr.normal(k, u.shape, u.dtype)
+            u + min(i, 1) * size * jr.normal(k, u.shape, u.dtype)
             for u, size, k in zip(flat, sizes, keys)
         ]
         at = jtu.tree_unflatten(treedef, moved)
-        defect = defect + tree_norm(jax.grad(total)(at))
-        scale = scale + tree_norm(jax.grad(lambda v: problem.outer(*v))(at))
-    return defect / nonzero(scale)
+        wrong = tree_norm(jax.grad(total)(at))
+        right = tree_norm(jax.grad(lambda v: problem.outer(*v))(at))
+        finite = jnp.isfinite(wrong + right)
+        defect = defect + jnp.where(finite, wrong, 0)
+        scale = scale + jnp.where(finite, right, 0)
+        known = known | finite
+    return jnp.where(known, defect / nonzero(scale), jnp.nan)
 
 
 def _is(weight: Any, limit: float) -> bool:

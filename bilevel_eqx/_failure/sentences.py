@@ -22,7 +22,8 @@ _AT_A_KINK = (
 _JUMP = 0.1
 
 
-# By how much x may grow before a failure is put down to it.
+# By how much x may grow before a failure, or a run that comes to rest nowhere, is put
+# down to it.
 _GROWTH = 4.0
 
 
@@ -87,8 +88,16 @@ def _safe_step(figures: dict[str, Any]) -> str:
 
 
 def _where_x_went(message: str, figures: dict[str, Any]) -> str:
-    before, now = (float(figures.get(k, 0)) for k in ("first_x", "last_x"))
-    if _is(message, "interrupted") or now <= _GROWTH * max(before, 1):
+    if _is(message, "interrupted"):
+        return ""
+    return where_x_went(figures.get("first_x", 0), figures.get("last_x", 0))
+
+
+def where_x_went(first: Any, last: Any) -> str:
+    """What to do if x runs off, for the largest entries of x at the start and at the end
+    of a run; empty if it has not grown."""
+    before, now = float(first), float(last)
+    if now <= _GROWTH * max(before, 1):
         return ""
     return (
         f"The largest entry of x has grown from {before:.3g} to {now:.3g}: if x runs off "

@@ -231,7 +231,11 @@ Implicit.__init__.__doc__ = """**Arguments:**
     [`bilevel_eqx.Pseudoinverse`][]. $H$ is tagged as symmetric and positive
     semidefinite. The Jacobian of a root has no tags.
 - `tolerance`: the inner solve counts as converged if the distance of the minimum along
-    the gradient, relative to the size of y, is below this. `None` accepts any point.
+    the gradient, relative to the size of y, is below this. `None` accepts any point,
+    also one at a kink of f (an L1 norm, a hinge, a ReLU at zero). There is no Hessian
+    there, and the hypergradient means nothing. A failure at a kink is named as one, but
+    not under `jax.jit`, where the error mentions kinks as a possible reason.
+    [`bilevel_eqx.check_hypergradient`][] finds them in any case.
 - `max_steps`: the largest number of steps of the inner solver. `None` sets no bound.
 """
 

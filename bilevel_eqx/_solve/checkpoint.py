@@ -182,7 +182,9 @@ class _Saved(eqx.Module):
 class Checkpoint:
     """The file of a run, which is saved in it as it goes.
 
-    That the file can be written is checked at once.
+    That the file can be written is checked at once. That no other run writes it is
+    checked before each saving: the file must be the one that this run has read or written
+    last. (Of two runs that save within the same moment both may miss it.)
 
     **Arguments:**
 
@@ -213,6 +215,8 @@ class Checkpoint:
                 "another folder."
             ) from error
 
+        self._known = _token(real)
+
     def exists(self) -> bool:
         return self.path.exists()
 
@@ -229,7 +233,26 @@ class Checkpoint:
             "done": int(progress.num_steps),
             "saved": len(entries[0]) if len(entries) > 0 else 0,
         }
-        write(self.path, _Saved(progress, history), header)
+        real = pathlib.Path(os.path.realpath(self.path))
+        # A file that was removed is written anew.
+        if _token(real) not in (None, self._known):
+            raise self._of_two_runs()
+        try:
+            write(self.path, _Saved(progress, history), header)
+        except FileNotFoundError as error:
+            # What is unfinished is removed when another run starts.
+            if real.parent.is_dir():
+                raise self._of_two_runs() from error
+            raise
+        self._known = _token(real)
+
+    def _of_two_runs(self) -> FileExistsError:
+        return FileExistsError(
+            f"`solve(checkpoint={str(self.path)!r})`: another run has written this file "
+            "while this one was running, and one of them would undo what the other has "
+            "saved. Give each run a file of its own. This run ends here, and the file is "
+            "that of the other one."
+        )
 
     def read(
         self, identity: Identity, num_steps: int, progress: Progress, entry: PyTree
@@ -264,10 +287,20 @@ class Checkpoint:
             )
             return _Saved(progress, history)
 
+        self._known = _token(pathlib.Path(os.path.realpath(self.path)))
         saved, header = read(self.path, like)
         if int(saved.end.num_steps) != header["done"]:
             raise _damaged(self.path, "its header and its arrays disagree")
         return saved.end, saved.history
+
+
+def _token(path: pathlib.Path) -> tuple | None:
+    """What tells a file from the one that replaces it; `None` if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _damaged(path: Any, how: str) -> ValueError:

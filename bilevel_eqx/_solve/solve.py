@@ -15,8 +15,15 @@ from .._arguments import as_rate, as_variables, check_count, check_positive
 from .._compat import is_traced, not_differentiable
 from .._custom_types import typechecked, X, Y
 from .._derivatives.post_mortem import post_mortem
-from .._equilibrium.base import AbstractEquilibrium, certify as certify_, stated_cost
+from .._equilibrium.base import (
+    AbstractEquilibrium,
+    amended,
+    Certificate,
+    certify as certify_,
+    stated_cost,
+)
 from .._failure.results import first_failure, RESULTS
+from .._failure.sentences import where_x_went
 from .._failure.throw import throw_if_failed
 from .._pipeline.base import AbstractPipeline
 from .._pipeline.registry import check_pair, default_pipeline, pipeline_named
@@ -113,7 +120,8 @@ def solve(
 
     **Returns:**
 
-    A [`bilevel_eqx.Solution`][].
+    A [`bilevel_eqx.Solution`][]. If x is not stationary at the end and has grown, a note
+    of the certificate says that it may run off to infinity, and what to do.
 
     **Raises:**
 
@@ -124,7 +132,8 @@ def solve(
     relies on fails, if the hypergradient can only be zero, if something is not finite
     (it says at which step), or if the tolerance is not reached. For the checkpoint, an
     `OSError`, before any work is done, if its folder does not exist
-    (`FileNotFoundError`) or cannot be written in; and a `ValueError` if the file is
+    (`FileNotFoundError`) or cannot be written in; a `FileExistsError` at a saving if
+    another run has written the file meanwhile; and a `ValueError` if the file is
     damaged, is of another run, or has more steps than `num_steps`. A `KeyboardInterrupt`
     after Ctrl-C, unless `throw` is `False`.
 
@@ -211,12 +220,42 @@ def solve(
             print(f"certifying: {cost}", flush=True)
         x, y = solution.x, solution.y
         certificate = certify_(problem, equilibrium, x, y, y0=y0, x0=x0)
+        certificate = _with_where_x_went(certificate, x0, x, history)
         solution = dataclasses.replace(solution, certificate=certificate)
     if throw and end is None:
         solution = throw_if_failed(solution, result, lambda: figures)
     if any(is_traced(leaf) for leaf in jtu.tree_leaves(solution)):
         solution = not_differentiable(solution, _NO_DERIVATIVE)
     return solution
+
+
+def _with_where_x_went(
+    certificate: Certificate, x0: PyTree, x: PyTree, history: PyTree
+) -> Certificate:
+    """The certificate, with a note if x is not stationary and may run off to infinity.
+
+    A search for better points ends there without a failure: F becomes flat, and at some
+    point rounding decides.
+    """
+    outer, first, last = certificate.residuals.get("outer"), tree_max(x0), tree_max(x)
+    if outer is None or outer.ndim > 0 or any(map(is_traced, (outer, first, last))):
+        return certificate
+    note = where_x_went(first, last)
+    # Negated, so that NaN is not stationary.
+    if note == "" or outer <= _STATIONARY:
+        return certificate
+    note = f"x is not stationary. {note}"
+    values = history.get("value") if isinstance(history, dict) else None
+    if values is not None and np.ndim(values) == 1:
+        same = np.asarray(values)[::-1] == np.asarray(values)[-1:]
+        count = int(np.argmin(np.append(same, False)))
+        if count > 1:
+            note += f" In the last {count} entries of the history F is the same."
+    return amended(certificate, [*certificate.notes, note])
+
+
+# An x whose residual is below this may be large, and does not run off.
+_STATIONARY = 1e-3
 
 
 _NO_DERIVATIVE = (

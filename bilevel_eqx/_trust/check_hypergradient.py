@@ -190,6 +190,14 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
         disagreements = _disagreements(problem, x, y0)
         y, distance, spectrum = _resolved(problem, x, y0, directions)
     except _UNDIFFERENTIABLE as error:
+        if isinstance(problem, AbstractRootProblem):
+            # There is no transposed Jacobian that would do instead.
+            findings = [
+                "the derivatives of `root` cannot be computed in forward mode. The "
+                "finite differences, which solve for the root by Newton steps, and all "
+                f"responses need them. {_why(error)}"
+            ]
+            return HypergradientCheck({}, tuple(findings), {}, False)
         smooth_problem = reverse_only(problem)
         findings.append(
             "its second derivatives cannot be computed in forward mode, and all "
