@@ -9,11 +9,18 @@ from ._optimiser.lbfgs import LBFGS as LBFGS
 from ._optimiser.spectral_projected_gradient import (
     spectral_projected_gradient as spectral_projected_gradient,
 )
+from ._pipeline.estimators import (
+    MiniBatch as MiniBatch,
+    Momentum as Momentum,
+    SAGA as SAGA,
+    SARAH as SARAH,
+)
 from ._pipeline.null_space import (
     NullSpaceAscent as NullSpaceAscent,
     NullSpaceDescent as NullSpaceDescent,
 )
 from ._pipeline.penalty import PenaltyAscent as PenaltyAscent
 from ._pipeline.play import GradientPlay as GradientPlay, ProximalPlay as ProximalPlay
+from ._pipeline.single_loop import SingleLoop as SingleLoop
 from ._pipeline.value_function import ValueFunctionDescent as ValueFunctionDescent
 from ._response.aggregated import Aggregated as Aggregated

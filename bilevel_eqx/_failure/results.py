@@ -88,6 +88,20 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
         "size, or look for a function that has no finite derivative at this point. With "
         "`throw=False`, `solve` returns the last finite state and the history so far."
     )
+    adjoint_diverged = (
+        "The adjoint v of the single loop diverged. Lower the rate of the adjoint "
+        "optimiser: gradient descent needs one below 2 / (largest eigenvalue of the "
+        "inner Hessian + damping), on every batch. If the inner Hessian has negative "
+        "eigenvalues no rate converges: give a `damping` above their size, or start from "
+        "a y that is closer to a minimum."
+    )
+    adjoint_unbounded = (
+        "The adjoint v of the single loop has grown along directions that the inner "
+        "Hessian annihilates, until its product with that Hessian was lost in rounding: "
+        "the inner minimum is not unique, and without damping v has no limit. Give "
+        "`damping`, which is the epsilon of a `WarmStart(epsilon)` and bounds v, or make "
+        "the inner minimum unique with a penalty on y."
+    )
     outer_max_steps_reached = (
         "The outer and the inner residual did not both fall below `tolerance` within "
         "`num_steps` steps. Take more steps, a larger outer learning rate, or a looser "

@@ -15,15 +15,18 @@ from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._optimiser.lbfgs import LBFGS
 from .._optimiser.spectral_projected_gradient import spectral_projected_gradient
 from .._problem.constraints import set_x, set_y
+from .._problem.finite_sum import AbstractFiniteSumProblem, Level, num_samples
 from .._response.aggregated import Aggregated
 from .._response.implicit import Implicit
 from .._response.minimum_displacement import MinimumDisplacement
 from .._response.proximal import Proximal
+from .estimators import MiniBatch, Momentum, SAGA, SARAH
 from .gradient import GradientPipeline
 from .null_space import NullSpaceAscent, NullSpaceDescent
 from .penalty import PenaltyAscent
 from .play import GradientPlay, ProximalPlay
 from .registry import register
+from .single_loop import SingleLoop
 from .value_function import ValueFunctionDescent
 
 
@@ -168,6 +171,70 @@ register(
     cost=f"{_newton}; n^2 or 10 n",
     demands="a positive definite H, or an isolated root",
 )
+
+
+#
+# Single loops. The rates are defaults that do not diverge, and no more.
+#
+
+
+_BATCH = 64
+
+
+def _batch_size(problem, level: Level) -> int | None:
+    if not isinstance(problem, AbstractFiniteSumProblem):
+        return None
+    return min(_BATCH, num_samples(problem, level))
+
+
+def _period(problem) -> int:
+    """An epoch, so that all data cost as much as the batches in between."""
+    batch_size = _batch_size(problem, "inner")
+    return 1 if batch_size is None else -(-num_samples(problem, "inner") // batch_size)
+
+
+def _register_single_loop(name, estimator, settings, reference, cost):
+    def make(problem, damping):
+        return SingleLoop(
+            inner_batch=_batch_size(problem, "inner"),
+            outer_batch=_batch_size(problem, "outer"),
+            damping=damping,
+            estimator=estimator(problem),
+            **settings,
+        )
+
+    def damped(equilibrium, problem):
+        return make(problem, equilibrium.epsilon)
+
+    def undamped(equilibrium, problem):
+        del equilibrium
+        return make(problem, 0.0)
+
+    told = {"reference": reference, "cost": cost}
+    demands = "no project_y; its damping is epsilon"
+    register(WarmStart, name, damped, demands=demands, **told)
+    demands = "a positive definite H; no project_y"
+    register(Stackelberg, name, undamped, demands=demands, **told)
+
+
+_once = "1 gradient of f, 1 of F, 1 Hv, on batches"
+_twice = "2 gradients of f, 2 of F, 2 Hv, on batches, and on all data once an epoch"
+_ten_times = "12 gradients of f, 1 of F, 11 Hv, on batches; 6 n"
+
+
+_ten_steps = {"inner_steps": 10, "adjoint_steps": 10}
+_cold = {**_ten_steps, "warm_adjoint": False}
+
+
+for _arguments in (
+    ("SOBA", lambda p: MiniBatch(), {}, "Dagréou et al. 2022", f"{_once}; 6 n"),
+    ("SABA", lambda p: SAGA(), {}, "Dagréou et al. 2022", f"{_once}; 4 n a batch"),
+    ("SRBA", lambda p: SARAH(_period(p)), {}, "Dagréou et al. 2024", f"{_twice}; 11 n"),
+    ("MA-SOBA", lambda p: Momentum(0.1), {}, "Chen et al. 2023", f"{_once}; 6 n"),
+    ("AmIGO", lambda p: MiniBatch(), _ten_steps, "Arbel & Mairal 2022", _ten_times),
+    ("stocBiO", lambda p: MiniBatch(), _cold, "Ji et al. 2021", _ten_times),
+):
+    _register_single_loop(*_arguments)
 
 
 register(

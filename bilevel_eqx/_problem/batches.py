@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PRNGKeyArray
@@ -56,6 +57,25 @@ class Batches(eqx.Module):
             self._batch(problem, "inner", inner_key, inner_count),
             self._batch(problem, "outer", outer_key, outer_count),
         )
+
+    def place(
+        self,
+        problem: AbstractBilevelProblem,
+        key: PRNGKeyArray,
+        level: Level,
+        count: Int[Array, ""],
+    ) -> Int[Array, ""]:
+        """Which of the batches of an epoch batch number `count` of a level is."""
+        epochs = self.epochs(problem, level)
+        if epochs is None:
+            return jnp.zeros((), jnp.int32)
+        samples_key, _ = jr.split(jr.split(key)[int(level == "outer")])
+        return epochs.place(samples_key, count)
+
+    def num_batches(self, problem: AbstractBilevelProblem, level: Level) -> int:
+        """The number of batches in an epoch of a level; one if all data are used."""
+        epochs = self.epochs(problem, level)
+        return 1 if epochs is None else epochs.num_batches
 
     def _batch(self, problem, level: Level, key, count) -> Batch | None:
         epochs = self.epochs(problem, level)
