@@ -14,6 +14,7 @@ from ._pipeline.null_space import (
     NullSpaceDescent as NullSpaceDescent,
 )
 from ._pipeline.penalty import PenaltyAscent as PenaltyAscent
+from ._pipeline.penalty_descent import PenaltyDescent as PenaltyDescent
 from ._pipeline.play import GradientPlay as GradientPlay, ProximalPlay as ProximalPlay
 from ._pipeline.value_function import ValueFunctionDescent as ValueFunctionDescent
 from ._response.aggregated import Aggregated as Aggregated

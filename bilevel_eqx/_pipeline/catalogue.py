@@ -22,6 +22,7 @@ from .._response.proximal import Proximal
 from .gradient import GradientPipeline
 from .null_space import NullSpaceAscent, NullSpaceDescent
 from .penalty import PenaltyAscent
+from .penalty_descent import PenaltyDescent
 from .play import GradientPlay, ProximalPlay
 from .registry import register
 from .value_function import ValueFunctionDescent
@@ -167,7 +168,30 @@ register(
     reference="Bengio 2000; Pedregosa 2016",
     cost=f"{_newton}; n^2 or 10 n",
     demands="a positive definite H, or an isolated root",
+    default=True,
 )
+
+
+for _concept, _demands in (
+    (Optimistic, "F bounded on S(x)"),
+    (Stackelberg, "a positive definite H"),
+):
+    register(
+        _concept,
+        "F2SA",
+        lambda equilibrium, problem: PenaltyDescent(),
+        reference="F2SA (Kwon et al. 2023)",
+        cost="22 gradients of f, 11 of F; 6 n",
+        demands=_demands,
+    )
+    register(
+        _concept,
+        "PBGD",
+        lambda equilibrium, problem: PenaltyDescent(penalty=10.0, growth=0.0, joint=True),
+        reference="PBGD (Shen & Chen 2023)",
+        cost="12 gradients of f, 1 of F; 6 n",
+        demands=_demands,
+    )
 
 
 register(
