@@ -202,6 +202,54 @@ def test_pbgd_is_its_formula(sizes):
     assert tree_allclose(_run(pipeline).history, expected, rtol=1e-12)
 
 
+@SIZES
+def test_bome_is_its_formula(sizes):
+    T, eta, rate = 3, 0.5, 0.3
+    pipeline = blx.ValueFunctionDescent(
+        falling(rate, -0.5), T, eta, inner_batch=sizes[0], outer_batch=sizes[1]
+    )
+    loop, (x, y) = Loop(*sizes), (X0, Y0)
+    path = []
+    for k in range(50):
+        inner, outer = loop.draw(k)
+        best = y
+        for _ in range(T):
+            slope = loop.f_y(x, best, inner)
+            curvature = slope @ loop.f_yy(x, best, inner) @ slope
+            best = best - slope @ slope / curvature * slope
+        of_q = loop.f_x(x, y, inner) - loop.f_x(x, best, inner), loop.f_y(x, y, inner)
+        of_q, of_f = (
+            np.concatenate(of_q),
+            np.concatenate([loop.F_x(x, y, outer), loop.F_y(x, y, outer)]),
+        )
+        square = of_q @ of_q
+        if sizes != (None, None):
+            square = max(square, 1e-8 * of_f @ of_f)
+        direction = of_f + max(eta - of_f @ of_q / square, 0) * of_q
+        step = rate * (1 + k) ** -0.5 * direction
+        x, y = x - step[:DIM], y - step[DIM:]
+        path.append((x, y))
+    expected = tuple(map(np.stack, zip(*path)))
+    assert tree_allclose(_run(pipeline).history, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", (2, None))
+def test_bome_on_batches_has_a_floor(size):
+    # Where q is as good as zero, on all data, it takes half of the gradient of F away.
+    linear = blx.FiniteSumProblem(
+        lambda x, y, batch, key: -y * jnp.ones_like(batch),
+        lambda x, y, batch, key: 0.5 * (y - x) ** 2 * jnp.ones_like(batch),
+        jnp.ones(4),
+        jnp.ones(4),
+    )
+    pipeline = blx.ValueFunctionDescent(optax.sgd(1.0), 1, inner_batch=size)
+    gap = 1e-6
+    x, y = _run(pipeline, 1, problem=linear, start=(np.zeros(()), np.array(gap))).history
+    pressure = 0.5 + gap / max(2 * gap**2, 0 if size is None else 1e-8)
+    assert tree_allclose(x, np.array([pressure * gap]), rtol=1e-9)
+    assert tree_allclose(y, np.array([gap + 1 - pressure * gap]), rtol=1e-9)
+
+
 @pytest.mark.parametrize("joint", (False, True))
 def test_penalties_of_a_fixed_size_come_to_rest_at_their_own_minimum(joint):
     # min_y F + c f is c / (1 + c) (x - 1)^2 / 2 + x^2 / 2, so that x = c / (1 + 2 c).
@@ -319,10 +367,14 @@ def test_x_stays_in_its_set():
     assert np.min(xs) == -0.5
 
 
-@pytest.mark.parametrize("pipeline", (blx.PenaltyDescent(inner_batch=8, outer_batch=5),))
+@pytest.mark.parametrize(
+    "pipeline", (blx.PenaltyDescent, blx.ValueFunctionDescent), ids=lambda p: p.__name__
+)
 def test_float32_stays_float32(pipeline):
     arrays, rest = eqx.partition((problem, X0, Y0), eqx.is_array)
     arrays = jax.tree.map(lambda u: jnp.asarray(u, jnp.float32), arrays)
+
+    pipeline = pipeline(inner_batch=8, outer_batch=5)
 
     def run(arrays):
         problem, x, y = eqx.combine(arrays, rest)
