@@ -17,4 +17,5 @@ from ._pipeline.penalty import PenaltyAscent as PenaltyAscent
 from ._pipeline.penalty_descent import PenaltyDescent as PenaltyDescent
 from ._pipeline.play import GradientPlay as GradientPlay, ProximalPlay as ProximalPlay
 from ._pipeline.value_function import ValueFunctionDescent as ValueFunctionDescent
+from ._pipeline.zeroth_order import ZerothOrder as ZerothOrder
 from ._response.aggregated import Aggregated as Aggregated

@@ -26,6 +26,7 @@ from .penalty_descent import PenaltyDescent
 from .play import GradientPlay, ProximalPlay
 from .registry import register
 from .value_function import ValueFunctionDescent
+from .zeroth_order import ZerothOrder
 
 
 # L-BFGS has no rate to choose, and like gradient descent it moves x only within the
@@ -190,6 +191,20 @@ for _concept, _demands in (
         lambda equilibrium, problem: PenaltyDescent(penalty=10.0, growth=0.0, joint=True),
         reference="PBGD (Shen & Chen 2023)",
         cost="12 gradients of f, 1 of F; 6 n",
+        demands=_demands,
+    )
+
+
+for _concept, _demands in (
+    (WarmStart, "few outer variables"),
+    (Stackelberg, "few outer variables; a positive definite H"),
+):
+    register(
+        _concept,
+        "PZOBO",
+        lambda equilibrium, problem: ZerothOrder(),
+        reference="PZOBO (Sow et al. 2022)",
+        cost="110 gradients of f, 1 of F; 22 n",
         demands=_demands,
     )
 
