@@ -7,7 +7,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from helpers import toy_a, tree_allclose
+from helpers import toy_a, tree_allclose, tree_identical
 
 import bilevel_eqx as blx
 from bilevel_eqx._optimiser.lbfgs import LBFGS
@@ -92,6 +92,10 @@ class Loop:
 
     def f_yy(self, x, y, batch):
         return np.exp(x[0]) * self._mean(TRAIN, batch, y)[2] + np.diag(np.exp(x))
+
+    def f_yx(self, x, y, batch):
+        through_losses = np.exp(x[0]) * self._mean(TRAIN, batch, y)[1]
+        return np.outer(through_losses, np.eye(DIM)[0]) + np.diag(np.exp(x) * y)
 
     def f_x(self, x, y, batch):
         through_losses = np.exp(x[0]) * self._mean(TRAIN, batch, y)[0]
@@ -270,6 +274,73 @@ def test_pzobo_is_its_formula(sizes):
     expected = tuple(map(np.stack, zip(*path)))
     history = _run(pipeline, equilibrium=blx.WarmStart()).history
     assert tree_allclose(history, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "sizes", ((8, 5), pytest.param((8, None), marks=pytest.mark.slow))
+)
+def test_a_hypergradient_is_on_one_batch(sizes):
+    # One unrolled step: y + J dx with J = -a f_yx.
+    a, b = 0.2, 0.3
+    pipeline = blx.GradientPipeline(
+        blx.Unrolled(optax.sgd(a), 1),
+        falling(b, -0.5),
+        inner_batch=sizes[0],
+        outer_batch=sizes[1],
+    )
+    loop, (x, y) = Loop(*sizes), (X0, Y0)
+    path = []
+    # The first batch is for the answer to x0, which does not count as a step.
+    for k in range(51):
+        inner, outer = loop.draw(k)
+        jacobian = -a * loop.f_yx(x, y, inner)
+        y = y - a * loop.f_y(x, y, inner)
+        path.append((x, y))
+        gradient = loop.F_x(x, y, outer) + jacobian.T @ loop.F_y(x, y, outer)
+        x = x - b * (1 + k) ** -0.5 * gradient
+    expected = tuple(map(np.stack, zip(*path[1:])))
+    history = _run(pipeline, equilibrium=blx.WarmStart()).history
+    assert tree_allclose(history, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    (
+        LBFGS(),
+        optax.lbfgs(),
+        optax.lbfgs(linesearch=None),
+        optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
+        blx.pipelines.spectral_projected_gradient(lambda x: x),
+    ),
+    ids=("ours", "optax", "no search", "backtracking", "spectral"),
+)
+def test_what_compares_points_is_refused_with_batches(optimiser):
+    pipeline = blx.GradientPipeline(
+        blx.Unrolled(optax.sgd(0.1), 1), optimiser, outer_batch=5
+    )
+    with pytest.raises(ValueError, match="compare the batches"):
+        _run(pipeline, 1, blx.WarmStart())
+
+
+def test_what_a_run_draws_does_not_depend_on_how_it_is_cut():
+    pipeline = blx.GradientPipeline(
+        blx.Unrolled(optax.sgd(0.2), 2, batch_size=8, key=KEY),
+        optax.adam(0.1),
+        outer_batch=5,
+    )
+    whole = _run(pipeline, 6, blx.WarmStart())
+    half = _run(pipeline, 3, blx.WarmStart())
+    again = blx.solve(
+        problem,
+        blx.WarmStart(),
+        jnp.asarray(X0),
+        jnp.asarray(Y0),
+        pipeline=pipeline,
+        num_steps=3,
+        state=half.state,
+        certify=False,
+    )
+    assert tree_identical((whole.x, whole.y), (again.x, again.y))
 
 
 @pytest.mark.parametrize("size", (2, None))
