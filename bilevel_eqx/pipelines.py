@@ -20,7 +20,9 @@ from ._pipeline.null_space import (
     NullSpaceDescent as NullSpaceDescent,
 )
 from ._pipeline.penalty import PenaltyAscent as PenaltyAscent
+from ._pipeline.penalty_descent import PenaltyDescent as PenaltyDescent
 from ._pipeline.play import GradientPlay as GradientPlay, ProximalPlay as ProximalPlay
 from ._pipeline.single_loop import SingleLoop as SingleLoop
 from ._pipeline.value_function import ValueFunctionDescent as ValueFunctionDescent
+from ._pipeline.zeroth_order import ZerothOrder as ZerothOrder
 from ._response.aggregated import Aggregated as Aggregated

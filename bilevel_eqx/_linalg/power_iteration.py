@@ -3,9 +3,18 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
-from .._tree import nonzero, tree_norm, tree_scale, tree_waves
+from .._tree import (
+    nonzero,
+    tree_axpy,
+    tree_eps,
+    tree_norm,
+    tree_scale,
+    tree_sub,
+    tree_waves,
+)
 
 
 def largest_curvature(fn: Callable[[PyTree], Scalar], at: PyTree[Array]) -> Scalar:
@@ -14,6 +23,19 @@ def largest_curvature(fn: Callable[[PyTree], Scalar], at: PyTree[Array]) -> Scal
     It is for a step size that does not diverge.
     """
     return largest_magnitude(jax.linearize(jax.grad(fn), at)[1], at)
+
+
+def curvature_by_differences(
+    gradient: Callable[[PyTree], PyTree], at: PyTree[Array]
+) -> Scalar:
+    """The same from differences of gradients, for what cannot be differentiated twice."""
+    here = gradient(at)
+    h = tree_eps(at) ** 0.5 * jnp.maximum(1, tree_norm(at))
+
+    def product(vector):
+        return tree_scale(1 / h, tree_sub(gradient(tree_axpy(h, vector, at)), here))
+
+    return largest_magnitude(product, at)
 
 
 NUM_STEPS = 20

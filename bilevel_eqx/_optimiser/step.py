@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, PyTree, Scalar
 
@@ -38,6 +39,31 @@ def optimiser_step(
             updates, state = update(gradient, state, variables, **given)
         variables = optax.apply_updates(variables, updates)
     return project(variables), state
+
+
+def descend(
+    optimiser: Any,
+    fn: Callable[[PyTree[Array]], Scalar],
+    at: tuple[PyTree[Array], Any],
+    project: Callable[[PyTree[Array]], PyTree[Array]],
+) -> tuple[tuple[PyTree[Array], Any], Scalar, PyTree[Array]]:
+    """A step on a function, from variables and a state of the optimiser to others, which
+    a loop can carry; and the value and the gradient before the step."""
+    variables, state = at
+    value, gradient = jax.value_and_grad(fn)(variables)
+    variables, new = optimiser_step(
+        optimiser,
+        variables,
+        state,
+        value=value,
+        gradient=gradient,
+        value_fn=fn,
+        project=project,
+    )
+    state = jtu.tree_map(
+        lambda u, v: u.astype(v.dtype) if eqx.is_array(v) else u, new, state
+    )
+    return (variables, state), value, gradient
 
 
 def searches(optimiser: Any, variables: PyTree[Array], state: Any) -> bool:

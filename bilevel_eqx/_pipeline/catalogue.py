@@ -24,10 +24,12 @@ from .estimators import MiniBatch, Momentum, SAGA, SARAH
 from .gradient import GradientPipeline
 from .null_space import NullSpaceAscent, NullSpaceDescent
 from .penalty import PenaltyAscent
+from .penalty_descent import PenaltyDescent
 from .play import GradientPlay, ProximalPlay
 from .registry import register
 from .single_loop import SingleLoop
 from .value_function import ValueFunctionDescent
+from .zeroth_order import ZerothOrder
 
 
 # L-BFGS has no rate to choose, and like gradient descent it moves x only within the
@@ -170,6 +172,7 @@ register(
     reference="Bengio 2000; Pedregosa 2016",
     cost=f"{_newton}; n^2 or 10 n",
     demands="a positive definite H, or an isolated root",
+    default=True,
 )
 
 
@@ -235,6 +238,42 @@ for _arguments in (
     ("stocBiO", lambda p: MiniBatch(), _cold, "Ji et al. 2021", _ten_times),
 ):
     _register_single_loop(*_arguments)
+
+
+for _concept, _demands in (
+    (Optimistic, "F bounded on S(x)"),
+    (Stackelberg, "a positive definite H"),
+):
+    register(
+        _concept,
+        "F2SA",
+        lambda equilibrium, problem: PenaltyDescent(),
+        reference="F2SA (Kwon et al. 2023)",
+        cost="22 gradients of f, 11 of F; 6 n",
+        demands=_demands,
+    )
+    register(
+        _concept,
+        "PBGD",
+        lambda equilibrium, problem: PenaltyDescent(penalty=10.0, growth=0.0, joint=True),
+        reference="PBGD (Shen & Chen 2023)",
+        cost="12 gradients of f, 1 of F; 6 n",
+        demands=_demands,
+    )
+
+
+for _concept, _demands in (
+    (WarmStart, "few outer variables"),
+    (Stackelberg, "few outer variables; a positive definite H"),
+):
+    register(
+        _concept,
+        "PZOBO",
+        lambda equilibrium, problem: ZerothOrder(),
+        reference="PZOBO (Sow et al. 2022)",
+        cost="110 gradients of f, 1 of F; 22 n",
+        demands=_demands,
+    )
 
 
 register(

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optax
-from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._arguments import check_type
 from .._derivatives.first import inner_gradient
@@ -19,8 +20,16 @@ from .._failure.results import (
     verdict_where,
 )
 from .._hypergradient import answered, Hypergradient, reaches_outer
-from .._optimiser.descent import AbstractDescent, advance, as_descent, as_optimiser, Point
-from .._optimiser.step import first_order
+from .._optimiser.descent import (
+    AbstractDescent,
+    advance,
+    as_descent,
+    as_optimiser,
+    OptaxDescent,
+    Point,
+)
+from .._optimiser.step import first_order, searches
+from .._problem.batches import Batches, check_batch_argument
 from .._problem.constraints import set_x, set_y
 from .._response.base import AbstractResponse
 from .._tree import tree_cast, tree_norm, tree_where, tree_zeros_like
@@ -46,8 +55,10 @@ class GradientState(eqx.Module):
     verdict: Verdict
     outer_state: Any
     inner_state: Any
-    # For subclasses that draw random numbers.
+    # For the batches, and for subclasses that draw random numbers.
     key: PRNGKeyArray
+    # Of the batches drawn so far; `None` if all data are used.
+    count: Int[Array, ""] | None
     # Whether x has been answered: the first step only does that.
     started: Bool[Array, ""]
 
@@ -90,6 +101,11 @@ class GradientPipeline(AbstractPipeline[GradientState]):
 
     Where the inner update unrolls, its optimiser's state is carried along with y, and a
     response that unrolls the same optimiser looks ahead from that state.
+
+    With batches, each outer step is on fresh ones: one of each level, with one key each
+    for what is random in the losses, for all that the step computes. Where the response
+    unrolls and each of its inner steps should have a batch of its own, give the response
+    a `batch_size`, and the pipeline only an `outer_batch`.
     """
 
     response: AbstractResponse
@@ -97,6 +113,8 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         converter=as_optimiser
     )
     inner_update: AbstractResponse | None = None
+    inner_batch: int | None = eqx.field(default=None, kw_only=True)
+    outer_batch: int | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
         owner = "GradientPipeline"
@@ -104,8 +122,21 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         check_type(self.response, AbstractResponse, "response", owner)
         check_type(self.optimiser, kinds, "optimiser", owner)
         check_type(self.inner_update, AbstractResponse | None, "inner_update", owner)
+        for name in ("inner_batch", "outer_batch"):
+            check_batch_argument(getattr(self, name), name, owner)
+
+    @property
+    def _batches(self) -> Batches:
+        return Batches(self.inner_batch, self.outer_batch)
+
+    @property
+    def _is_sampled(self) -> bool:
+        return self.inner_batch is not None or self.outer_batch is not None
 
     def init(self, problem, equilibrium, x, y, key):
+        self._batches.check(problem, "GradientPipeline")
+        if self._is_sampled:
+            _check_compares_nothing(as_descent(self.optimiser), x)
         mover = self._mover
         result = RESULTS.successful
         if not reaches_outer(problem, x, y, self.response):
@@ -122,10 +153,13 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             outer_state=as_descent(self.optimiser).init(x),
             inner_state=mover.init(problem, x, y) if self._carries(equilibrium) else None,
             key=key,
+            count=jnp.array(0) if self._is_sampled else None,
             started=jnp.array(False),
         )
 
     def step(self, problem, equilibrium, state):
+        if state.count is not None:
+            problem = self._batches(problem, state.key, state.count, state.count)
         descent = as_descent(self.optimiser)
         one_way = self._is_one_way(equilibrium)
 
@@ -180,6 +214,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             outer_state=outer_state,
             inner_state=found.inner_state,
             key=state.key,
+            count=None if state.count is None else state.count + 1,
             started=jnp.array(True),
         )
         left = set_x(problem).remaining_step(state.gradient, state.x)
@@ -267,7 +302,38 @@ GradientPipeline.__init__.__doc__ = """**Arguments:**
     Optimisers of optax with a line search are given the outer objective through the
     response.
 - `inner_update`: a response that moves y, where that is not `response` itself.
+- `inner_batch`, `outer_batch`: the numbers of samples in the batches of an outer step,
+    for an [`bilevel_eqx.AbstractFiniteSumProblem`][]; `None`, the default, takes all
+    data. Optimisers that compare values or gradients of several points are refused with
+    them. Keyword only arguments.
 """
+
+
+def _check_compares_nothing(descent: AbstractDescent, x) -> None:
+    """Refuses, for batches, what compares values or gradients of several points."""
+    state = descent.init(x)
+    if isinstance(descent, OptaxDescent):
+        searches_itself = searches(descent.optimiser, x, state)
+        compares = descent.asks_for_values(x) or searches_itself or _is_lbfgs(state)
+    else:
+        compares = descent.searches
+    if compares:
+        raise ValueError(
+            "`GradientPipeline(inner_batch=..., outer_batch=...)` cannot have this "
+            "optimiser: L-BFGS and line searches compare values or gradients at several "
+            "points, and with another batch at each point they would compare the "
+            "batches. Use `optax.adam`, or `optax.sgd` with a rate that falls, or leave "
+            "the batches out."
+        )
+
+
+def _is_lbfgs(state: Any) -> bool:
+    """Whether an optimiser of optax keeps differences of gradients."""
+
+    def keeps(part):
+        return isinstance(part, optax.ScaleByLBFGSState)
+
+    return any(map(keeps, jtu.tree_leaves(state, is_leaf=keeps)))
 
 
 def _same_optimiser(inner_update: AbstractResponse, response: AbstractResponse) -> bool:

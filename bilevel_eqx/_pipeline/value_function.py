@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._arguments import as_pytree, as_rate, check_count, check_positive, check_type
 from .._derivatives.first import inner_gradient, outer_gradients
@@ -14,6 +14,7 @@ from .._equilibrium.optimistic import Optimistic
 from .._failure.results import finite_or_not
 from .._linalg.power_iteration import largest_curvature
 from .._optimiser.step import optimiser_step
+from .._problem.batches import Batches, check_batch_argument
 from .._problem.constraints import set_x
 from .._tree import nonzero, tree_axpy, tree_dot, tree_norm, tree_sub
 from .base import AbstractPipeline
@@ -29,6 +30,13 @@ class ValueFunctionState(eqx.Module):
     # One over the largest curvature of F at the start.
     rate: Scalar
     outer_state: Any
+    key: PRNGKeyArray
+    num_steps: Int[Array, ""]
+
+
+# Of the square of the gradient of q, relative to that of F, on a batch: there q is
+# not small because y is right, but because the samples happen to say so.
+_FLOOR = 1e-8
 
 
 class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
@@ -46,6 +54,10 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
     q shrinks as fast as $\eta$ and the rate allow, and the answer is only as good as
     the last rate: a schedule that decays brings it down.
 
+    With batches, each step has one of each level, fresh, for all of its terms: the
+    descent to the minimum, both gradients of q, and that of F. There
+    $\|\nabla q\|^2$ counts as at least $10^{-8} \|\nabla F\|^2$.
+
     ??? cite "Reference"
 
         Liu, Ye, Wright, Stone and Liu, *BOME! Bilevel optimization made easy: a simple
@@ -56,12 +68,17 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
     optimiser: optax.GradientTransformation | None
     num_inner_steps: int
     eta: ScalarLike
+    inner_batch: int | None
+    outer_batch: int | None
 
     def __init__(
         self,
         optimiser: optax.GradientTransformation | None = None,
         num_inner_steps: int = 10,
         eta: ScalarLike = 0.5,
+        *,
+        inner_batch: int | None = None,
+        outer_batch: int | None = None,
     ):
         r"""**Arguments:**
 
@@ -71,10 +88,15 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
             change the direction, and lose the constraint.
         - `num_inner_steps`: the number of descent steps to $\min f$.
         - `eta`: $\eta$: how much of $\nabla q$ is descended in each step.
+        - `inner_batch`, `outer_batch`: the numbers of samples in a batch, for an
+            [`bilevel_eqx.AbstractFiniteSumProblem`][]; `None`, the default, takes all
+            data. Keyword only arguments.
         """
         self.optimiser = None if optimiser is None else as_pytree(optimiser)
         self.num_inner_steps = num_inner_steps
         self.eta = as_rate(eta)
+        self.inner_batch = inner_batch
+        self.outer_batch = outer_batch
 
     def __check_init__(self):
         owner = "ValueFunctionDescent"
@@ -82,38 +104,53 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
         check_type(self.optimiser, kind, "optimiser", owner)
         check_count(self.num_inner_steps, "num_inner_steps", owner)
         check_positive(self.eta, "eta", owner)
+        for name in ("inner_batch", "outer_batch"):
+            check_batch_argument(getattr(self, name), name, owner)
+
+    @property
+    def _batches(self) -> Batches:
+        return Batches(self.inner_batch, self.outer_batch)
 
     def init(self, problem, equilibrium, x, y, key):
-        del equilibrium, key
-        value, direction = self._direction(problem, x, y)
+        del equilibrium
+        self._batches.check(problem, "ValueFunctionDescent")
+        count = jnp.array(0)
+        value, direction = self._direction(self._draw(problem, key, count), x, y)
         curvature = largest_curvature(lambda v: problem.outer(*v), (x, y))
         rate = 1 / nonzero(curvature)
         outer_state = self._optimiser(rate).init((x, y))
-        return ValueFunctionState(x, y, direction, value, rate, outer_state)
+        return ValueFunctionState(x, y, direction, value, rate, outer_state, key, count)
 
     def step(self, problem, equilibrium, state):
-        x_set = set_x(problem)
+        x_set, key, count = set_x(problem), state.key, state.num_steps
+        on = self._draw(problem, key, count)
         (x, y), outer_state = optimiser_step(
             self._optimiser(state.rate),
             (state.x, state.y),
             state.outer_state,
             value=state.value,
             gradient=state.direction,
-            value_fn=lambda variables: problem.outer(*variables),
+            value_fn=lambda variables: on.outer(*variables),
             project=lambda xy: (x_set.project(xy[0]), xy[1]),
         )
-        value, direction = self._direction(problem, x, y)
+        count = count + 1
+        on = self._draw(problem, key, count)
+        value, direction = self._direction(on, x, y)
         metrics = {
             "value": value,
             "outer_residual": tree_norm(
                 (x_set.remaining_step(direction[0], x), direction[1])
             ),
-            "inner_residual": tree_norm(inner_gradient(problem, x, y)),
+            "inner_residual": tree_norm(inner_gradient(on, x, y)),
             "result": finite_or_not((x, y, value)),
         }
         rate = state.rate
-        state = ValueFunctionState(x, y, direction, value, rate, outer_state)
+        state = ValueFunctionState(x, y, direction, value, rate, outer_state, key, count)
         return state, metrics
+
+    def _draw(self, problem, key, count):
+        """The batches of a step, and of all of its terms."""
+        return self._batches(problem, key, count, count)
 
     def _optimiser(self, rate):
         if self.optimiser is not None:
@@ -128,6 +165,8 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
         at_y, at_best = (jax.grad(problem.inner)(x, point) for point in (y, best))
         gap = [tree_sub(at_y, at_best), inner_gradient(problem, x, y)]
         square = tree_dot(gap, gap)
+        if self.inner_batch is not None or self.outer_batch is not None:
+            square = jnp.maximum(square, _FLOOR * tree_dot(outer, outer))
         eta = jnp.asarray(self.eta, square.dtype)
         pressure = eta - tree_dot(outer, gap) / nonzero(square)
         pressure = jnp.where(square == 0, 0, jnp.maximum(pressure, 0))

@@ -107,6 +107,35 @@ class Batches(eqx.Module):
             check_batch_size(size, available, f"`problem.{level}_data`")
 
 
+def on_inner_batch(
+    problem: AbstractBilevelProblem,
+    size: int,
+    key: PRNGKeyArray,
+    count: Int[Array, ""],
+    owner: str,
+) -> AbstractBilevelProblem:
+    """The problem on inner batch number `count`. Its outer objective remains as it is."""
+    outer_batch = None
+    if isinstance(problem, OnBatches):
+        if problem.inner_batch is not None:
+            raise ValueError(
+                f"`{owner}(batch_size={size})` draws a batch for each inner step, but "
+                "the inner objective is on a batch already. Leave out one of the two, "
+                f"`inner_batch` or `{owner}(batch_size=...)`."
+            )
+        problem, outer_batch = problem.problem, problem.outer_batch
+    if not isinstance(problem, AbstractFiniteSumProblem):
+        raise ValueError(
+            f"`{owner}(batch_size={size})` draws mini-batches, but "
+            f"`{type(problem).__name__}` does not say what its samples are. State the "
+            "problem as a `FiniteSumProblem`, or leave the batch out to use all of it."
+        )
+    check_batch_size(size, num_samples(problem, "inner"), "`problem.inner_data`")
+    on = Batches(size, None)(problem, key, count, count)
+    assert isinstance(on, OnBatches)
+    return OnBatches(problem, on.inner_batch, outer_batch)
+
+
 def check_batch_argument(size: Any, name: str, owner: str) -> None:
     """Refuses the size of a batch that is not a positive integer or `None`."""
     if size is not None:

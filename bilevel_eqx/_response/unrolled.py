@@ -7,9 +7,11 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import optax
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from .._arguments import as_pytree, check_count, check_type
 from .._compat import checkpointed_while_loop, is_traced
@@ -17,10 +19,20 @@ from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
 from .._failure.results import RESULTS
 from .._optimiser.step import optimiser_step, searches
+from .._problem.batches import check_batch_argument, on_inner_batch
 from .._problem.constraints import set_y
 from .._problem.root import AbstractRootProblem
 from .._tree import Layout, tree_dtype, tree_norm, tree_struct
 from .base import AbstractResponse, Response, TransposedJacobian
+
+
+class _SampledState(eqx.Module):
+    """What a warm start carries if each step has a batch."""
+
+    optimiser: Any
+    key: PRNGKeyArray
+    # Of the batches drawn so far.
+    count: Int[Array, ""]
 
 
 class Unrolled(AbstractResponse):
@@ -44,6 +56,23 @@ class Unrolled(AbstractResponse):
     fixed-point steps, $y \leftarrow \varphi(x, y)$, and a smaller rate damps them. An
     optimiser with a line search needs an objective, and is refused.
 
+    With a `batch_size`, each step is on a fresh mini-batch of the inner data of an
+    [`bilevel_eqx.AbstractFiniteSumProblem`][], with a fresh key for what is random in its
+    losses. The derivative is that of these very steps. A warm start goes on with the next
+    batches. A cold start has the same ones each time, so that y is a function of x.
+
+    The outer variables may be what the optimiser is made of, such as the rate of each
+    step: pass a function from x to an optimiser.
+
+    !!! Example
+
+        ```python
+        def with_rates(x):  # x is an array of K rates
+            return optax.sgd(lambda count: x[count])
+
+        response = blx.Unrolled(with_rates, K)
+        ```
+
     ??? cite "References"
 
         Domke, *Generic methods for optimization-based modeling*, 2012. Maclaurin,
@@ -52,25 +81,40 @@ class Unrolled(AbstractResponse):
         gradient-based hyperparameter optimization*, 2017. The paper's Algorithm 2.
     """
 
-    optimiser: optax.GradientTransformation = eqx.field(converter=as_pytree)
+    optimiser: optax.GradientTransformation | Callable = eqx.field(converter=as_pytree)
     num_steps: int
     mode: Literal["checkpointed", "reverse", "forward"] = "checkpointed"
+    batch_size: int | None = eqx.field(default=None, kw_only=True, static=True)
+    key: PRNGKeyArray | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        check_type(self.optimiser, optax.GradientTransformation, "optimiser", "Unrolled")
+        if not callable(self.optimiser):
+            kind = optax.GradientTransformation
+            check_type(self.optimiser, kind, "optimiser", "Unrolled")
         check_count(self.num_steps, "num_steps", "Unrolled")
         modes = ("checkpointed", "reverse", "forward")
         if self.mode not in modes:
             raise ValueError(
                 f"`Unrolled(mode=...)` must be one of {modes}; it is {self.mode!r}."
             )
+        check_batch_argument(self.batch_size, "batch_size", "Unrolled")
+        if self.key is not None and self.batch_size is None:
+            raise ValueError(
+                "`Unrolled(key=...)` is for the batches, and there are none: where all "
+                "data are used, nothing is random. Give it a `batch_size`."
+            )
 
     @property
     def inner_optimiser(self):
-        return self.optimiser
+        # What is carried has another form if there are batches. It brings its key along.
+        return self.optimiser, self.batch_size
 
     def init(self, problem, x, anchor):
-        return self.optimiser.init(anchor)
+        state = self._optimiser(x).init(anchor)
+        if self.batch_size is None:
+            return state
+        key = jr.key(0) if self.key is None else self.key
+        return _SampledState(state, key, jnp.array(0))
 
     def __call__(self, problem, x, anchor, state=None):
         def unroll(x, mode=self.mode):
@@ -83,12 +127,27 @@ class Unrolled(AbstractResponse):
         return self._unroll(problem, x, anchor, None, self.mode)[0], RESULTS.successful
 
     def reaches(self, problem, x, anchor):
+        if callable(self.optimiser):
+            return depends_on(
+                lambda x: self._unroll(problem, x, anchor, None, "forward")[0], x
+            )
         return depends_on(lambda x: inner_gradient(problem, x, anchor), x)
+
+    def _optimiser(self, x) -> Any:
+        if not callable(self.optimiser):
+            return self.optimiser
+        optimiser = self.optimiser(x)
+        name = "optimiser(x)"
+        check_type(optimiser, optax.GradientTransformation, name, "Unrolled")
+        return optimiser
 
     def _unroll(self, problem, x, anchor, state, mode):
         if state is None:
-            state = self.optimiser.init(anchor)
-        if searches(self.optimiser, anchor, state):
+            state = self.init(problem, x, anchor)
+        optimiser, sampled = self._optimiser(x), None
+        if self.batch_size is not None:
+            state, sampled = state.optimiser, state
+        if searches(optimiser, anchor, state):
             raise ValueError(
                 "`Unrolled` cannot differentiate this optimiser: it has a line search "
                 "or another loop whose length depends on the values. Reverse mode "
@@ -100,29 +159,38 @@ class Unrolled(AbstractResponse):
             )
         # A rate in float64 must not make float32 data or state float64.
         structure = tree_struct(eqx.filter(state, eqx.is_array))
-
-        def objective(y):
-            return problem.inner(x, y)
-
         y_set = set_y(problem)
 
+        def draw(count):
+            if sampled is None or self.batch_size is None:
+                return problem
+            size, key = self.batch_size, sampled.key
+            return on_inner_batch(problem, size, key, count, "Unrolled")
+
         def step(carry, _):
-            y, state, _ = carry
-            value, gradient = _value_and_gradient(problem, x, y)
+            y, state, count, _ = carry
+            on = draw(count)
+            value, gradient = _value_and_gradient(on, x, y)
             slope = tree_norm(y_set.remaining_step(gradient, y))
             y, state = optimiser_step(
-                self.optimiser,
+                optimiser,
                 y,
                 state,
                 value=value,
                 gradient=gradient,
-                value_fn=objective,
+                value_fn=lambda y: on.inner(x, y),
                 project=y_set.project,
             )
-            return (y, _cast(state, structure), jax.lax.stop_gradient(slope)), None
+            count = None if count is None else count + 1
+            return (y, _cast(state, structure), count, jax.lax.stop_gradient(slope)), None
 
-        carry = anchor, state, jnp.zeros((), tree_dtype(anchor))
-        return repeat(step, carry, self.num_steps, mode)
+        count = None if sampled is None else sampled.count
+        carry = anchor, state, count, jnp.zeros((), tree_dtype(anchor))
+        y, state, count, slope = repeat(step, carry, self.num_steps, mode)
+        if sampled is not None:
+            assert count is not None
+            state = _SampledState(state, sampled.key, count)
+        return y, state, slope
 
 
 def _value_and_gradient(problem, x, y):
@@ -135,9 +203,9 @@ def _value_and_gradient(problem, x, y):
 
 Unrolled.__init__.__doc__ = """**Arguments:**
 
-- `optimiser`: any optax optimiser without a line search. Those with one
-    (`optax.lbfgs()`, `optax.scale_by_zoom_linesearch`) cannot be differentiated, and are
-    refused when the response is called.
+- `optimiser`: any optax optimiser without a line search; or a function of x that returns
+    one. Those with a line search (`optax.lbfgs()`, `optax.scale_by_zoom_linesearch`)
+    cannot be differentiated, and are refused when the response is called.
 - `num_steps`: the number $K$ of steps, at least one. It may be known only at run time
     (to vmap over it, for instance); the mode must then be `"checkpointed"` or
     `"forward"`.
@@ -146,6 +214,9 @@ Unrolled.__init__.__doc__ = """**Arguments:**
     others: memory grows as $\\sqrt K$, and it takes about a third more time.
     `"reverse"` stores all intermediate values of all steps. `"forward"` pushes a basis
     of x forward: memory does not grow with $K$, but time grows with the size of x.
+- `batch_size`: the number of samples in the batch of a step; `None`, the default, takes
+    all data. Keyword only argument.
+- `key`: for the batches. By default always the same one. Keyword only argument.
 """
 
 
