@@ -52,7 +52,7 @@ def jackknife(
     """What `evaluate` finds on `count` samples of each level, the residuals that it would
     find on all of them, and their standard errors."""
     levels: tuple[Level, Level] = ("inner", "outer")
-    keys = dict(zip(levels, jr.split(key)))
+    keys: dict[Level, PRNGKeyArray] = dict(zip(levels, jr.split(key)))
     sampled = {level: _sampled(problem, level, keys[level], count) for level in keys}
     inner, outer = sampled["inner"], sampled["outer"]
     # The first row of each table is without a group of neither level.
