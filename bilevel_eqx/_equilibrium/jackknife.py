@@ -53,7 +53,9 @@ def jackknife(
     find on all of them, and their standard errors."""
     levels: tuple[Level, Level] = ("inner", "outer")
     keys: dict[Level, PRNGKeyArray] = dict(zip(levels, jr.split(key)))
-    sampled = {level: _sampled(problem, level, keys[level], count) for level in keys}
+    sampled: dict[Level, Batch | None] = {
+        level: _sampled(problem, level, keys[level], count) for level in levels
+    }
     inner, outer = sampled["inner"], sampled["outer"]
     # The first row of each table is without a group of neither level.
     rows = [_weights(inner, outer, None)]
