@@ -411,7 +411,7 @@ def _solve_all(size, equilibrium, num_steps):
     "equilibrium",
     (
         blx.Optimistic(),
-        blx.ColdStart(),
+        pytest.param(blx.ColdStart(), marks=pytest.mark.slow),
         # The same path: T6, in `test_pipeline.py`.
         pytest.param(blx.WarmStart(), marks=pytest.mark.slow),
     ),

@@ -583,11 +583,11 @@ def _scale(case, dense, y, J):
     return size, _norm(J) + turning * size
 
 
-# Damped by either linear solver; the proximal one is in `test_solve` too.
-_damped = "proximal", "cholesky"
+# The proximal one is in `test_solve` too, and the last in `test_faults_derivatives.py`.
+_elsewhere = "proximal", "cholesky", "aggregated"
 
 
-@_names((name for name in responses if name not in _damped), _damped)
+@_names((name for name in responses if name not in _elsewhere), _elsewhere)
 @given(data=st.data())
 def test_response(name, data):
     case = data.draw(_response_cases(name))
@@ -697,7 +697,7 @@ def _with_and_without_x64(fn):
 
 # The others are parts of these, or less.
 @_names(
-    ("warm", "cold", "checkpointed"), ("proximal", "partial", "forward", "aggregated")
+    ("warm", "checkpointed"), ("cold", "proximal", "partial", "forward", "aggregated")
 )
 @given(case=_cases(single, drawn=False))
 def test_hypergradient(name, case):

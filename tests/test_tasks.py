@@ -229,7 +229,12 @@ def _losses(problem, x, y):
 
 @pytest.mark.parametrize(
     "num_classes, num_distilled, learn_labels",
-    ((2, None, False), (3, 2, True), (1, 4, True), (2, 5, False)),
+    (
+        (2, None, False),
+        (3, 2, True),
+        (1, 4, True),
+        pytest.param(2, 5, False, marks=pytest.mark.slow),
+    ),
 )
 def test_shapes_of_rings(num_classes, num_distilled, learn_labels):
     problem, x0, y0 = rings(
@@ -415,7 +420,9 @@ def test_line_of_the_figure():
 #
 
 
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+@pytest.mark.parametrize(
+    "dtype", (jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow))
+)
 def test_images(dtype):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(20, 4, 3)), dtype)
