@@ -120,7 +120,12 @@ def _expansion_of_squares(problem, x, y, tags, linear_solver):
     r"""The same, with the residual $w = r$ as a variable of its own:
     $f_y = A^\top w$ and $f_x = r_x^\top w$."""
     r, jacobian = _linearised(lambda y: problem.inner_residual(x, y), y)
-    w = _without_range(problem, x, y, r, jacobian, linear_solver)
+    if _range_matters(problem, x, y, linear_solver):
+        # Used three times: once as a matrix, it makes a shorter program.
+        jacobian = _as_matrix_if_small(jacobian, y, r)
+        w = _without_range(y, r, jacobian, linear_solver)
+    else:
+        w = r
 
     def gradients(w, y):
         _, pull = jax.vjp(problem.inner_residual, x, y)
@@ -173,17 +178,35 @@ def stationary_residual(
     itself. The part that is left out is no function of x, because it is zero along the
     minima.
     """
+    if not _range_matters(problem, x, y, linear_solver):
+        return problem.inner_residual(x, y)
     r, jacobian = _linearised(lambda y: problem.inner_residual(x, y), y)
-    return _without_range(problem, x, y, r, jacobian, linear_solver)
+    jacobian = _as_matrix_if_small(jacobian, y, r)
+    return _without_range(y, r, jacobian, linear_solver)
 
 
-def _without_range(problem, x, y, r, jacobian, linear_solver):
-    """r without its part in the range of A; r itself where that part does not matter, or
-    where the solver does not work on A."""
+def _range_matters(problem, x, y, linear_solver) -> bool:
+    """Whether to take out of r what lies in the range of A: if A moves, and the solver
+    works on A."""
     splits = says(linear_solver, "splits_squares", False)
     # In a set, A^T r need not be zero at a minimum.
-    if not splits or set_y(problem).confines or not _jacobian_varies(problem, x, y):
-        return r
+    return splits and not set_y(problem).confines and _jacobian_varies(problem, x, y)
+
+
+def _as_matrix_if_small(jacobian, y, r):
+    vectors = all(eqx.is_array(u) and u.ndim == 1 for u in (y, r))
+    if not vectors or y.dtype != r.dtype or min(y.size, r.size) > DENSE_SIZE:
+        return jacobian
+    # As many products as the smaller side has entries.
+    if r.size < y.size:
+        rows = jax.vmap(jacobian.transpose().mv)(jnp.eye(r.size, dtype=r.dtype))
+        return lx.MatrixLinearOperator(rows)
+    columns = jax.vmap(jacobian.mv)(jnp.eye(y.size, dtype=y.dtype))
+    return lx.MatrixLinearOperator(columns.T)
+
+
+def _without_range(y, r, jacobian, linear_solver):
+    """r without its part in the range of A."""
     dynamic, static = eqx.partition((jacobian, r), eqx.is_array)
     A, fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
     K = AugmentedHessian(LeastSquaresHessian(A, None, frozenset()))
@@ -195,15 +218,13 @@ def _without_range(problem, x, y, r, jacobian, linear_solver):
 
 
 def squares_condition(
-    problem: Any,
-    x: PyTree[Array],
-    y: PyTree[Array],
-    linear_solver: lx.AbstractLinearSolver | None = None,
+    problem: Any, x: PyTree[Array], y: PyTree[Array], w: PyTree[Array] | None = None
 ) -> Callable[[Any, PyTree], tuple[PyTree, PyTree]]:
     r"""$(r - w, A^\top w)$ at this y for $w = r$, as a function of a sum of squares and
-    of x. Its derivative in $(w, y)$ is `AugmentedHessian`. With a linear solver, w is the
-    `stationary_residual`."""
-    w = stationary_residual(problem, x, y, linear_solver)
+    of x. Its derivative in $(w, y)$ is `AugmentedHessian`. w may be the
+    `stationary_residual` instead."""
+    if w is None:
+        w = problem.inner_residual(x, y)
 
     def condition(problem, x):
         residual, pull = jax.vjp(lambda y: problem.inner_residual(x, y), y)

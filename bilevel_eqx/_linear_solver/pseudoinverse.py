@@ -262,6 +262,10 @@ class _Augmented(eqx.Module):
     def __call__(self, vector):
         return self.inverse.augmented(*vector)
 
+    def across(self, a):
+        """a without its part in the range of A; `None` if that would take a solve."""
+        return self.inverse.across(a) if self.knows_range else None
+
     def transpose(self):
         return self
 
@@ -310,6 +314,10 @@ class _DenseFactorInverse(eqx.Module):
     def __call__(self, vector):
         _, q = self._solved(self._coordinates(vector))
         return q, lx.RESULTS.successful, _counts(self.factor_clearance)
+
+    def across(self, a):
+        flat = self.out_layout.ravel(a)
+        return self.out_layout.unravel(flat - (self.left @ flat) @ self.left)
 
     def augmented(self, a, u):
         flat = self.out_layout.ravel(a)

@@ -20,6 +20,7 @@ from .._derivatives.second import (
     expansion,
     hessian_depends_on_y,
     squares_condition,
+    stationary_residual,
 )
 from .._failure.results import finite_or_not, first_failure, RESULTS
 from .._inner_solver.minimum import InnerSolver, minimise_inner
@@ -119,7 +120,8 @@ class Implicit(AbstractResponse):
             solver = throwing(self.linear_solver)
             K = augmented(self.linear_solver, at.hessian)
             if K is not None:
-                gradient = squares_condition(problem, x, v, self.linear_solver)
+                w = stationary_residual(problem, x, v, self.linear_solver)
+                gradient = squares_condition(problem, x, v, w)
                 B = derivative_in_x(lambda x: gradient(problem, x), x)
                 z = lx.linear_solve(K, B.mv(tangent), solver, throw=False).value
                 return layout.unravel(tree_scale(-1, z[1]))
@@ -321,7 +323,8 @@ def _argmin_jvp(primals, tangents):
 
     gradient = plain
     if K is not None:
-        gradient = squares_condition(problem, x, y, response.linear_solver)
+        w = stationary_residual(problem, x, y, response.linear_solver)
+        gradient = squares_condition(problem, x, y, w)
     t_y = set_y(problem).minimum_tangent(
         at, y, gradient, (problem, x), (t_problem, t_x), solve
     )

@@ -42,7 +42,16 @@ from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import flat
 from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
-from .._tree import Layout, nonzero, tree_axpy, tree_dot, tree_waves, vector_norm, where
+from .._tree import (
+    Layout,
+    nonzero,
+    tree_axpy,
+    tree_dot,
+    tree_sub,
+    tree_waves,
+    vector_norm,
+    where,
+)
 
 
 class Outer(NamedTuple):
@@ -196,15 +205,23 @@ class Picture(eqx.Module):
         r"""$\nabla_y f$ at this y, as a function of the problem and of x; for a sum of
         squares that of the augmented form."""
         if isinstance(self.system, AugmentedHessian):
-            solver = self._projector
-            return squares_condition(self.problem, self.x, self.y, solver)
+            w = self._stationary_residual()
+            return squares_condition(self.problem, self.x, self.y, w)
         return lambda problem, x: inner_gradient(problem, x, self.y)
 
-    @property
-    def _projector(self) -> lx.AbstractLinearSolver | None:
-        """What takes the range of A from the residual of a sum of squares. Nothing does
-        where the products with H are counted."""
-        return None if self.max_products is not None else self.linear_solver
+    def _stationary_residual(self) -> PyTree[Array]:
+        """The residual of a sum of squares without its part in the range of A; see
+        `stationary_residual`."""
+        problem: Any = self.problem
+        r = problem.inner_residual(self.x, self.y)
+        if self.max_products is not None:
+            # Where products with H are counted, none are spent on it.
+            return r
+        across = getattr(self.inverse, "across", lambda a: None)(r)
+        if across is None:
+            return stationary_residual(problem, self.x, self.y, self.linear_solver)
+        # That part is no function of x and y.
+        return tree_sub(r, jax.lax.stop_gradient(tree_sub(r, across)))
 
     def step_of(self, tangent: PyTree[Array]) -> Float[Array, " n"]:
         r"""$H^+ v$ for a tangent of `condition`."""
@@ -320,7 +337,7 @@ class Picture(eqx.Module):
         residual = problem.inner_residual
         # At y itself, whatever is differentiated: along S(x), A v is zero, and what it is
         # by rounding is not to be multiplied with mu.
-        w = stationary_residual(problem, self.x, self.y, self._projector)
+        w = self._stationary_residual()
 
         def total(x, y):
             r, A_mu = jax.jvp(lambda y: residual(x, y), (y,), (multiplier,))
