@@ -76,8 +76,10 @@ class Budget(NamedTuple):
 
 
 FULL = Budget(warm=8000, cold=300, unroll=100, retrain=2000, direct=150)
-QUICK = Budget(warm=2000, cold=60, unroll=100, retrain=500, direct=60)
+QUICK = Budget(warm=4000, cold=60, unroll=100, retrain=500, direct=60)
 SAVE_EVERY = 20
+# How many images the outer objective is estimated on.
+BATCH = 100
 # How many moments of the single image are shown, and how many entries lie between them.
 FRAMES, FRAME_EVERY = 10, 5
 
@@ -133,7 +135,7 @@ def task(name, num_distilled, seed):
         jr.key(seed), images[train], labels[train], num_distilled=num_distilled
     )
     unseen = eqx.tree_at(
-        lambda p: (p.images, p.labels),
+        lambda p: p.outer_data,
         problem,
         (jnp.asarray(images[test]), jnp.asarray(labels[test])),
     )
@@ -143,17 +145,6 @@ def task(name, num_distilled, seed):
 #
 # The methods
 #
-
-
-class MiniBatched(blx.GradientPipeline):
-    """Each outer step has its own few images for the outer objective."""
-
-    size: int = 100
-
-    def step(self, problem, equilibrium, state):
-        key, batch_key = jr.split(state.key)
-        state = eqx.tree_at(lambda s: s.key, state, key)
-        return super().step(problem.batch(batch_key, self.size), equilibrium, state)
 
 
 class TrainedFromScratch(blx.AbstractEquilibrium):
@@ -189,7 +180,9 @@ def warm_start(problem, x0, y0, seed, budget, progress):
         blx.WarmStart(1 / rate),  # what a step of descent is a proximal step of
         x0,
         y0,
-        pipeline=MiniBatched(step, fast_and_forgetful, inner_update=step),
+        pipeline=blx.GradientPipeline(
+            step, fast_and_forgetful, inner_update=step, outer_batch=BATCH
+        ),
         num_steps=budget.warm,
         key=jr.key(seed),
         record=learned_images,
@@ -209,7 +202,7 @@ def cold_start(problem, x0, y0, seed, budget, progress):
         TrainedFromScratch(training),
         x0,
         y0,
-        pipeline=MiniBatched(training, falling),
+        pipeline=blx.GradientPipeline(training, falling, outer_batch=BATCH),
         num_steps=budget.cold,
         key=jr.key(seed),
         save_every=5,

@@ -434,7 +434,7 @@ def test_images(dtype):
             key, images, labels, num_distilled=2, num_classes=3, width=8
         )
         values = problem.outer(x0, y0), problem.accuracy(y0), problem.predict(y0, images)
-        return (problem, x0, y0), (*values, problem.batch(key, 5))
+        return (problem, x0, y0), (*values, problem.sample(key, None, 5).outer_batch)
 
     (problem, x0, y0), (outer, accuracy, predicted, batch) = make(jr.key(1))
     assert tree_has_dtype((x0, y0), dtype)
@@ -448,9 +448,10 @@ def test_images(dtype):
     assert float(outer) == pytest.approx(expected, rel=1e-5)
     share = np.mean(logits.argmax(axis=1) == as_numpy(labels))
     assert float(accuracy) == pytest.approx(share, rel=1e-6)
-    assert batch.images.shape == (5, 4, 3) and batch.labels.shape == (5,)
+    drawn, classes = batch.samples
+    assert drawn.shape == (5, 4, 3) and classes.shape == (5,)
     rows = {tuple(as_numpy(image).ravel()) for image in images}
-    assert all(tuple(as_numpy(image).ravel()) in rows for image in batch.images)
+    assert all(tuple(as_numpy(image).ravel()) in rows for image in drawn)
 
     # f is least at the entropy of the labels.
     shares = np.exp(_numpy_log_softmax(as_numpy(x0["logits"])))

@@ -10,8 +10,8 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 from .._custom_types import typechecked
-from .._problem.base import AbstractBilevelProblem
-from ._network import accuracy, cross_entropy, evaluate, initial_weights, Weights
+from .._problem.finite_sum import AbstractFiniteSumProblem
+from ._network import accuracy, cross_entropies, evaluate, initial_weights, Weights
 
 
 DistilledImages: TypeAlias = dict[str, Array]
@@ -21,7 +21,7 @@ DistilledImages: TypeAlias = dict[str, Array]
 labels, of shape `(k, c)`."""
 
 
-class ImageDistillation(AbstractBilevelProblem[DistilledImages, Weights]):
+class ImageDistillation(AbstractFiniteSumProblem[DistilledImages, Weights]):
     r"""Distils a set of images into a few learned ones, with learned soft labels.
 
     The outer variables are the learned images and their labels. The inner variables are
@@ -34,24 +34,30 @@ class ImageDistillation(AbstractBilevelProblem[DistilledImages, Weights]):
     F depends on x only through the weights. The labels are soft, so that f has finite
     minima: its least value is the entropy of the labels.
 
+    The outer losses have a sample for each image of the data set, and the inner ones for
+    each learned image, so that an algorithm can draw mini-batches of both.
+
     **Attributes:**
 
-    - `images`: the data set, of shape `(n, ...)`.
-    - `labels`: its classes, integers of shape `(n,)`.
+    - `inner_data`: the numbers of the learned images, 0 to k - 1.
+    - `outer_data`: the images of the data set, of shape `(n, ...)`, and their classes,
+        integers of shape `(n,)`.
     - `activation`: of the hidden units.
     """
 
-    images: Float[Array, "n ..."]
-    labels: Int[Array, " n"]
+    inner_data: Int[Array, " k"]
+    outer_data: tuple[Float[Array, "n ..."], Int[Array, " n"]]
     activation: Callable[[Array], Array] = eqx.field(static=True, default=jnp.tanh)
 
-    def outer(self, x: DistilledImages, y: Weights) -> Scalar:
-        logits = self.predict(y, self.images)
-        targets = jax.nn.one_hot(self.labels, logits.shape[-1], dtype=logits.dtype)
-        return cross_entropy(logits, targets)
+    def outer_losses(self, x, y, batch, key):
+        images, labels = batch
+        logits = self.predict(y, images)
+        targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        return cross_entropies(logits, targets)
 
-    def inner(self, x: DistilledImages, y: Weights) -> Scalar:
-        return cross_entropy(self.predict(y, x["images"]), jax.nn.softmax(x["logits"]))
+    def inner_losses(self, x, y, batch, key):
+        learned = self.predict(y, x["images"][batch])
+        return cross_entropies(learned, jax.nn.softmax(x["logits"][batch]))
 
     def predict(self, y: Weights, images: Float[Array, "m ..."]) -> Array:
         """The outputs of the network with weights `y`, of shape `(m, c)`."""
@@ -60,15 +66,8 @@ class ImageDistillation(AbstractBilevelProblem[DistilledImages, Weights]):
     def accuracy(self, y: Weights) -> Scalar:
         """The share of the data set that the weights `y` classify correctly. For other
         images, use a problem whose data set they are."""
-        return accuracy(self.predict(y, self.images), self.labels)
-
-    def batch(self, key: PRNGKeyArray, size: int) -> "ImageDistillation":
-        """The same problem, whose data set is `size` images drawn with replacement. Its
-        outer objective is an unbiased estimate."""
-        drawn = jr.randint(key, (size,), 0, self.images.shape[0])
-        return ImageDistillation(
-            self.images[drawn], self.labels[drawn], activation=self.activation
-        )
+        images, labels = self.outer_data
+        return accuracy(self.predict(y, images), labels)
 
 
 @typechecked
@@ -115,4 +114,5 @@ def image_distillation(
     }
     sizes = [images[0].size, *[width] * num_hidden, num_classes]
     y0 = initial_weights(y_key, sizes, dtype)
-    return ImageDistillation(images, labels, activation=activation), x0, y0
+    numbers, data = jnp.arange(num_distilled), (images, labels)
+    return ImageDistillation(numbers, data, activation=activation), x0, y0

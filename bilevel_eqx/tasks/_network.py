@@ -44,4 +44,11 @@ def accuracy(logits: Float[Array, "m c"], labels: Int[Array, " m"]) -> Scalar:
 
 def cross_entropy(logits: Float[Array, "m c"], targets: Float[Array, "m c"]) -> Scalar:
     """The mean cross-entropy of the rows."""
-    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+    return jnp.mean(cross_entropies(logits, targets))
+
+
+def cross_entropies(
+    logits: Float[Array, "m c"], targets: Float[Array, "m c"]
+) -> Float[Array, " m"]:
+    """The cross-entropy of each row."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
