@@ -12,11 +12,12 @@ $1 / u$ there.
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._failure.results import RESULTS
-from .._tree import nonzero, tree_dtype, tree_eps, tree_norm
+from .._tree import nonzero, tree_dtype, tree_norm
 
 
 # Of the largest F_y: how much rounding in D_v is harm.
@@ -27,34 +28,54 @@ _HARM = 0.1
 _DRIFT = 10.0
 
 
+# Norms of large vectors take time, and growth that does harm takes many steps.
+_EVERY = 32
+
+
 class AdjointGrowth(eqx.Module):
-    """What v is measured by: the largest curvature along v and the largest F_y so far."""
+    """What is known of v and what it is measured by."""
 
     curvature: Scalar
-    outer_y: Scalar
+    """|H v| / |v| when it was last looked at."""
+    largest_curvature: Scalar
+    largest_outer_y: Scalar
+    length: Scalar
+    """|v| then."""
+
+    def verdict(self, eps: float) -> RESULTS:
+        """Whether v has grown too large for numbers of the precision `eps`."""
+        rounding = eps * self.largest_curvature * self.length
+        drifts = self.curvature * self.length <= _DRIFT * self.largest_outer_y
+        kind = RESULTS.where(drifts, RESULTS.adjoint_unbounded, RESULTS.adjoint_diverged)
+        harms = rounding > _HARM * self.largest_outer_y
+        return RESULTS.where(harms, kind, RESULTS.successful)
 
 
 def no_growth(v: PyTree[Array]) -> AdjointGrowth:
     """Before the first step."""
     zero = jnp.zeros((), tree_dtype(v))
-    return AdjointGrowth(zero, zero)
+    return AdjointGrowth(zero, zero, zero, zero)
 
 
 def watched(
     before: AdjointGrowth,
+    count: Int[Array, ""],
     v: PyTree[Array],
     product: PyTree[Array],
     outer_y: PyTree[Array],
-) -> tuple[AdjointGrowth, Scalar, RESULTS]:
-    """What is known after one more product H v; the curvature along v; and whether v has
-    grown too large."""
-    length, pull = tree_norm(v), tree_norm(product)
-    curvature = pull / nonzero(length)
-    growth = AdjointGrowth(
-        jnp.maximum(before.curvature, curvature),
-        jnp.maximum(before.outer_y, tree_norm(outer_y)),
-    )
-    harms = tree_eps(v) * growth.curvature * length > _HARM * growth.outer_y
-    drifts = pull <= _DRIFT * growth.outer_y
-    result = RESULTS.where(drifts, RESULTS.adjoint_unbounded, RESULTS.adjoint_diverged)
-    return growth, curvature, RESULTS.where(harms, result, RESULTS.successful)
+) -> AdjointGrowth:
+    """What is known in step `count`, from v, H v and F_y."""
+
+    def look():
+        length = tree_norm(v)
+        curvature = tree_norm(product) / nonzero(length)
+        return AdjointGrowth(
+            curvature,
+            jnp.maximum(before.largest_curvature, curvature),
+            jnp.maximum(before.largest_outer_y, tree_norm(outer_y)),
+            length,
+        )
+
+    # In the first steps v is nowhere in particular, and shows how large H is.
+    due = (count < _EVERY) | (count % _EVERY == 0)
+    return jax.lax.cond(due, look, lambda: before)

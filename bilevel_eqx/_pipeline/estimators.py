@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree, ScalarLike
 from .._arguments import as_rate, check_count, check_positive
 from .._compat import is_traced
 from .._problem.base import AbstractBilevelProblem
+from .._problem.finite_sum import Batch, OnBatches
 from .._tree import tree_axpy, tree_sub, tree_zeros_like
 from .oracles import (
     Directions,
@@ -156,14 +157,22 @@ class SAGA(AbstractEstimator[tuple[_Table, _Table]]):
         return _blank_table(inner, num_inner), _blank_table(outer, num_outer)
 
     def __call__(self, oracle, on_batch, point, terms, state):
-        inner, inner_table = _updated(state[0], oracle.place("inner"), terms.inner)
-        outer, outer_table = _updated(state[1], oracle.place("outer"), terms.outer)
+        # All data are the only batch of an epoch, and the problem is then as it was.
+        batched = isinstance(on_batch, OnBatches)
+        inner_place = _place(on_batch.inner_batch) if batched else 0
+        outer_place = _place(on_batch.outer_batch) if batched else 0
+        inner, inner_table = _updated(state[0], inner_place, terms.inner)
+        outer, outer_table = _updated(state[1], outer_place, terms.outer)
         return oracle.directions(inner, outer, point.v), (inner_table, outer_table)
 
 
 def _blank_table(like: Any, length: int) -> _Table:
     entries = jtu.tree_map(lambda u: jnp.zeros((length, *u.shape), u.dtype), like)
     return _Table(entries, tree_zeros_like(like))
+
+
+def _place(batch: Batch | None) -> Any:
+    return 0 if batch is None else batch.place
 
 
 def _updated(table: _Table, place, terms):

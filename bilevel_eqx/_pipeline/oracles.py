@@ -81,10 +81,10 @@ class Oracle(eqx.Module):
         """The problem on the batches of this step."""
         return self.batches(self.problem, self.key, self.inner_count, self.outer_count)
 
-    def place(self, level: Level) -> Int[Array, ""]:
-        """Which of the batches of an epoch that of this step is."""
-        count = self.inner_count if level == "inner" else self.outer_count
-        return self.batches.place(self.problem, self.key, level, count)
+    def on_inner_batch(self) -> AbstractBilevelProblem:
+        """The same for who asks only for its inner objective."""
+        batches = Batches(self.batches.inner_size, None, self.batches.fixed)
+        return batches(self.problem, self.key, self.inner_count, self.outer_count)
 
     def num_batches(self, level: Level) -> int:
         """The number of batches in an epoch."""

@@ -15,7 +15,13 @@ from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient, outer_gradients
 from .._equilibrium.stackelberg import Stackelberg
 from .._equilibrium.warm_start import WarmStart
-from .._failure.results import figures_of, RESULTS, Verdict
+from .._failure.results import (
+    figures_of,
+    finite_or_not,
+    first_failure,
+    RESULTS,
+    Verdict,
+)
 from .._linalg.power_iteration import largest_curvature
 from .._optimiser.descent import OptaxDescent
 from .._optimiser.step import optimiser_step
@@ -29,6 +35,7 @@ from .._tree import (
     tree_axpy,
     tree_cast,
     tree_dot,
+    tree_eps,
     tree_norm,
     tree_zeros_like,
 )
@@ -208,7 +215,7 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
         oracle = self._oracle(problem, key, first, first)
         rate = None
         if self.inner_optimiser is None or self.adjoint_optimiser is None:
-            on_batch = oracle.on_batch()
+            on_batch = oracle.on_inner_batch()
             curvature = largest_curvature(lambda y: on_batch.inner(x, y), y)
             rate = 0.5 / nonzero(curvature + jnp.asarray(self.damping, curvature.dtype))
         optimisers = self._optimisers(rate)
@@ -230,9 +237,8 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
         del equilibrium
         take = self._all_at_once if self._at_once else self._in_turn
         new, v, directions, terms = take(problem, state)
-        growth, curvature, result = watched(
-            state.growth, v, terms.inner.product, terms.outer.y
-        )
+        product, outer_y = terms.inner.product, terms.outer.y
+        growth = watched(state.growth, state.count, v, product, outer_y)
         new = dataclasses.replace(new, growth=growth, count=state.count + 1)
         remaining = set_x(problem).remaining_step(directions.x, state.x)
         metrics = {
@@ -241,8 +247,8 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
             "inner_residual": tree_norm(directions.y),
             "adjoint_residual": tree_norm(directions.v),
             "adjoint_norm": tree_norm(new.v),
-            "adjoint_curvature": curvature,
-            "result": _verdict(new, result),
+            "adjoint_curvature": growth.curvature,
+            "result": _verdict(new),
         }
         return new, metrics
 
@@ -293,7 +299,7 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
             return self._oracle(problem, state.key, first_batch + offset, state.count)
 
         def step_y(y, inner_state, i):
-            on_batch = oracle(i).on_batch()
+            on_batch = oracle(i).on_inner_batch()
             value, slope = jax.value_and_grad(on_batch.inner, argnums=1)(state.x, y)
             return _move(inner, y, inner_state, slope, value)
 
@@ -308,7 +314,7 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
         outer_y = outer_gradients(last_batch, state.x, y)[2]
 
         def step_v(v, adjoint_state, i):
-            on_batch = oracle(self.inner_steps + i).on_batch()
+            on_batch = oracle(self.inner_steps + i).on_inner_batch()
             direction = self._adjoint_direction(on_batch, state.x, y, v, outer_y)
             value = _adjoint_value(v, direction, outer_y)
             return _move(adjoint, v, adjoint_state, direction, value)
@@ -457,9 +463,10 @@ def _adjoint_value(v, direction, outer_y) -> Scalar:
     return tree_dot(v, tree_axpy(1, outer_y, direction)) / 2
 
 
-def _verdict(state: SingleLoopState, result: RESULTS) -> Verdict:
+def _verdict(state: SingleLoopState) -> Verdict:
     """A failure of v is told apart from one of x and y."""
+    result = state.growth.verdict(tree_eps(state.v))
     result = RESULTS.where(all_finite(state.v), result, RESULTS.adjoint_diverged)
-    finite = all_finite((state.x, state.y))
-    result = RESULTS.where(finite, result, RESULTS.nonfinite_step)
+    # Which may be the reason of that one.
+    result = first_failure(finite_or_not((state.x, state.y)), result)
     return Verdict(result, figures_of(state.x, {}))

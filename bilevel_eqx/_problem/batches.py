@@ -3,7 +3,6 @@
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PRNGKeyArray
@@ -58,20 +57,6 @@ class Batches(eqx.Module):
             self._batch(problem, "outer", outer_key, outer_count),
         )
 
-    def place(
-        self,
-        problem: AbstractBilevelProblem,
-        key: PRNGKeyArray,
-        level: Level,
-        count: Int[Array, ""],
-    ) -> Int[Array, ""]:
-        """Which of the batches of an epoch batch number `count` of a level is."""
-        epochs = self.epochs(problem, level)
-        if epochs is None:
-            return jnp.zeros((), jnp.int32)
-        samples_key, _ = jr.split(jr.split(key)[int(level == "outer")])
-        return epochs.place(samples_key, count)
-
     def num_batches(self, problem: AbstractBilevelProblem, level: Level) -> int:
         """The number of batches in an epoch of a level; one if all data are used."""
         epochs = self.epochs(problem, level)
@@ -82,9 +67,10 @@ class Batches(eqx.Module):
         if epochs is None:
             return None
         samples_key, losses_key = jr.split(key)
-        indices, weights = epochs(samples_key, count)
+        place = epochs.place(samples_key, count)
+        indices, weights = epochs.at(samples_key, count, place)
         samples = jtu.tree_map(lambda u: u[indices], data_of(problem, level))
-        return Batch(samples, weights, jr.fold_in(losses_key, count))
+        return Batch(samples, weights, jr.fold_in(losses_key, count), place)
 
     def check(self, problem: AbstractBilevelProblem, owner: str) -> None:
         """Refuses batches of a problem that has no data, or fewer than a batch."""

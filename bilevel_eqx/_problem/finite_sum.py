@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._custom_types import X, Y
 from .._tree import tree_dot, tree_zeros_like
@@ -232,6 +232,8 @@ class Batch(eqx.Module):
     samples: PyTree[Array]
     weights: Float[Array, " batch"]
     key: PRNGKeyArray | None
+    place: Int[Array, ""] | None = None
+    """Which of the batches of an epoch it is; `None` if it is of no epoch."""
 
 
 class OnBatches(AbstractBilevelProblem[X, Y]):

@@ -102,8 +102,14 @@ class Epochs(eqx.Module):
     ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
         """The indices in batch number `count`, and what each counts in the mean over all
         samples: the mean of the estimates in an epoch is exact."""
+        return self.at(key, count, self.place(key, count))
+
+    def at(
+        self, key: PRNGKeyArray, count: Int[Array, ""], place: Int[Array, ""]
+    ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
+        """The same, where its place is known."""
         epoch = jnp.zeros_like(count) if self.fixed else count // self.num_batches
-        start = self.place(key, count) * self.batch_size
+        start = place * self.batch_size
         positions = start + jnp.arange(self.batch_size, dtype=jnp.int32)
         weights = jnp.where(positions < self.size, self.num_batches / self.size, 0)
         positions = jnp.minimum(positions, self.size - 1)
