@@ -19,6 +19,8 @@ from .._problem.root import AbstractRootProblem
 from .._tree import (
     nonzero,
     tree_axpy,
+    tree_dot,
+    tree_eps,
     tree_struct,
     tree_sub,
     tree_zeros_like,
@@ -206,7 +208,7 @@ def _as_matrix_if_small(jacobian, y, r):
 
 
 def _without_range(y, r, jacobian, linear_solver):
-    """r without its part in the range of A."""
+    """r without its part in the range of A, if that is small."""
     dynamic, static = eqx.partition((jacobian, r), eqx.is_array)
     A, fixed = eqx.combine(jax.lax.stop_gradient(dynamic), static)
     K = AugmentedHessian(LeastSquaresHessian(A, None, frozenset()))
@@ -214,7 +216,19 @@ def _without_range(y, r, jacobian, linear_solver):
     right = fixed, tree_zeros_like(y)
     # The solution is p = A A^+ r - r.
     (p, _), _, _ = linear_solver.compute(state, right, {})
-    return tree_sub(r, tree_axpy(1.0, p, fixed))
+    return less_range(r, tree_axpy(1.0, p, fixed), A.mv(jax.lax.stop_gradient(y)))
+
+
+def less_range(
+    r: PyTree[Array], part: PyTree[Array], terms: PyTree[Array]
+) -> PyTree[Array]:
+    """r less its part in the range of A, if that is small beside r and A y: rounding, or
+    what is left of an inner solve. Further away the derivatives are those at y itself."""
+    r_fixed, part, terms = jax.lax.stop_gradient((r, part, terms))
+    root = tree_eps(r) ** 0.5
+    size = jnp.sqrt(tree_dot(terms, terms)) + jnp.sqrt(tree_dot(r_fixed, r_fixed))
+    is_small = jnp.sqrt(tree_dot(part, part)) <= root * size
+    return tree_sub(r, jax.tree.map(lambda u: jnp.where(is_small, u, 0), part))
 
 
 def squares_condition(

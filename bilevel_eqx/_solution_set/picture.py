@@ -25,6 +25,7 @@ from .._derivatives.second import (
     expansion,
     gradient_and_hessian,
     hessian_depends_on_y,
+    less_range,
     squares_condition,
     stationary_residual,
     tells_change,
@@ -220,8 +221,8 @@ class Picture(eqx.Module):
         across = getattr(self.inverse, "across", lambda a: None)(r)
         if across is None:
             return stationary_residual(problem, self.x, self.y, self.linear_solver)
-        # That part is no function of x and y.
-        return tree_sub(r, jax.lax.stop_gradient(tree_sub(r, across)))
+        A = self.system.hessian.residual_jacobian  # pyright: ignore
+        return less_range(r, tree_sub(r, across), A.mv(self.y))
 
     def step_of(self, tangent: PyTree[Array]) -> Float[Array, " n"]:
         r"""$H^+ v$ for a tangent of `condition`."""
