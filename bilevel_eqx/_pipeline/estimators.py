@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree, ScalarLike
 from .._arguments import as_rate, check_count, check_positive
 from .._compat import is_traced
 from .._problem.base import AbstractBilevelProblem
-from .._problem.finite_sum import Batch, OnBatches
+from .._problem.batches import place_of
 from .._tree import tree_axpy, tree_sub, tree_zeros_like
 from .oracles import (
     Directions,
@@ -157,22 +157,17 @@ class SAGA(AbstractEstimator[tuple[_Table, _Table]]):
         return _blank_table(inner, num_inner), _blank_table(outer, num_outer)
 
     def __call__(self, oracle, on_batch, point, terms, state):
-        # All data are the only batch of an epoch, and the problem is then as it was.
-        batched = isinstance(on_batch, OnBatches)
-        inner_place = _place(on_batch.inner_batch) if batched else 0
-        outer_place = _place(on_batch.outer_batch) if batched else 0
-        inner, inner_table = _updated(state[0], inner_place, terms.inner)
-        outer, outer_table = _updated(state[1], outer_place, terms.outer)
+        inner_table, outer_table = state
+        place = place_of(on_batch, "inner")
+        inner, inner_table = _updated(inner_table, place, terms.inner)
+        place = place_of(on_batch, "outer")
+        outer, outer_table = _updated(outer_table, place, terms.outer)
         return oracle.directions(inner, outer, point.v), (inner_table, outer_table)
 
 
 def _blank_table(like: Any, length: int) -> _Table:
     entries = jtu.tree_map(lambda u: jnp.zeros((length, *u.shape), u.dtype), like)
     return _Table(entries, tree_zeros_like(like))
-
-
-def _place(batch: Batch | None) -> Any:
-    return 0 if batch is None else batch.place
 
 
 def _updated(table: _Table, place, terms):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PRNGKeyArray
@@ -120,6 +121,17 @@ def on_inner_batch(
     on = Batches(size, None)(problem, key, count, count)
     assert isinstance(on, OnBatches)
     return OnBatches(problem, on.inner_batch, outer_batch)
+
+
+def place_of(problem: AbstractBilevelProblem, level: Level) -> Int[Array, ""]:
+    """Which of the batches of an epoch a problem that was drawn is on. All data are the
+    only batch of their epoch."""
+    batch = None
+    if isinstance(problem, OnBatches):
+        batch = problem.inner_batch if level == "inner" else problem.outer_batch
+    if batch is None or batch.place is None:
+        return jnp.zeros((), jnp.int32)
+    return batch.place
 
 
 def check_batch_argument(size: Any, name: str, owner: str) -> None:

@@ -34,16 +34,19 @@ def shuffled(
             right = (right + _hash(left, right_key) % num_right) % num_right
         return left * num_right + right
 
-    def left_range(position):
-        return jnp.any(position >= size)
+    positions = positions.astype(jnp.uint32)
+    if num_left * num_right == size:
+        return encrypt(positions).astype(jnp.int32)
 
-    def again(position):
-        return jnp.where(position >= size, encrypt(position), position)
+    # All of it is in the loop, where it is compiled once.
+    def body(carry):
+        position, done = carry
+        position = jnp.where(done, position, encrypt(position))
+        return position, position < size
 
-    start = encrypt(positions.astype(jnp.uint32))
-    if num_left * num_right > size:
-        start = jax.lax.while_loop(left_range, again, start)
-    return start.astype(jnp.int32)
+    start = positions, jnp.zeros(positions.shape, bool)
+    positions, _ = jax.lax.while_loop(lambda carry: ~jnp.all(carry[1]), body, start)
+    return positions.astype(jnp.int32)
 
 
 def _hash(number: Array, key: Array) -> Array:
