@@ -1,6 +1,7 @@
 """Batches from an iterator on the host."""
 
 import itertools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,19 @@ def test_each_step_has_its_batches():
     other = run(generator(), save_every=2)
     assert tree_identical((other.x, other.y), (solution.x, solution.y))
     assert len(other.history["value"]) == 3
+
+
+def test_the_next_chunk_is_fetched_while_a_segment_runs():
+    callers = []
+
+    def observed():
+        for step in range(7):
+            callers.append(threading.current_thread() is threading.main_thread())
+            yield pair(step)
+
+    run(observed())
+    # The first chunk has to be waited for.
+    assert callers == [True] * 3 + [False] * 4
 
 
 def test_all_data_of_a_level():

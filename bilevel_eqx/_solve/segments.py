@@ -163,7 +163,10 @@ def run_in_segments(
             # A segment without a step is the time that compiling takes.
             compiles = until == done or (stream is not None and done == first)
             compiling = reporter.compiling if compiles else contextlib.nullcontext
-            with compiling():
+            fetching = contextlib.nullcontext()
+            if stream is not None:
+                fetching = stream.fetching(until)
+            with compiling(), fetching:
                 (arrays, history), kept, stopped, num_steps_now = _segment(
                     ((run_arrays, np.asarray(until), batches), run_rest, progress_rest),
                     (arrays, history),
@@ -171,9 +174,6 @@ def run_in_segments(
                 )
             if is_traced(stopped):
                 return None
-            if stream is not None:
-                # While the segment runs.
-                stream.prepare(until)
             before, done = done, int(num_steps_now)
             pace.took(until - before, time.perf_counter() - began)
             stopped = bool(stopped)

@@ -112,10 +112,10 @@ def solve(
         data that do not fit: samples like those of an
         [`bilevel_eqx.AbstractFiniteSumProblem`][], whose own data are then only for the
         certificate and the final value. `None` in a pair takes all of its own data. The
-        pairs of `save_every` steps are sent to the device together, while the steps
-        before them run. With a checkpoint, the iterator must have the methods
-        `get_state` and `set_state`, as those of grain do; a generator cannot be resumed.
-        Keyword only argument.
+        pairs of `save_every` steps are fetched and sent to the device together, by
+        another thread, while the steps before them run. With a checkpoint, the iterator
+        must have the methods `get_state` and `set_state`, as those of grain do; a
+        generator cannot be resumed. Keyword only argument.
     - `certify`: whether to certify the answer. `False` saves the time of it (see
         [`bilevel_eqx.certify`][], which can be called later), and `certificate` is then
         `None`. Keyword only argument.

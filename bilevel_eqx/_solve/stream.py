@@ -1,8 +1,10 @@
 """Batches from an iterator on the host, put on the device ahead of their steps."""
 
 import base64
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -25,7 +27,7 @@ class Stream:
     """Pairs of an inner and an outer batch, one for each step, from an iterator.
 
     They are taken in chunks of `save_every` steps. While a segment of that length runs,
-    the next chunk is stacked and sent to the device.
+    the next chunk is fetched, stacked and sent to the device.
     """
 
     def __init__(
@@ -61,6 +63,24 @@ class Stream:
         """After which step the chunk ends that begins after step `done`."""
         end = done - done % self._save_every + self._save_every
         return min(end, self._num_steps)
+
+    @contextlib.contextmanager
+    def fetching(self, done: int) -> Iterator[None]:
+        """Fetches the chunk for the steps after `done` while what is done within runs.
+
+        In a thread, because what Equinox has compiled is waited for when it is called.
+        """
+        # What a user has set for the present thread alone.
+        x64, device = jax.config.jax_enable_x64, jax.config.jax_default_device  # pyright: ignore
+
+        def prepare():
+            with jax.enable_x64(x64), jax.default_device(device):
+                self.prepare(done)
+
+        with ThreadPoolExecutor(1) as pool:
+            fetched = pool.submit(prepare)
+            yield
+            fetched.result()
 
     def prepare(self, done: int) -> None:
         """Fetches the chunk for the steps after `done`, if it is not there yet."""
