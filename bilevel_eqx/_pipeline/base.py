@@ -30,6 +30,10 @@ class AbstractPipeline(eqx.Module, Generic[State]):
     aims_at: ClassVar[tuple[type[AbstractEquilibrium], ...] | None] = None
     """The types of equilibria that it can aim at; `None` if it is up to its parts."""
 
+    admits_batches: ClassVar[bool] = False
+    """Whether the problem may be on other mini-batches in each step: whether nothing is
+    compared across steps, so that `solve(batches=...)` can give them."""
+
     @abc.abstractmethod
     def init(
         self,

@@ -1,7 +1,7 @@
 """Descent along a hypergradient: cold and warm start, Algorithms 1 and 3."""
 
 import functools as ft
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,6 +31,7 @@ from .._optimiser.descent import (
 from .._optimiser.step import first_order, searches
 from .._problem.batches import Batches, check_batch_argument
 from .._problem.constraints import set_x, set_y
+from .._problem.finite_sum import OnBatches
 from .._response.base import AbstractResponse
 from .._tree import tree_cast, tree_norm, tree_where, tree_zeros_like
 from .base import AbstractPipeline
@@ -108,6 +109,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
     a `batch_size`, and the pipeline only an `outer_batch`.
     """
 
+    admits_batches: ClassVar[bool] = True
     response: AbstractResponse
     optimiser: optax.GradientTransformation | AbstractDescent = eqx.field(
         converter=as_optimiser
@@ -135,7 +137,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
 
     def init(self, problem, equilibrium, x, y, key):
         self._batches.check(problem, "GradientPipeline")
-        if self._is_sampled:
+        if self._is_sampled or isinstance(problem, OnBatches):
             _check_compares_nothing(as_descent(self.optimiser), x)
         mover = self._mover
         result = RESULTS.successful
@@ -319,11 +321,11 @@ def _check_compares_nothing(descent: AbstractDescent, x) -> None:
         compares = descent.searches
     if compares:
         raise ValueError(
-            "`GradientPipeline(inner_batch=..., outer_batch=...)` cannot have this "
-            "optimiser: L-BFGS and line searches compare values or gradients at several "
-            "points, and with another batch at each point they would compare the "
-            "batches. Use `optax.adam`, or `optax.sgd` with a rate that falls, or leave "
-            "the batches out."
+            "`GradientPipeline` cannot have this optimiser with mini-batches: L-BFGS and "
+            "line searches compare values or gradients at several points, and with "
+            "another batch at each point they would compare the batches. Use "
+            "`optax.adam`, or `optax.sgd` with a rate that falls, or leave the batches "
+            "out."
         )
 
 

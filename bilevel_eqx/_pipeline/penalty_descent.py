@@ -88,6 +88,7 @@ class PenaltyDescent(AbstractPipeline[PenaltyDescentState]):
     """
 
     aims_at: ClassVar = (Stackelberg, Optimistic)
+    admits_batches: ClassVar[bool] = True
     inner_optimiser: optax.GradientTransformation | None
     penalised_optimiser: optax.GradientTransformation | None
     outer_optimiser: optax.GradientTransformation

@@ -65,6 +65,7 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
     """
 
     aims_at: ClassVar = (Optimistic,)
+    admits_batches: ClassVar[bool] = True
     optimiser: optax.GradientTransformation | None
     num_inner_steps: int
     eta: ScalarLike

@@ -64,6 +64,7 @@ class ZerothOrder(AbstractPipeline[ZerothOrderState]):
     """
 
     aims_at: ClassVar = (Stackelberg, WarmStart)
+    admits_batches: ClassVar[bool] = True
     inner_optimiser: optax.GradientTransformation | None
     outer_optimiser: optax.GradientTransformation
     num_inner_steps: int

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from .._arguments import check_count
 from .base import AbstractBilevelProblem
@@ -132,6 +132,29 @@ def place_of(problem: AbstractBilevelProblem, level: Level) -> Int[Array, ""]:
     if batch is None or batch.place is None:
         return jnp.zeros((), jnp.int32)
     return batch.place
+
+
+class GivenBatches(eqx.Module):
+    """Batches from outside: samples of each level, along a leading axis of steps."""
+
+    inner: PyTree[Array] | None
+    outer: PyTree[Array] | None
+    key: PRNGKeyArray
+    # The number of the step that the first ones are for.
+    start: Int[Any, ""]
+
+    def at(self, count: Int[Array, ""]) -> tuple[Batch | None, Batch | None]:
+        """The inner and the outer batch for step number `count`."""
+        inner_key, outer_key = jr.split(jr.fold_in(self.key, count))
+
+        def batch(samples, key) -> Batch | None:
+            if samples is None:
+                return None
+            samples = jtu.tree_map(lambda u: u[count - self.start], samples)
+            size = jtu.tree_leaves(samples)[0].shape[0]
+            return Batch(samples, jnp.full((size,), 1 / size), key)
+
+        return batch(self.inner, inner_key), batch(self.outer, outer_key)
 
 
 def check_batch_argument(size: Any, name: str, owner: str) -> None:

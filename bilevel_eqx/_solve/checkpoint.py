@@ -225,13 +225,19 @@ class Checkpoint:
         return done - done % self.every + self.every
 
     def write(
-        self, identity: Identity, progress: Progress, history: PyTree[Array]
+        self,
+        identity: Identity,
+        progress: Progress,
+        history: PyTree[Array],
+        place: Any = None,
     ) -> None:
+        """Saves the run, and the `place` where its batches from outside are."""
         entries = jtu.tree_leaves(history)
         header = {
             "run": identity,
             "done": int(progress.num_steps),
             "saved": len(entries[0]) if len(entries) > 0 else 0,
+            "place": place,
         }
         real = pathlib.Path(os.path.realpath(self.path))
         # A file that was removed is written anew.
@@ -256,9 +262,9 @@ class Checkpoint:
 
     def read(
         self, identity: Identity, num_steps: int, progress: Progress, entry: PyTree
-    ) -> tuple[Progress, PyTree[Array]]:
-        """The progress and the history so far, of a run that is to have `num_steps`,
-        given the shapes of the progress and of an entry."""
+    ) -> tuple[Progress, PyTree[Array], Any]:
+        """The progress, the history so far and the place of a run that is to have
+        `num_steps`, given the shapes of the progress and of an entry."""
 
         def like(header):
             if "run" not in header:
@@ -291,7 +297,7 @@ class Checkpoint:
         saved, header = read(self.path, like)
         if int(saved.end.num_steps) != header["done"]:
             raise _damaged(self.path, "its header and its arrays disagree")
-        return saved.end, saved.history
+        return saved.end, saved.history, header.get("place")
 
 
 def _token(path: pathlib.Path) -> tuple | None:

@@ -22,6 +22,8 @@ from .._failure.results import (
 )
 from .._pipeline.base import AbstractPipeline
 from .._problem.base import AbstractBilevelProblem
+from .._problem.batches import GivenBatches
+from .._problem.finite_sum import AbstractFiniteSumProblem, OnBatches
 from .._tree import all_finite, tree_where, where
 from .split import Halves, split
 
@@ -65,12 +67,14 @@ class Progress(eqx.Module):
         return self.converged | self.verdict.failed
 
 
-def begin(run: Run, start: Start) -> tuple[Progress, PyTree[Array], Any]:
+def begin(
+    run: Run, start: Start, batches: GivenBatches | None = None
+) -> tuple[Progress, PyTree[Array], Any]:
     """The progress before the first step; an entry of the history, which is blank; and
     the program of a step.
     """
-    state = initial_state(run, start)
-    halves = _halves(run, state)
+    state = initial_state(run, start, batches)
+    halves = _halves(run, state, batches)
     return *_first_progress(run, state, halves), halves.whole
 
 
@@ -81,6 +85,7 @@ def advance(
     until: Int[Array, ""],
     *,
     keep_metrics: int | None = None,
+    batches: GivenBatches | None = None,
 ) -> tuple[Progress, PyTree[Array], PyTree[Array]]:
     """Takes steps until there are `until` of them, or the run has converged or failed.
 
@@ -92,16 +97,17 @@ def advance(
         before `progress` among them.
     - `keep_metrics`: if given, the metrics at each entry are returned too, with room for
         so many of them.
+    - `batches`: if given, those for each of the steps to be taken.
 
     **Returns:**
 
     The progress, the history, and the metrics at the entries that were added now.
     """
-    halves = _halves(run, progress.state)
+    halves = _halves(run, progress.state, batches)
     kept = None
     if keep_metrics is not None:
         kept = empty_history(halves.later, keep_metrics)
-    return _advance(run, halves, progress, history, kept, until, report=None)
+    return _advance(run, halves, progress, history, kept, until, None, batches)
 
 
 def run_in_one(
@@ -118,7 +124,7 @@ def run_in_one(
     halves = _halves(run, state)
     progress, blank = _first_progress(run, state, halves)
     history = empty_history(blank, num_entries)
-    return _advance(run, halves, progress, history, None, num_steps, report=report)[:2]
+    return _advance(run, halves, progress, history, None, num_steps, report)[:2]
 
 
 def empty_history(entry: PyTree, length: int) -> PyTree[Array]:
@@ -126,16 +132,27 @@ def empty_history(entry: PyTree, length: int) -> PyTree[Array]:
     return jtu.tree_map(lambda e: jnp.broadcast_to(_blank(e), (length, *e.shape)), entry)
 
 
-def initial_state(run: Run, start: Start) -> Any:
+def initial_state(run: Run, start: Start, batches: GivenBatches | None = None) -> Any:
     """The state before the first step."""
     state = start.state
     if state is None:
-        state = run.pipeline.init(
-            run.problem, run.equilibrium, start.x, start.y, start.key
-        )
+        problem = _on(run.problem, _pair(batches, jnp.array(0)))
+        state = run.pipeline.init(problem, run.equilibrium, start.x, start.y, start.key)
     # The caller's arrays remain the caller's, and no type is weak: a loop's carry may
     # not be, and the program of a segment should be the same for all segments.
     return jtu.tree_map(lambda u: _own(u) if eqx.is_array(u) else u, state)
+
+
+def _on(problem: AbstractBilevelProblem, pair) -> AbstractBilevelProblem:
+    """The problem on the batches of a step, if those are given."""
+    if pair is None:
+        return problem
+    assert isinstance(problem, AbstractFiniteSumProblem)
+    return OnBatches(problem, *pair)
+
+
+def _pair(batches: GivenBatches | None, count):
+    return None if batches is None else batches.at(count)
 
 
 def _first_progress(run: Run, state: Any, halves: Halves):
@@ -159,7 +176,9 @@ class _Loop(eqx.Module):
     kept: PyTree[Array]
 
 
-def _advance(run, halves: Halves, progress: Progress, history, kept, until, report):
+def _advance(
+    run, halves: Halves, progress: Progress, history, kept, until, report, batches=None
+):
     """Three loops, one in the other.
 
     - Rounds of about `_ROUND` steps. After a failure the last good state is wanted. To
@@ -182,7 +201,7 @@ def _advance(run, halves: Halves, progress: Progress, history, kept, until, repo
         block = _div(loop.at, run.save_every)
         full = (block + 1) * run.save_every
         end = jnp.minimum(end, full)
-        after, rest = _take_steps(halves, before, jnp.minimum(limit, end))
+        after, rest = _take_steps(halves, before, jnp.minimum(limit, end), batches)
         # The metrics of a step that nobody looks at are not computed.
         some = after.num_steps > before.num_steps
         metrics = tree_where(some, halves.second(after.state, rest), before.metrics)
@@ -251,7 +270,9 @@ def _unfinished(progress: Progress, end) -> Bool[Array, ""]:
     return any_of_batch((progress.num_steps < end) & ~progress.stopped)
 
 
-def _take_steps(halves: Halves, before: Progress, end) -> tuple[Progress, list[Array]]:
+def _take_steps(
+    halves: Halves, before: Progress, end, batches: GivenBatches | None
+) -> tuple[Progress, list[Array]]:
     """Steps until there are `end`, or the run has stopped, without their metrics; and
     what these are to be computed from."""
 
@@ -261,7 +282,9 @@ def _take_steps(halves: Halves, before: Progress, end) -> tuple[Progress, list[A
 
     def take_step(carry):
         before, _ = carry
-        state, (verdict, converged), rest = halves.first(before.state)
+        # Cut out here, so that what is carried for the metrics is one batch and not all.
+        argument = before.state, _pair(batches, before.num_steps)
+        state, (verdict, converged), rest = halves.first(argument)
         good = ~verdict.failed
         # A first step may only evaluate the initial point, and then it does not count.
         counts = good & getattr(before.state, "started", True)
@@ -274,13 +297,14 @@ def _take_steps(halves: Halves, before: Progress, end) -> tuple[Progress, list[A
     return dataclasses.replace(after, metrics=before.metrics), rest
 
 
-def _halves(run: Run, state: Any) -> Halves:
+def _halves(run: Run, state: Any, batches: GivenBatches | None = None) -> Halves:
     """The program of a step: what the next step needs, and the metrics."""
     dynamic, static = eqx.partition(state, eqx.is_array)
 
-    def step(dynamic):
+    def step(argument):
+        dynamic, pair = argument
         new_state, metrics = run.pipeline.step(
-            run.problem, run.equilibrium, eqx.combine(dynamic, static)
+            _on(run.problem, pair), run.equilibrium, eqx.combine(dynamic, static)
         )
         x, y = new_state.x, new_state.y
         verdict = metrics.get("result", RESULTS.successful)
@@ -301,7 +325,7 @@ def _halves(run: Run, state: Any) -> Halves:
             converged = (outer <= run.tolerance) & (inner <= run.tolerance)
         return eqx.filter(new_state, eqx.is_array), (verdict, converged), metrics
 
-    return split(step, dynamic)
+    return split(step, (dynamic, jax.eval_shape(lambda: _pair(batches, jnp.array(0)))))
 
 
 def _entry(run: Run, state: Any, metrics: dict[str, Array]) -> PyTree[Array]:

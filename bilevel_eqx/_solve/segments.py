@@ -13,12 +13,14 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._compat import is_traced
+from .._problem.batches import GivenBatches
 from .._tree import tree_struct
 from .checkpoint import Checkpoint
 from .identity import identity_of, programs_of
 from .interrupt import heed_interruption
 from .loop import advance, begin, empty_history, Progress, Run, Start
 from .report import Reporter
+from .stream import Stream
 
 
 # How long a segment should take: Ctrl-C and the next line wait for its end.
@@ -45,10 +47,10 @@ class End(NamedTuple):
 
 
 @eqx.filter_jit
-def _begin(run: Run, start: Start, identified: bool):
+def _begin(run: Run, start: Start, identified: bool, batches: GivenBatches | None = None):
     """See `begin`. The digests of the programs are part of what is compiled: it is traced
     once for both."""
-    progress, blank, step = begin(run, start)
+    progress, blank, step = begin(run, start, batches)
     return progress, blank, programs_of(run, start, progress, step) if identified else {}
 
 
@@ -56,10 +58,12 @@ def _begin(run: Run, start: Start, identified: bool):
 # own: see `begin`.
 @eqx.filter_jit(donate="all-except-first")
 def _segment(given, carry, room: int | None):
-    (run_arrays, until), run_rest, progress_rest = given
+    (run_arrays, until, batches), run_rest, progress_rest = given
     run = _whole(run_arrays, run_rest)
     progress = _whole(carry[0], progress_rest)
-    progress, history, kept = advance(run, progress, carry[1], until, keep_metrics=room)
+    progress, history, kept = advance(
+        run, progress, carry[1], until, keep_metrics=room, batches=batches
+    )
     return (_arrays(progress), history), kept, progress.stopped, progress.num_steps
 
 
@@ -102,6 +106,7 @@ def run_in_segments(
     *,
     checkpoint: Checkpoint | None,
     reporter: Reporter,
+    stream: Stream | None = None,
 ) -> End | None:
     """The whole run, from its start or from where the checkpoint says.
 
@@ -112,13 +117,18 @@ def run_in_segments(
     earlier = checkpoint if checkpoint is not None and checkpoint.exists() else None
     starting = _begin if earlier is None else ft.partial(eqx.filter_eval_shape, _begin)
     with reporter.compiling():
-        progress, blank, programs = starting(run, start, checkpoint is not None)
+        first_batches = None if stream is None else stream.example()
+        progress, blank, programs = starting(
+            run, start, checkpoint is not None, first_batches
+        )
     if programs is None or _is_unknown(progress):
         return None
     identity = identity_of(run, start, programs) if checkpoint is not None else {}
     entries = None
     if earlier is not None:
-        progress, entries = earlier.read(identity, num_steps, progress, blank)
+        progress, entries, place = earlier.read(identity, num_steps, progress, blank)
+        if stream is not None:
+            stream.resume(place, int(progress.num_steps))
     saved = int(progress.num_steps)
     entry = tree_struct(blank)
     room = _room(entry, num_steps // save_every)
@@ -131,20 +141,34 @@ def run_in_segments(
     run_arrays, run_rest = _arrays(run), _rest(run)
     arrays, progress_rest = _arrays(progress), _rest(progress)
     pace = _Pace()
+
+    def save(entries: PyTree[Array]) -> None:
+        assert checkpoint is not None
+        place = None if stream is None else stream.place
+        checkpoint.write(identity, _whole(arrays, progress_rest), entries, place)
+
     with heed_interruption() as interruption:
         while done < num_steps and not stopped and not interruption.requested:
-            until = pace.end(done, save_every)
+            until, batches = pace.end(done, save_every), None
             # What would be left over for a short segment is taken now.
             if num_steps - until < (until - done) // 2:
                 until = num_steps
+            if stream is not None:
+                until, batches = stream.end(done), stream.take(done)
+                if batches is None:
+                    break
             if checkpoint is not None:
                 until = min(until, checkpoint.next(done))
             began = time.perf_counter()
             # A segment without a step is the time that compiling takes.
-            compiling = reporter.compiling if until == done else contextlib.nullcontext
-            with compiling():
+            compiles = until == done or (stream is not None and done == first)
+            compiling = reporter.compiling if compiles else contextlib.nullcontext
+            fetching = contextlib.nullcontext()
+            if stream is not None:
+                fetching = stream.fetching(until)
+            with compiling(), fetching:
                 (arrays, history), kept, stopped, num_steps_now = _segment(
-                    ((run_arrays, np.asarray(until)), run_rest, progress_rest),
+                    ((run_arrays, np.asarray(until), batches), run_rest, progress_rest),
                     (arrays, history),
                     None if reporter.report is None else room,
                 )
@@ -155,14 +179,16 @@ def run_in_segments(
             stopped = bool(stopped)
             reporter.entries(kept, before, done)
             if checkpoint is not None and checkpoint.next(saved) <= done and not stopped:
-                progress = _whole(arrays, progress_rest)
-                checkpoint.write(identity, progress, _first(history, done // save_every))
+                save(_first(history, done // save_every))
                 saved = done
     progress = _whole(arrays, progress_rest)
     reporter.end(progress, first, done)
     history = _first(history, done // save_every)
     if checkpoint is not None and saved < done and not bool(progress.verdict.failed):
-        checkpoint.write(identity, progress, history)
+        save(history)
+    if stream is not None and not (done == num_steps or stopped):
+        if not interruption.requested:
+            raise stream.ended(done)
     return End(progress, history, interruption.requested)
 
 

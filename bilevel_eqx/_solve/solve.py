@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_rate, as_variables, check_count, check_positive
+from .._arguments import as_rate, as_variables, check_count, check_positive, says
 from .._compat import is_traced, not_differentiable
 from .._custom_types import typechecked, X, Y
 from .._derivatives.post_mortem import post_mortem
@@ -29,12 +29,14 @@ from .._pipeline.base import AbstractPipeline
 from .._pipeline.registry import check_pair, default_pipeline, pipeline_named
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
+from .._problem.finite_sum import AbstractFiniteSumProblem
 from .._tree import tree_max
 from .checkpoint import Checkpoint
 from .loop import Progress, Run, run_in_one, Start
 from .report import print_progress, Report, Reporter
 from .segments import run_in_segments
 from .solution import Solution
+from .stream import Stream
 
 
 def record_metrics(x: PyTree, y: PyTree, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def solve(
     state: Any = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
+    batches: Iterable | None = None,
     certify: bool = True,
     throw: bool = True,
 ) -> Solution[X, Y]:
@@ -112,6 +115,14 @@ def solve(
         `num_steps` may be larger than in the interrupted run. Keyword only argument.
     - `checkpoint_every`: how many steps lie between two savings, a multiple of
         `save_every`. By default about a tenth of the run. Keyword only argument.
+    - `batches`: an iterator of pairs `(inner_batch, outer_batch)`, one for each step, for
+        data that do not fit: samples like those of an
+        [`bilevel_eqx.AbstractFiniteSumProblem`][], whose own data are then only for the
+        certificate and the final value. `None` in a pair takes all of its own data. The
+        pairs of `save_every` steps are fetched and sent to the device together, by
+        another thread, while the steps before them run. With a checkpoint, the iterator
+        must have the methods `get_state` and `set_state`, as those of grain do; a
+        generator cannot be resumed. Keyword only argument.
     - `certify`: whether to certify the answer. `False` saves the time of it (see
         [`bilevel_eqx.certify`][], which can be called later), and `certificate` is then
         `None`. Keyword only argument.
@@ -163,6 +174,9 @@ def solve(
     report = print_progress if progress is True else progress or None
     run = Run(problem, equilibrium, pipeline, tolerance, record, np.asarray(save_every))
     start = Start(x0, y0, key, state)
+    stream = None
+    if batches is not None:
+        stream = _stream(batches, run, start, num_steps, save_every, file)
     end = None
     if not any(is_traced(leaf) for leaf in jtu.tree_leaves((run, start))):
         try:
@@ -172,6 +186,7 @@ def solve(
                 num_steps,
                 checkpoint=file,
                 reporter=Reporter(report, num_steps, save_every),
+                stream=stream,
             )
         except RuntimeError as error:
             # JAX says this of reverse mode with respect to what the problem closes over,
@@ -184,6 +199,8 @@ def solve(
             problem, tolerance, end.progress, interrupted
         )
         last, history = end.progress, end.history
+    elif stream is not None:
+        raise _no_stream()
     elif checkpoint is not None:
         raise ValueError(
             "`solve(checkpoint=...)` writes a file as it goes, and cannot do so under "
@@ -329,6 +346,54 @@ def _in_one(
         run, start, num_steps, num_entries, None if report is None else call_back
     )
     return end, history, *_conclude(run.problem, run.tolerance, end, None)
+
+
+def _no_stream() -> ValueError:
+    return ValueError(
+        "`solve(batches=...)` asks an iterator as it goes, and cannot do so under "
+        "`jax.jit`, `jax.vmap` or `jax.grad`. Put the data into the problem, and give "
+        "the pipeline an `inner_batch` and an `outer_batch`."
+    )
+
+
+def _stream(
+    batches: Iterable,
+    run: Run,
+    start: Start,
+    num_steps: int,
+    save_every: int,
+    checkpoint: Checkpoint | None,
+) -> Stream:
+    if any(is_traced(leaf) for leaf in jtu.tree_leaves((run, start))):
+        raise _no_stream()
+    pipeline, problem = run.pipeline, run.problem
+    name = type(pipeline).__name__
+    if not isinstance(problem, AbstractFiniteSumProblem):
+        raise ValueError(
+            f"`solve(batches=...)`: `{type(problem).__name__}` does not say what its "
+            "samples are. State the problem as a `FiniteSumProblem`."
+        )
+    if not says(pipeline, "admits_batches", False):
+        raise ValueError(
+            f"`solve(batches=...)`: `{name}` compares steps with each other, and with "
+            "other samples in each it would compare the samples. Use `GradientPipeline` "
+            "with `optax.adam`, `PenaltyDescent` or another pipeline that draws batches."
+        )
+    own = [n for n in ("inner_batch", "outer_batch") if getattr(pipeline, n, None)]
+    if own:
+        raise ValueError(
+            f"`solve(batches=...)` gives the batches, and `{name}({own[0]}=...)` would "
+            "draw others. Leave out one of the two."
+        )
+    saves = checkpoint is not None
+    stream = Stream(batches, problem, start.key, num_steps, save_every, saves)
+    if saves and not stream.has_state:
+        raise ValueError(
+            "`solve(batches=..., checkpoint=...)`: the iterator has no `get_state` and "
+            "`set_state`, so that a run could not be resumed where it was. Use an "
+            "iterator that has them, as those of grain do, or leave the checkpoint out."
+        )
+    return stream
 
 
 def _checkpoint(

@@ -1,0 +1,186 @@
+"""Batches from an iterator on the host, put on the device ahead of their steps."""
+
+import base64
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from .._problem.batches import GivenBatches
+from .._problem.finite_sum import AbstractFiniteSumProblem, data_of, Level
+
+
+class _Chunk(NamedTuple):
+    batches: GivenBatches
+    # The state of the iterator behind them, if it has one.
+    place: Any
+
+
+class Stream:
+    """Pairs of an inner and an outer batch, one for each step, from an iterator.
+
+    They are taken in chunks of `save_every` steps. While a segment of that length runs,
+    the next chunk is fetched, stacked and sent to the device.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable,
+        problem: AbstractFiniteSumProblem,
+        key: PRNGKeyArray,
+        num_steps: int,
+        save_every: int,
+        keeps_place: bool,
+    ):
+        self._iterator = iter(pairs)
+        self._problem = problem
+        self._key = key
+        self._num_steps = num_steps
+        self._save_every = save_every
+        self._keeps_place = keeps_place
+        # Of all chunks, so that there is one program.
+        self._length = min(save_every, num_steps)
+        self._next: _Chunk | None = None
+        self._lengths: dict[Level, int] = {}
+        self._num_pairs = 0
+        # Where the iterator was after the chunk that was taken last, to be saved.
+        self.place: Any = None
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the iterator can be asked where it is, and set there again."""
+        names = ("get_state", "set_state")
+        return all(callable(getattr(self._iterator, name, None)) for name in names)
+
+    def end(self, done: int) -> int:
+        """After which step the chunk ends that begins after step `done`."""
+        end = done - done % self._save_every + self._save_every
+        return min(end, self._num_steps)
+
+    @contextlib.contextmanager
+    def fetching(self, done: int) -> Iterator[None]:
+        """Fetches the chunk for the steps after `done` while what is done within runs.
+
+        In a thread, because what Equinox has compiled is waited for when it is called.
+        """
+        # What a user has set for the present thread alone.
+        x64, device = jax.config.jax_enable_x64, jax.config.jax_default_device  # pyright: ignore
+
+        def prepare():
+            with jax.enable_x64(x64), jax.default_device(device):
+                self.prepare(done)
+
+        with ThreadPoolExecutor(1) as pool:
+            fetched = pool.submit(prepare)
+            yield
+            fetched.result()
+
+    def prepare(self, done: int) -> None:
+        """Fetches the chunk for the steps after `done`, if it is not there yet."""
+        if done >= self._num_steps or self._next is not None:
+            return
+        pairs = []
+        for step in range(done, self.end(done)):
+            try:
+                pair = next(self._iterator)
+            except StopIteration:
+                return
+            self._num_pairs += 1
+            pairs.append(self._checked(pair, step))
+        pairs += [pairs[-1]] * (self._length - len(pairs))
+        inner, outer = jtu.tree_map(lambda *leaves: np.stack(leaves), *pairs)
+        batches = GivenBatches(inner, outer, self._key, np.asarray(done))
+        place = self._state() if self._keeps_place else None
+        self._next = _Chunk(jax.device_put(batches), place)
+
+    def example(self) -> GivenBatches:
+        """The first chunk, which is not used up by this."""
+        self.prepare(0)
+        return self._fetched(0).batches
+
+    def take(self, done: int) -> GivenBatches | None:
+        """The chunk for the steps after `done`; `None` if the iterator has ended."""
+        self.prepare(done)
+        if self._next is None:
+            return None
+        chunk, self._next = self._next, None
+        self.place = chunk.place
+        return chunk.batches
+
+    def resume(self, place: Any, done: int) -> None:
+        """Sets the iterator to where it was after step `done`."""
+        self._next = None
+        self._iterator.set_state(_decoded(place))  # pyright: ignore
+        self._num_pairs = done
+        self.place = place
+
+    def _fetched(self, done: int) -> _Chunk:
+        if self._next is None:
+            raise self.ended(done)
+        return self._next
+
+    def ended(self, done: int) -> ValueError:
+        """The sentence for an iterator that ends early."""
+        return ValueError(
+            f"`solve(batches=...)`: the iterator has ended after {self._num_pairs} pairs "
+            f"of batches, and the run has taken {done} of its {self._num_steps} steps. "
+            "It needs one pair for each step. Take fewer steps, or let the iterator "
+            "begin again at the end of the data."
+        )
+
+    def _state(self) -> Any:
+        state = self._iterator.get_state()  # pyright: ignore
+        if isinstance(state, bytes):
+            return {"bytes": base64.b64encode(state).decode()}
+        try:
+            return {"json": json.loads(json.dumps(state))}
+        except TypeError as error:
+            raise ValueError(
+                "`solve(batches=...)`: `get_state()` of the iterator must return bytes, "
+                f"or what can be written as JSON. It returned {state!r}."
+            ) from error
+
+    def _checked(self, pair: Any, step: int) -> tuple[PyTree, PyTree]:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ValueError(
+                "`solve(batches=...)` takes an iterator of pairs `(inner_batch, "
+                f"outer_batch)`, but number {step} is {pair!r}."
+            )
+        levels: tuple[Level, Level] = ("inner", "outer")
+        inner, outer = (
+            self._checked_batch(batch, level, step) for batch, level in zip(pair, levels)
+        )
+        return inner, outer
+
+    def _checked_batch(self, batch: PyTree, level: Level, step: int) -> PyTree:
+        if batch is None:
+            return None
+        batch = jtu.tree_map(np.asarray, batch)
+        data = data_of(self._problem, level)
+        forms = [
+            (jtu.tree_structure(tree), [u.shape[1:] for u in jtu.tree_leaves(tree)])
+            for tree in (batch, data)
+        ]
+        lengths = {u.shape[0] for u in jtu.tree_leaves(batch) if u.ndim > 0}
+        expected = self._lengths.setdefault(level, max(lengths, default=0))
+        if forms[0] != forms[1] or lengths != {expected}:
+            given = eqx.tree_pformat(batch)
+            raise ValueError(
+                f"`solve(batches=...)`: {level} batch number {step} must be like "
+                f"`problem.{level}_data`, with {expected} samples as the first one has, "
+                f"but it is {given}."
+            )
+        return jtu.tree_map(lambda u, v: u.astype(v.dtype), batch, data)
+
+
+def _decoded(place: Any) -> Any:
+    if "bytes" in place:
+        return base64.b64decode(place["bytes"])
+    return place["json"]
