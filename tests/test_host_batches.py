@@ -208,3 +208,48 @@ def test_not_under_a_transformation():
                 ).x
             )
         )(X0)
+
+
+def test_a_single_loop_takes_one_batch_a_step():
+    def loop(**settings):
+        sgd = optax.sgd(0.05)
+        return blx.pipelines.SingleLoop(sgd, sgd, sgd, **settings)
+
+    run = dict(num_steps=6, key=KEY, certify=False)
+    out = blx.solve(
+        problem, blx.WarmStart(), X0, Y0, pipeline=loop(), batches=generator(), **run
+    )
+    # The same by its formula.
+    x, y, v = X0, Y0, jnp.zeros(DIM)
+    for step in range(6):
+        inner, outer = pair(step)
+        keys = jr.split(jr.fold_in(KEY, step))
+        drawn = OnBatches(
+            problem,
+            *(
+                Batch(samples, jnp.full(len(samples[1]), 1 / len(samples[1])), key)
+                for samples, key in zip((inner, outer), keys)
+            ),
+        )
+        f_x, f_y = jax.grad(drawn.inner, (0, 1))(x, y)
+        B_v, H_v = jax.jvp(lambda y: jax.grad(drawn.inner, (0, 1))(x, y), (y,), (v,))[1]
+        F_x, F_y = jax.grad(drawn.outer, (0, 1))(x, y)
+        x, y, v = x - 0.05 * (F_x + B_v), y - 0.05 * f_y, v - 0.05 * (H_v + F_y)
+    assert tree_allclose((out.x, out.y, out.state.v), (x, y, v), rtol=1e-12)
+
+    # What needs a batch again, or several in a step, cannot be given them so.
+    for refused in (
+        loop(estimator=blx.pipelines.SAGA()),
+        loop(estimator=blx.pipelines.SARAH(2)),
+        loop(inner_steps=2),
+    ):
+        with pytest.raises(ValueError, match="compares steps with each other"):
+            blx.solve(
+                problem,
+                blx.WarmStart(),
+                X0,
+                Y0,
+                pipeline=refused,
+                batches=generator(),
+                **run,
+            )

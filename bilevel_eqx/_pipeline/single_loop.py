@@ -207,6 +207,11 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
                 "moves them in turn. Leave these out, or use `MiniBatch` or `Momentum`."
             )
 
+    @property
+    def admits_batches(self) -> bool:  # pyright: ignore
+        # One batch of each level a step, which no other step needs again.
+        return self._at_once and not self.estimator.vanishing_noise
+
     def init(self, problem, equilibrium, x, y, key):
         del equilibrium
         self._check(problem, x, y)

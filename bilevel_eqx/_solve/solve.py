@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_rate, as_variables, check_count, check_positive, says
+from .._arguments import as_rate, as_variables, check_count, check_positive
 from .._compat import is_traced, not_differentiable
 from .._custom_types import typechecked, X, Y
 from .._derivatives.post_mortem import post_mortem
@@ -373,7 +373,8 @@ def _stream(
             f"`solve(batches=...)`: `{type(problem).__name__}` does not say what its "
             "samples are. State the problem as a `FiniteSumProblem`."
         )
-    if not says(pipeline, "admits_batches", False):
+    # Of the pipeline itself: it may depend on its parts.
+    if not getattr(pipeline, "admits_batches", False):
         raise ValueError(
             f"`solve(batches=...)`: `{name}` compares steps with each other, and with "
             "other samples in each it would compare the samples. Use `GradientPipeline` "
