@@ -186,7 +186,7 @@ def _logistic_value(problem, x, y):
         return at - jnp.linalg.solve(hessian(at), slope(at)), None
 
     # From zero, where the curvature is largest.
-    best, _ = jax.lax.scan(newton_step, jnp.zeros_like(y), None, length=8)
+    best, _ = jax.lax.scan(newton_step, jnp.zeros_like(y), None, length=6)
     value, outer_y = jax.value_and_grad(problem.outer, argnums=1)(x, best)
     q = jnp.linalg.solve(hessian(best), outer_y)
     return value, -jnp.exp(x) * best * q, jnp.sum((y - best) ** 2)
