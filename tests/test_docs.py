@@ -66,7 +66,9 @@ def as_a_user():
         jax.config.update("jax_enable_x64", x64)
 
 
-@pytest.mark.parametrize("name", ("index", "equations", "extending", "right", "roots"))
+@pytest.mark.parametrize(
+    "name", ("index", "equations", "extending", "right", "roots", "batches")
+)
 def test_pages_run(name, as_a_user):
     page = DOCS / f"{name}.md"
     text = page.read_text()
