@@ -319,7 +319,7 @@ def draw(figures: dict[str, dict[str, Any]], path: Path, clock: str) -> None:
         picture.legend(handles, labels, loc="lower center", ncols=len(labels))
         picture.tight_layout(rect=(0, 0.05, 1, 1))
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.savefig(path, dpi=80)
+        picture.savefig(path, dpi=110)
         plt.close(picture)
 
 
