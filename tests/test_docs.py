@@ -67,7 +67,11 @@ def as_a_user():
 
 
 @pytest.mark.parametrize(
-    "name", ("index", "equations", "extending", "right", "roots", "batches")
+    "name",
+    (
+        *("index", "equations", "extending", "right", "roots"),
+        pytest.param("batches", marks=pytest.mark.slow),
+    ),
 )
 def test_pages_run(name, as_a_user):
     page = DOCS / f"{name}.md"

@@ -119,6 +119,7 @@ def test_memory_does_not_grow_with_the_data():
     assert _temporary_bytes(8_050, None) > 10 * large
 
 
+@pytest.mark.slow
 def test_everything_that_takes_a_problem_takes_it():
     response = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
 

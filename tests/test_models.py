@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import optax
+import pytest
 from helpers import tree_allclose
 
 import bilevel_eqx as blx
@@ -259,6 +260,7 @@ def test_batch_normalisation_by_a_reference_batch():
     assert tree_allclose(out.gradient, by_differences, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_batch_normalisation_by_statistics_that_are_given():
     net, state = _net()
     y, static = eqx.partition(net, eqx.is_inexact_array)

@@ -322,6 +322,7 @@ def test_what_compares_points_is_refused_with_batches(optimiser):
         _run(pipeline, 1, blx.WarmStart())
 
 
+@pytest.mark.slow
 def test_what_a_run_draws_does_not_depend_on_how_it_is_cut():
     pipeline = blx.GradientPipeline(
         blx.Unrolled(optax.sgd(0.2), 2, batch_size=8, key=KEY),
@@ -400,7 +401,8 @@ def test_penalties_select_the_best_inner_minimum(name):
     assert solution.certificate.largest < 1e-3
 
 
-@pytest.mark.parametrize("name", ("F2SA", pytest.param("PBGD", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("F2SA", "PBGD"))
 def test_defaults_find_the_unique_minimum(name):
     solution = _run(name, 1000, blx.Stackelberg())
     exact = _run(blx.GradientPipeline(exact_response, LBFGS()), 100, blx.Stackelberg())

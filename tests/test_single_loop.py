@@ -265,7 +265,15 @@ METHODS = {
     "AmIGO": (loop(**several), _amigo),
     "stocBiO": (loop(**several, warm_adjoint=False), _stocbio),
 }
-each_method = pytest.mark.parametrize("name", list(METHODS))
+# One of each kind; CI tries the others too.
+_quick = ("SOBA", "SABA", "AmIGO")
+each_method = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in _quick else pytest.mark.slow)
+        for name in METHODS
+    ],
+)
 
 
 def everything(x, y, metrics):
@@ -535,7 +543,9 @@ def test_default_rates_serve():
     assert np.allclose(state.rate, 0.5 / np.linalg.eigvalsh(H)[-1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("optimiser", ("adam", "schedule"))
+@pytest.mark.parametrize(
+    "optimiser", (pytest.param("adam", marks=pytest.mark.slow), "schedule")
+)
 def test_any_optimiser(optimiser):
     made = optax.adam(0.02)
     if optimiser == "schedule":

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
@@ -17,7 +16,7 @@ from .._inner_solver.minimum import minimise_inner
 from .._inner_solver.projection import Projection
 from .._problem.proximal import proximal
 from .._solution_set.picture import picture
-from .._tree import nonzero, tree_axpy, tree_norm, tree_waves
+from .._tree import nonzero, tree_axpy, tree_norm, tree_waves, where
 from .base import AbstractEquilibrium, Certificate
 from .outer_curvature import outer_curvature
 from .residuals import measure, outer_residual, outer_slopes, slopes_of
@@ -160,27 +159,26 @@ def _defect_of_zero_sum(problem, x: PyTree[Array], y: PyTree[Array]) -> Scalar:
     def total(variables):
         return problem.outer(*variables) + problem.inner(*variables)
 
-    dtype = tree_norm((x, y)).dtype
-    defect = scale = jnp.zeros((), dtype)
-    known = jnp.array(False)
-    flat, treedef = jtu.tree_flatten((x, y))
-    sizes = [nonzero(tree_norm(u)) for u in flat]
-    # Not only at (x, y): at an equilibrium both gradients vanish. But also there: the
-    # other points may lie where an objective is not defined.
-    for i, key in enumerate(jr.split(jr.PRNGKey(0), 4)):
-        keys = jr.split(key, len(flat))
-        moved = [
-            u + min(i, 1) * size * jr.normal(k, u.shape, u.dtype)
-            for u, size, k in zip(flat, sizes, keys)
-        ]
-        at = jtu.tree_unflatten(treedef, moved)
+    def around(i):
+        """A point around (x, y), and (x, y) itself for zero."""
+
+        def moved(u):
+            count = jnp.arange(u.size, dtype=u.dtype).reshape(u.shape)
+            waves = jnp.cos((1 + i.astype(u.dtype)) * (1 + count))
+            size = nonzero(tree_norm(u)) * jnp.minimum(i, 1).astype(u.dtype)
+            return u + size * waves
+
+        at = jtu.tree_map(moved, (x, y))
         wrong = tree_norm(jax.grad(total)(at))
         right = tree_norm(jax.grad(lambda v: problem.outer(*v))(at))
-        finite = jnp.isfinite(wrong + right)
-        defect = defect + jnp.where(finite, wrong, 0)
-        scale = scale + jnp.where(finite, right, 0)
-        known = known | finite
-    return jnp.where(known, defect / nonzero(scale), jnp.nan)
+        return wrong, right
+
+    # Not only at (x, y): at an equilibrium both gradients vanish. But also there: the
+    # other points may lie where an objective is not defined.
+    wrong, right = jax.vmap(around)(jnp.arange(4))
+    finite = jnp.isfinite(wrong + right)
+    defect, scale = (jnp.sum(where(finite, u, 0)) for u in (wrong, right))
+    return where(jnp.any(finite), defect / nonzero(scale), jnp.nan)
 
 
 def _is(weight: Any, limit: float) -> bool:

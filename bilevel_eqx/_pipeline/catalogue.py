@@ -222,7 +222,7 @@ def _register_single_loop(name, estimator, settings, reference, cost):
 
 _once = "1 gradient of f, 1 of F, 1 Hv, on batches"
 _twice = "2 gradients of f, 2 of F, 2 Hv, on batches, and on all data once an epoch"
-_ten_times = "12 gradients of f, 1 of F, 11 Hv, on batches; 6 n"
+_ten_times = "11 gradients of f, 1 of F, 11 Hv, on batches; 6 n"
 
 
 _ten_steps = {"inner_steps": 10, "adjoint_steps": 10}

@@ -153,9 +153,10 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
         - `inner_optimiser`, `adjoint_optimiser`, `outer_optimiser`: optax optimisers
             that do not search, schedules included; they move y, v and x. By default
             y and v descend at half of one over the largest curvature of f, estimated on
-            the first batch, and x moves by Adam at a rate of 0.01. If the noise of the
-            batches does not vanish, all three default rates decay as
-            $1 / \sqrt{1 + k / 100}$ in outer step k. A rate of yours will do better.
+            the first batch, and x moves by Adam at a rate of 0.01, which decays as
+            $1 / \sqrt{1 + k / 100}$ in outer step k. The other two decay as well, unless
+            the estimator makes the noise of the batches vanish. A rate of yours will do
+            better.
         - `inner_batch`, `outer_batch`: how many samples are drawn; `None`, the default,
             is all. Keyword only arguments.
         - `inner_steps`, `adjoint_steps`: how many steps y and v take in an outer step.
@@ -367,11 +368,12 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
     def _optimisers(self, rate: Scalar | None) -> tuple:
         """Those of y, v and x: the user's, or the default ones."""
 
-        def decaying(rate: Any, steps: int) -> Any:
-            if self.estimator.vanishing_noise:
-                return rate
+        def falling(rate: Any, steps: int) -> Any:
             # In outer steps, of which each has several steps of y or v.
             return lambda count: rate / jnp.sqrt(1 + (count // steps) / 100)
+
+        def decaying(rate: Any, steps: int) -> Any:
+            return rate if self.estimator.vanishing_noise else falling(rate, steps)
 
         inner, adjoint = self.inner_optimiser, self.adjoint_optimiser
         outer = self.outer_optimiser
@@ -380,7 +382,8 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
         if adjoint is None:
             adjoint = optax.sgd(decaying(rate, self.adjoint_steps))
         if outer is None:
-            outer = optax.adam(decaying(0.01, 1))
+            # At a constant rate Adam does not come to rest, noise or not.
+            outer = optax.adam(falling(0.01, 1))
         return inner, adjoint, outer
 
     def _check(self, problem: AbstractBilevelProblem, x, y) -> None:

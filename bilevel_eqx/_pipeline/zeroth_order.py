@@ -123,7 +123,11 @@ class ZerothOrder(AbstractPipeline[ZerothOrderState]):
         return Batches(self.inner_batch, self.outer_batch)
 
     def init(self, problem, equilibrium, x, y, key):
-        del equilibrium
+        if isinstance(equilibrium, WarmStart) and equilibrium.partial:
+            raise ValueError(
+                "`ZerothOrder` has no damping, and cannot aim at a partial warm start, "
+                "`WarmStart(epsilon)`. Use `WarmStart()`, or `SingleLoop(damping=...)`."
+            )
         check_has_objective(problem, "`ZerothOrder`")
         self._batches.check(problem, "ZerothOrder")
         curvature = jnp.ones(())

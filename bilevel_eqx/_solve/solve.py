@@ -254,12 +254,16 @@ def _with_where_x_went(
     A search for better points ends there without a failure: F becomes flat, and at some
     point rounding decides.
     """
-    outer, first, last = certificate.residuals.get("outer"), tree_max(x0), tree_max(x)
-    if outer is None or outer.ndim > 0 or any(map(is_traced, (outer, first, last))):
+    outer = certificate.residuals.get("outer")
+    if (
+        outer is None
+        or outer.ndim > 0
+        or any(map(is_traced, jtu.tree_leaves((x, outer))))
+    ):
         return certificate
-    note = where_x_went(first, last)
-    # Negated, so that NaN is not stationary.
-    if note == "" or outer <= _STATIONARY:
+    note = where_x_went(*_largest_entries(x0, x))
+    # Not >, so that NaN is not stationary.
+    if note == "" or float(outer) <= _STATIONARY:
         return certificate
     note = f"x is not stationary. {note}"
     values = history.get("value") if isinstance(history, dict) else None
@@ -269,6 +273,11 @@ def _with_where_x_went(
         if count > 1:
             note += f" In the last {count} entries of the history F is the same."
     return amended(certificate, [*certificate.notes, note])
+
+
+@eqx.filter_jit
+def _largest_entries(x0: PyTree, x: PyTree) -> tuple[Scalar, Scalar]:
+    return tree_max(x0), tree_max(x)
 
 
 # An x whose residual is below this may be large, and does not run off.
