@@ -69,7 +69,8 @@ def as_a_user():
 @pytest.mark.parametrize(
     "name",
     (
-        *("index", "equations", "extending", "right", "roots"),
+        *("index", "extending", "right", "roots"),
+        pytest.param("equations", marks=pytest.mark.slow),
         pytest.param("batches", marks=pytest.mark.slow),
     ),
 )
