@@ -274,24 +274,15 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
         v, adjoint_state = _move(
             adjoint, point.v, state.adjoint_state, directions.v, value
         )
-        x, outer_state = _move(
-            outer,
-            point.x,
-            state.outer_state,
-            directions.x,
-            terms.outer_value,
-            set_x(problem).project,
-        )
         new = dataclasses.replace(
             state,
-            x=x,
             y=y,
             v=v,
             inner_state=inner_state,
             adjoint_state=adjoint_state,
-            outer_state=outer_state,
             estimator_state=estimator_state,
         )
+        new = _with_x_moved(problem, outer, new, directions, terms)
         return new, point.v, directions, terms
 
     def _in_turn(self, problem, state: SingleLoopState):
@@ -332,24 +323,15 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
         directions, estimator_state = self.estimator(
             last, last_batch, point, terms, state.estimator_state
         )
-        x, outer_state = _move(
-            outer,
-            state.x,
-            state.outer_state,
-            directions.x,
-            terms.outer_value,
-            set_x(problem).project,
-        )
         new = dataclasses.replace(
             state,
-            x=x,
             y=y,
             v=v,
             inner_state=inner_state,
             adjoint_state=adjoint_state,
-            outer_state=outer_state,
             estimator_state=estimator_state,
         )
+        new = _with_x_moved(problem, outer, new, directions, terms)
         return new, v, directions, terms
 
     def _adjoint_direction(self, problem, x, y, v, outer_y):
@@ -422,6 +404,21 @@ def _checked_start(name: str, optimiser: Any, at: PyTree[Array]) -> Any:
 def _converted(optimiser: Any) -> Any:
     is_optax = isinstance(optimiser, optax.GradientTransformation)
     return as_pytree(optimiser) if is_optax else optimiser
+
+
+def _with_x_moved(
+    problem, optimiser, state: SingleLoopState, directions, terms
+) -> SingleLoopState:
+    """The state after the step of x, which is the last of an outer step."""
+    x, outer_state = _move(
+        optimiser,
+        state.x,
+        state.outer_state,
+        directions.x,
+        terms.outer_value,
+        set_x(problem).project,
+    )
+    return dataclasses.replace(state, x=x, outer_state=outer_state)
 
 
 def _move(

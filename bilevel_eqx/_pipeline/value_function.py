@@ -117,8 +117,10 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
         self._batches.check(problem, "ValueFunctionDescent")
         count = jnp.array(0)
         value, direction = self._direction(self._draw(problem, key, count), x, y)
-        curvature = largest_curvature(lambda v: problem.outer(*v), (x, y))
-        rate = 1 / nonzero(curvature)
+        rate = jnp.ones_like(value)
+        if self.optimiser is None:
+            curvature = largest_curvature(lambda v: problem.outer(*v), (x, y))
+            rate = 1 / nonzero(curvature)
         outer_state = self._optimiser(rate).init((x, y))
         return ValueFunctionState(x, y, direction, value, rate, outer_state, key, count)
 

@@ -83,15 +83,18 @@ class Batches(eqx.Module):
             if size is None:
                 continue
             if not isinstance(problem, AbstractFiniteSumProblem):
-                raise ValueError(
-                    f"`{owner}({level}_batch={size})` draws mini-batches, but "
-                    f"`{type(problem).__name__}` does not say what its samples are. "
-                    "State the problem as a `FiniteSumProblem`, or leave the batch out "
-                    "to use all of it."
-                )
+                raise _no_samples(problem, f"{owner}({level}_batch={size})")
             check_count(size, f"{level}_batch", owner)
             available = num_samples(problem, level)
             check_batch_size(size, available, f"`problem.{level}_data`")
+
+
+def _no_samples(problem: AbstractBilevelProblem, call: str) -> ValueError:
+    return ValueError(
+        f"`{call}` draws mini-batches, but `{type(problem).__name__}` does not say what "
+        "its samples are. State the problem as a `FiniteSumProblem`, or leave the batch "
+        "out to use all of it."
+    )
 
 
 def on_inner_batch(
@@ -112,11 +115,7 @@ def on_inner_batch(
             )
         problem, outer_batch = problem.problem, problem.outer_batch
     if not isinstance(problem, AbstractFiniteSumProblem):
-        raise ValueError(
-            f"`{owner}(batch_size={size})` draws mini-batches, but "
-            f"`{type(problem).__name__}` does not say what its samples are. State the "
-            "problem as a `FiniteSumProblem`, or leave the batch out to use all of it."
-        )
+        raise _no_samples(problem, f"{owner}(batch_size={size})")
     check_batch_size(size, num_samples(problem, "inner"), "`problem.inner_data`")
     on = Batches(size, None)(problem, key, count, count)
     assert isinstance(on, OnBatches)
