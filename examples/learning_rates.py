@@ -41,10 +41,11 @@ def with_rates(x):  # x are the logarithms of the rates
 
 
 def load():
-    features, targets = load_diabetes(return_X_y=True, scaled=False)
+    features, targets = map(np.asarray, load_diabetes(return_X_y=True, scaled=False))
     features = (features - features.mean(0)) / features.std(0)
-    best = np.linalg.lstsq(features, (targets - targets.mean()) / targets.std())[0]
-    return Training(*(jnp.asarray(u, "float32") for u in (features, features @ best)))
+    targets = (targets - targets.mean()) / targets.std()
+    targets = features @ np.linalg.lstsq(features, targets)[0]
+    return Training(jnp.asarray(features, "float32"), jnp.asarray(targets, "float32"))
 
 
 def best_polynomial(problem, y0):
@@ -79,8 +80,7 @@ def run(quick):
     @jax.jit
     def after(x):  # the losses from starts that nothing has seen, after each step
         def one(y, rate):
-            slope = jax.grad(problem.inner, argnums=1)(x, y)
-            y = y - jnp.exp(rate) * slope
+            y = y - jnp.exp(rate) * jax.grad(problem.inner, argnums=1)(x, y)
             return y, problem.outer(x, y)
 
         return jax.lax.scan(one, fresh, x)[1]

@@ -15,7 +15,11 @@ EXAMPLES, PAGES, FIGURES = (
 )
 GALLERY = (
     # One a line.
+    "architecture_search",
+    "deep_equilibrium",
     "distillation",
+    "flax_model",
+    "gan",
     "learning_rates",
 )
 
@@ -43,6 +47,8 @@ def script(request, monkeypatch):
     """A script as a module, in the settings of a user and not those of the tests."""
     for needed in ("matplotlib", "mlxtend", "sklearn"):
         pytest.importorskip(needed, reason="This needs the extra `examples`.")
+    if request.param == "flax_model":
+        pytest.importorskip("flax", reason="This needs the extra `flax`.")
     importlib.import_module("matplotlib").use("agg")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     with (
