@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 from helpers import grid, tree_allclose
 
@@ -251,3 +252,27 @@ def test_on_error_breakpoint():
         assert "The inner gradient has norm 0.5." in before
         assert value == "nan"
     assert said["well"][1] == "1.0"
+
+
+def test_adam_that_is_unrolled_where_a_gradient_is_zero():
+    # A unit that never fires: the second moment of y[1] is zero, where a square root has
+    # no slope.
+    def inner(x, y):
+        return 0.5 * (y[0] - x) ** 2 + jax.nn.relu(x * y[1] - 1.0)
+
+    problem = blx.BilevelProblem(lambda x, y: jnp.sum(y**2), inner)
+    x, y0 = jnp.array(1.0), jnp.zeros(2)
+
+    pipeline = blx.GradientPipeline(blx.Unrolled(optax.adam(0.1), 2), optax.sgd(0.1))
+    with pytest.raises(eqx.EquinoxRuntimeError, match="eps_root=1e-8"):
+        blx.solve(problem, blx.WarmStart(), x, y0, pipeline=pipeline, num_steps=1)
+
+    # One step of Adam from zero goes by rate m / (sqrt(v + eps_root) + eps), m = -x.
+    one = blx.Unrolled(optax.adam(0.1, eps_root=1e-2, eps=0.0), 1)
+    found = blx.hypergradient(problem, x, y0, one)
+
+    def value(x):
+        return (0.1 * x / jnp.sqrt(x**2 + 1e-2)) ** 2
+
+    assert tree_allclose(found.value, value(x), rtol=1e-9)
+    assert tree_allclose(found.gradient, jax.grad(value)(x), rtol=1e-9)

@@ -85,7 +85,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
     )
     nonfinite_step = (
         "NaN or infinity appeared. Lower the outer learning rate or the inner step "
-        "size, or look for a function that has no finite derivative at this point. With "
+        "size, or look for a function that has no finite derivative at this point. "
+        "(Adam's square root has none where a gradient is zero, as for a unit that never "
+        "fires: where it is unrolled, use `optax.adam(..., eps_root=1e-8)`.) With "
         "`throw=False`, `solve` returns the last finite state and the history so far."
     )
     adjoint_diverged = (

@@ -73,6 +73,13 @@ class Unrolled(AbstractResponse):
         response = blx.Unrolled(with_rates, K)
         ```
 
+    !!! warning "Adam"
+
+        `optax.adam` takes the square root of its second moments. Where the gradient has
+        been zero in every step (a unit that never fires, a pixel that is always black) it
+        has no finite derivative, and the hypergradient is NaN. Give it an `eps_root`:
+        `optax.adam(rate, eps_root=1e-8)`.
+
     ??? cite "References"
 
         Domke, *Generic methods for optimization-based modeling*, 2012. Maclaurin,
