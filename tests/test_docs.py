@@ -69,9 +69,11 @@ def as_a_user():
 @pytest.mark.parametrize(
     "name",
     (
-        *("index", "extending", "right", "roots"),
-        pytest.param("equations", marks=pytest.mark.slow),
-        pytest.param("batches", marks=pytest.mark.slow),
+        "index",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("batches", "equations", "extending", "right", "roots")
+        ),
     ),
 )
 def test_pages_run(name, as_a_user):
