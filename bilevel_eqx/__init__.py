@@ -1,3 +1,4 @@
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
 from . import pipelines as pipelines, reports as reports
@@ -85,6 +86,9 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
+    # On request, for the sake of matplotlib and of the data.
+    if name in ("plot", "tasks"):
+        return _import_module(f"{__name__}.{name}")
     # What lives in a submodule is found here too, so that `blx.SingleLoop` works.
     for home in (pipelines, reports):
         if not name.startswith("_") and hasattr(home, name):

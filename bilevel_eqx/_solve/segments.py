@@ -4,6 +4,7 @@ import contextlib
 import functools as ft
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -19,7 +20,7 @@ from .checkpoint import Checkpoint
 from .identity import identity_of, programs_of
 from .interrupt import heed_interruption
 from .loop import advance, begin, empty_history, Progress, Run, Start
-from .report import Reporter
+from .report import AbstractReporter
 from .stream import Stream
 
 
@@ -39,11 +40,12 @@ _ROUNDED_BYTES = 2**20
 
 
 class End(NamedTuple):
-    """Where a run has ended."""
+    """Where a run has ended, and the wall-clock time of its compiling and its steps."""
 
     progress: Progress
     history: PyTree[Array]
     interrupted: bool
+    seconds: dict[str, float]
 
 
 @eqx.filter_jit
@@ -105,7 +107,7 @@ def run_in_segments(
     num_steps: int,
     *,
     checkpoint: Checkpoint | None,
-    reporter: Reporter,
+    reporter: AbstractReporter,
     stream: Stream | None = None,
 ) -> End | None:
     """The whole run, from its start or from where the checkpoint says.
@@ -116,7 +118,8 @@ def run_in_segments(
     save_every = int(run.save_every)
     earlier = checkpoint if checkpoint is not None and checkpoint.exists() else None
     starting = _begin if earlier is None else ft.partial(eqx.filter_eval_shape, _begin)
-    with reporter.compiling():
+    seconds = {"compile": 0.0, "run": 0.0}
+    with reporter.compiling(), _timed(seconds, "compile"):
         first_batches = None if stream is None else stream.example()
         progress, blank, programs = starting(
             run, start, checkpoint is not None, first_batches
@@ -137,10 +140,14 @@ def run_in_segments(
         history = jtu.tree_map(lambda h, e: h.at[: len(e)].set(e), history, entries)
 
     first = done = saved
+    reporter.begins(first)
     stopped = bool(progress.stopped)
     run_arrays, run_rest = _arrays(run), _rest(run)
     arrays, progress_rest = _arrays(progress), _rest(progress)
     pace = _Pace()
+
+    def metrics() -> dict[str, Any]:
+        return jax.device_get(_whole(arrays, progress_rest).metrics)
 
     def save(entries: PyTree[Array]) -> None:
         assert checkpoint is not None
@@ -166,30 +173,38 @@ def run_in_segments(
             fetching = contextlib.nullcontext()
             if stream is not None:
                 fetching = stream.fetching(until)
-            with compiling(), fetching:
+            spent_on = "compile" if compiles else "run"
+            with compiling(), fetching, _timed(seconds, spent_on):
                 (arrays, history), kept, stopped, num_steps_now = _segment(
                     ((run_arrays, np.asarray(until), batches), run_rest, progress_rest),
                     (arrays, history),
-                    None if reporter.report is None else room,
+                    room if reporter.wants_entries else None,
                 )
-            if is_traced(stopped):
-                return None
-            before, done = done, int(num_steps_now)
+                if is_traced(stopped):
+                    return None
+                before, done = done, int(num_steps_now)
             pace.took(until - before, time.perf_counter() - began)
             stopped = bool(stopped)
-            reporter.entries(kept, before, done)
+            reporter.segment(kept, before, done, metrics)
             if checkpoint is not None and checkpoint.next(saved) <= done and not stopped:
                 save(_first(history, done // save_every))
                 saved = done
     progress = _whole(arrays, progress_rest)
-    reporter.end(progress, first, done)
+    reporter.ends(progress, first, done, interruption.requested)
     history = _first(history, done // save_every)
     if checkpoint is not None and saved < done and not bool(progress.verdict.failed):
         save(history)
     if stream is not None and not (done == num_steps or stopped):
         if not interruption.requested:
             raise stream.ended(done)
-    return End(progress, history, interruption.requested)
+    return End(progress, history, interruption.requested, seconds)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - began
 
 
 class _Pace:
