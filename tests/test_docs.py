@@ -1,5 +1,6 @@
 """The documentation: that it is complete, and that what it shows runs."""
 
+import importlib
 import re
 import types
 from pathlib import Path
@@ -84,3 +85,19 @@ def test_pages_run(name, as_a_user):
         # Empty lines before it, so that a traceback has the line of the page.
         line = text.count("\n", 0, block.start(1))
         exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+
+
+def test_dead_links_are_found(tmp_path, monkeypatch):
+    pytest.importorskip("mkdocs", reason="This needs the extra `docs`.")
+    monkeypatch.syspath_prepend(str(DOCS))
+    links = importlib.import_module("links")
+    (tmp_path / "sub").mkdir()
+    good = '<h1 id="top"></h1><a href="sub/#here"></a><a href="https://else.where/x">'
+    (tmp_path / "index.html").write_text(good)
+    sub = '<p id="here"><a href="../#top"></a><a href="../#off"></a><img src="no.png">'
+    (tmp_path / "sub" / "index.html").write_text(sub)
+    (tmp_path / "404.html").write_text('<a href="/base/sub/"></a>')
+    assert links.dead_links(tmp_path, "base/") == [
+        "sub/index.html links to ../#off: no anchor",
+        "sub/index.html links to no.png: no such file",
+    ]
