@@ -1,3 +1,5 @@
+"""Bilevel optimisation in JAX where you name the equilibrium."""
+
 from importlib.metadata import version as _version
 
 from . import pipelines as pipelines, reports as reports
