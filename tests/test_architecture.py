@@ -161,6 +161,8 @@ ROADS = {
 }
 
 
+# Seconds under a profiler.
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ROADS)
 def test_roads_are_those_of_the_code(title):
     rooms, named = _road(title)

@@ -76,7 +76,7 @@ def _pages():
     return sorted(page for page in pages if page.parent.name != "gallery")
 
 
-QUICK = ("index.md", "extending.md", "right.md", "roots.md")
+QUICK = ("index.md",)  # The first that a user runs.
 _BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.M | re.S)
 _NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?!\w)")
 

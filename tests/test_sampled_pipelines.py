@@ -177,6 +177,7 @@ def test_f2sa_is_its_formula(sizes):
     assert tree_allclose(solution.state.minimum, z, rtol=1e-12)
 
 
+@pytest.mark.slow
 @SIZES
 def test_pbgd_is_its_formula(sizes):
     T, a1, a2, b, penalty = 3, 0.05, 0.2, 0.3, 4.0
@@ -237,6 +238,7 @@ def test_bome_is_its_formula(sizes):
     assert tree_allclose(_run(pipeline).history, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @SIZES
 def test_pzobo_is_its_formula(sizes):
     T, m, mu, a, b = 3, 4, 0.1, 0.2, 0.3
