@@ -113,14 +113,20 @@ def test_pages_run(page, as_a_user, tmp_path, monkeypatch):
 
 def _assert_alike(printed, shown):
     """What a page shows is what was printed, but for line breaks and small differences of
-    numbers. A line of three dots stands for anything."""
-    pattern, numbers = "", []
-    for part in re.split(r"^\s*\.\.\.\s*$", shown, flags=re.MULTILINE):
-        words = _NUMBER.split(part)
-        numbers += [float(number) for number in _NUMBER.findall(part)]
-        words = [r"\s*".join(map(re.escape, word.split())) for word in words]
-        pattern += (".*" if pattern else "") + rf"\s*({_NUMBER.pattern})\s*".join(words)
-    found = re.fullmatch(rf"\s*{pattern}\s*", printed, re.DOTALL)
+    numbers. A line of three dots stands for anything. A number after a tilde stands for any
+    number: it is a time that was measured."""
+    pattern, numbers, number = "", [], rf"\s*({_NUMBER.pattern})\s*"
+    for part in re.split(r"(^\s*\.\.\.\s*$|~\d+)", shown, flags=re.MULTILINE):
+        if part.strip() == "...":
+            pattern += ".*"
+        elif part.startswith("~"):
+            pattern += r"\d+"
+        else:
+            numbers += map(float, _NUMBER.findall(part))
+            words = (word.split() for word in _NUMBER.split(part))
+            words = (r"\s*".join(map(re.escape, word)) for word in words)
+            pattern += r"\s*" + number.join(words) + r"\s*"
+    found = re.fullmatch(pattern, printed, re.DOTALL)
     assert found, f"The page shows\n{shown}\nand its code prints\n{printed}"
     for number, shown_number in zip(map(float, found.groups()), numbers, strict=True):
         # Residuals are zero to rounding, which differs from one machine to another.
