@@ -113,8 +113,8 @@ def test_pages_run(page, as_a_user, tmp_path, monkeypatch):
 
 def _assert_alike(printed, shown):
     """What a page shows is what was printed, but for line breaks and small differences of
-    numbers. A line of three dots stands for anything. A number after a tilde stands for any
-    number: it is a time that was measured."""
+    numbers. A line of three dots stands for anything. A number after a tilde stands
+    for any number: it is a time that was measured."""
     pattern, numbers, number = "", [], rf"\s*({_NUMBER.pattern})\s*"
     for part in re.split(r"(^\s*\.\.\.\s*$|~\d+)", shown, flags=re.MULTILINE):
         if part.strip() == "...":
