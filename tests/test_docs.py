@@ -150,6 +150,18 @@ def test_the_readme_shows_the_code_of_the_home_page():
     assert all(block in readme for block in blocks)
 
 
+def test_the_version_is_the_same_everywhere():
+    project = (DOCS.parent / "pyproject.toml").read_text()
+    citation = (DOCS / "CITATION.cff").read_text()
+    changes = (DOCS / "changelog.md").read_text()
+    patterns = (r'^version = "(.*)"$', r"^version: (.*)$", r"^## ([\d.]+)")
+    versions = {
+        re.search(pattern, text, re.MULTILINE)[1]
+        for pattern, text in zip(patterns, (project, citation, changes), strict=True)
+    }
+    assert len(versions) == 1
+
+
 def test_dead_links_are_found(tmp_path, monkeypatch):
     pytest.importorskip("mkdocs", reason="This needs the extra `docs`.")
     monkeypatch.syspath_prepend(str(DOCS))
