@@ -1,3 +1,5 @@
+"""Bilevel optimisation in JAX where you name the equilibrium."""
+
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
