@@ -141,7 +141,10 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             _check_compares_nothing(as_descent(self.optimiser), x)
         mover = self._mover
         result = RESULTS.successful
-        if not reaches_outer(problem, x, y, self.response):
+        # On a batch: x may be in what is random alone, which rests on all data.
+        first = jnp.array(0)
+        on_batch = self._batches(problem, key, first, first)
+        if not reaches_outer(on_batch, x, y, self.response):
             result = RESULTS.zero_hypergradient
         value = jax.eval_shape(problem.outer, x, y)
         return GradientState(

@@ -135,13 +135,15 @@ class Implicit(AbstractResponse):
         return Response(y, jacobian, result, stats, pullback, presumes=_Itself())
 
     def best_response(self, problem, x, anchor):
-        anchor = jax.lax.stop_gradient(anchor)
+        # In one vector, as where the hypergradient is computed: H is then the same.
+        problem, layout = flat_if_uniform(problem, anchor)
+        anchor = jax.lax.stop_gradient(layout.ravel(anchor))
         problem = closure_converted(problem, x, anchor)
         response = nondifferentiable(
             self, name="The solvers of an `Implicit` or `Proximal` response"
         )
         y, result = _argmin(response, problem, x, anchor)
-        return y, result
+        return layout.unravel(y), result
 
     def reaches(self, problem, x, anchor):
         return depends_on(lambda x: inner_gradient(problem, x, anchor), x)

@@ -131,7 +131,16 @@ class Unrolled(AbstractResponse):
             return depends_on(
                 lambda x: self._unroll(problem, x, anchor, None, "forward")[0], x
             )
-        return depends_on(lambda x: inner_gradient(problem, x, anchor), x)
+
+        def gradient(x):
+            if self.batch_size is None:
+                return inner_gradient(problem, x, anchor)
+            # x may be in what is random alone, which rests where all data are used.
+            key, count = jr.key(0), jnp.array(0)
+            on = on_inner_batch(problem, self.batch_size, key, count, "Unrolled")
+            return inner_gradient(on, x, anchor)
+
+        return depends_on(gradient, x)
 
     def _optimiser(self, x) -> Any:
         if not callable(self.optimiser):
