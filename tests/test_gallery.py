@@ -15,6 +15,8 @@ EXAMPLES, PAGES, FIGURES = (
 )
 GALLERY = (
     # One a line.
+    "distillation",
+    "learning_rates",
 )
 
 
