@@ -217,7 +217,7 @@ def _check_memory(num_bytes: int) -> None:
 
 def _available_bytes() -> int | None:
     """The memory of the device, or of the machine; `None` if neither is known."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats is not None and "bytes_limit" in stats:
         return stats["bytes_limit"]
     try:
