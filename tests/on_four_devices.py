@@ -1,7 +1,7 @@
 """What runs on four devices. `test_devices.py` runs this file in a process that has them.
 
-By hand:
-`XLA_FLAGS=--xla_force_host_platform_device_count=4 pytest tests/on_four_devices.py`.
+By hand, with all pipelines:
+`XLA_FLAGS=--xla_force_host_platform_device_count=4 pytest -m "" tests/on_four_devices.py`
 """
 
 import re
@@ -86,7 +86,10 @@ PIPELINES = {
 }
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "SAGA" else pytest.mark.slow) for n in PIPELINES],
+)
 def test_the_answer_is_that_of_one_device(name):
     problem, x, y = _make()
     equilibrium, pipeline = PIPELINES[name]
@@ -233,20 +236,31 @@ def test_many_runs():
         return jax.vmap(end)(starts)
 
     wanted = jax.jit(ends)(starts)
-    for kind in KINDS:
-        mesh = _mesh(kind)
-        split = _put(starts, mesh, SPLIT)
-        mapped = jax.shard_map(
-            ends, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT, check_vma=False
-        )
-        assert tree_allclose(jax.jit(mapped)(split), wanted, rtol=1e-12)
-        other = ends
-        if kind == AxisType.Explicit:
-            to = NamedSharding(mesh, SPLIT)
-            other = jax.sharding.auto_axes(ends, out_sharding=to)
-        found = jax.jit(other)(split)
+    auto, explicit = (_put(starts, _mesh(kind), SPLIT) for kind in KINDS)
+    mapped = jax.shard_map(
+        ends, mesh=auto.sharding.mesh, in_specs=SPLIT, out_specs=SPLIT, check_vma=False
+    )
+    on_auto_axes = jax.sharding.auto_axes(ends, out_sharding=explicit.sharding)
+    for fn, split in ((mapped, auto), (on_auto_axes, explicit)):
+        found = jax.jit(fn)(split)
         assert tree_allclose(found, wanted, rtol=1e-12)
         assert _specs(found) == {("data",)}
+
+
+def test_linear_solves():
+    problem, x, y = _make()
+    response = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+    wanted = blx.hypergradient(problem, x, y, response)
+    for kind in KINDS:
+        mesh = _mesh(kind)
+        found = blx.hypergradient(
+            _put(problem, mesh, SPLIT),
+            _put(x, mesh, COPIED),
+            _put(y, mesh, SPLIT),
+            response,
+        )
+        assert tree_allclose(found.gradient, wanted.gradient, rtol=1e-9)
+        assert found.gradient.sharding.mesh == mesh
 
 
 def test_what_does_not_work_is_refused():
