@@ -66,7 +66,7 @@ from ._response.jacobian import response_jacobian as response_jacobian
 from ._response.minimum_displacement import MinimumDisplacement as MinimumDisplacement
 from ._response.proximal import Proximal as Proximal
 from ._response.unrolled import Unrolled as Unrolled
-from ._solve.checkpoint import load as load, save as save
+from ._solve.save import load as load, save as save
 from ._solve.solution import Solution as Solution
 from ._solve.solve import solve as solve
 from ._trust.check_hypergradient import check_hypergradient as check_hypergradient

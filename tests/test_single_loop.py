@@ -437,7 +437,7 @@ def test_estimators_are_unbiased_over_an_epoch(name):
 def test_means_are_those_of_the_tables(num_steps):
     state = run(METHODS["SABA"][0], num_steps).state
     for table in state.estimator_state:
-        means = jtu.tree_map(lambda u: jnp.mean(u, 0), table.entries)
+        means = jtu.tree_map(lambda u: jnp.mean(u, 0), table.complete())
         assert tree_allclose(table.mean, means, rtol=1e-12)
         assert jnp.all(table.mean[0] != 0)
 

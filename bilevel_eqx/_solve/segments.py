@@ -1,6 +1,7 @@
 """A run from outside of its program: in segments, between which the host has its say."""
 
 import contextlib
+import dataclasses
 import functools as ft
 import sys
 import time
@@ -13,7 +14,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._compat import is_traced
+from .._compat import is_traced, of_all_processes
+from .._mesh import placement, spans_processes, state_placed, tree_placed
 from .._problem.batches import GivenBatches
 from .._tree import tree_struct
 from .checkpoint import Checkpoint
@@ -49,10 +51,18 @@ class End(NamedTuple):
 
 
 @eqx.filter_jit
-def _begin(run: Run, start: Start, identified: bool, batches: GivenBatches | None = None):
+def _begin(
+    run: Run,
+    start: Start,
+    identified: bool,
+    batches: GivenBatches | None = None,
+    variables: dict[str, PyTree] | None = None,
+):
     """See `begin`. The digests of the programs are part of what is compiled: it is traced
-    once for both."""
+    once for both. `variables` says how x and y lie on several devices."""
     progress, blank, step = begin(run, start, batches)
+    state = state_placed(progress.state, variables)
+    progress = dataclasses.replace(progress, state=state)
     return progress, blank, programs_of(run, start, progress, step) if identified else {}
 
 
@@ -60,13 +70,15 @@ def _begin(run: Run, start: Start, identified: bool, batches: GivenBatches | Non
 # own: see `begin`.
 @eqx.filter_jit(donate="all-except-first")
 def _segment(given, carry, room: int | None):
-    (run_arrays, until, batches), run_rest, progress_rest = given
+    (run_arrays, until, batches), run_rest, progress_rest, place = given
     run = _whole(run_arrays, run_rest)
     progress = _whole(carry[0], progress_rest)
     progress, history, kept = advance(
         run, progress, carry[1], until, keep_metrics=room, batches=batches
     )
-    return (_arrays(progress), history), kept, progress.stopped, progress.num_steps
+    # Or the next segment would be another program.
+    arrays = tree_placed(_arrays(progress), place)
+    return (arrays, history), kept, progress.stopped, progress.num_steps
 
 
 class _Rest:
@@ -117,12 +129,15 @@ def run_in_segments(
     """
     save_every = int(run.save_every)
     earlier = checkpoint if checkpoint is not None and checkpoint.exists() else None
-    starting = _begin if earlier is None else ft.partial(eqx.filter_eval_shape, _begin)
+    # What is resumed lies as what it would begin with does.
+    variables = placement({"x": start.x, "y": start.y})
+    begins = earlier is None or variables is not None
+    starting = _begin if begins else ft.partial(eqx.filter_eval_shape, _begin)
     seconds = {"compile": 0.0, "run": 0.0}
     with reporter.compiling(), _timed(seconds, "compile"):
         first_batches = None if stream is None else stream.example()
         progress, blank, programs = starting(
-            run, start, checkpoint is not None, first_batches
+            run, start, checkpoint is not None, first_batches, variables
         )
     if programs is None or _is_unknown(progress):
         return None
@@ -139,11 +154,19 @@ def run_in_segments(
     if entries is not None:
         history = jtu.tree_map(lambda h, e: h.at[: len(e)].set(e), history, entries)
 
+    # All processes of a run must end it after the same step.
+    together = spans_processes((run, start))
+
+    def asked_to_end() -> bool:
+        asked = interruption.requested
+        return max(of_all_processes(int(asked))) > 0 if together else asked
+
     first = done = saved
     reporter.begins(first)
     stopped = bool(progress.stopped)
     run_arrays, run_rest = _arrays(run), _rest(run)
     arrays, progress_rest = _arrays(progress), _rest(progress)
+    place = placement(arrays)
     pace = _Pace()
 
     def metrics() -> dict[str, Any]:
@@ -155,7 +178,7 @@ def run_in_segments(
         checkpoint.write(identity, _whole(arrays, progress_rest), entries, place)
 
     with heed_interruption() as interruption:
-        while done < num_steps and not stopped and not interruption.requested:
+        while done < num_steps and not stopped and not asked_to_end():
             until, batches = pace.end(done, save_every), None
             # What would be left over for a short segment is taken now.
             if num_steps - until < (until - done) // 2:
@@ -176,7 +199,12 @@ def run_in_segments(
             spent_on = "compile" if compiles else "run"
             with compiling(), fetching, _timed(seconds, spent_on):
                 (arrays, history), kept, stopped, num_steps_now = _segment(
-                    ((run_arrays, np.asarray(until), batches), run_rest, progress_rest),
+                    (
+                        (run_arrays, np.asarray(until), batches),
+                        run_rest,
+                        progress_rest,
+                        place,
+                    ),
                     (arrays, history),
                     room if reporter.wants_entries else None,
                 )
@@ -189,15 +217,16 @@ def run_in_segments(
             if checkpoint is not None and checkpoint.next(saved) <= done and not stopped:
                 save(_first(history, done // save_every))
                 saved = done
+        interrupted = asked_to_end()
     progress = _whole(arrays, progress_rest)
-    reporter.ends(progress, first, done, interruption.requested)
+    reporter.ends(progress, first, done, interrupted)
     history = _first(history, done // save_every)
     if checkpoint is not None and saved < done and not bool(progress.verdict.failed):
         save(history)
     if stream is not None and not (done == num_steps or stopped):
-        if not interruption.requested:
+        if not interrupted:
             raise stream.ended(done)
-    return End(progress, history, interruption.requested, seconds)
+    return End(progress, history, interrupted, seconds)
 
 
 @contextlib.contextmanager

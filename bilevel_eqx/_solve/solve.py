@@ -28,6 +28,7 @@ from .._equilibrium.base import (
 from .._failure.results import first_failure, RESULTS
 from .._failure.sentences import where_x_went
 from .._failure.throw import throw_if_failed
+from .._mesh import check_mesh, on_auto_axes, spans_processes
 from .._pipeline.base import AbstractPipeline
 from .._pipeline.registry import check_pair, default_pipeline, pipeline_named
 from .._problem.base import AbstractBilevelProblem
@@ -39,6 +40,7 @@ from .checkpoint import Checkpoint
 from .loop import Progress, Run, run_in_one, Start
 from .report import AbstractReporter, Report, Silent, ToFunction
 from .segments import run_in_segments
+from .shared_checkpoint import SharedCheckpoint
 from .solution import Solution
 from .stream import Stream
 
@@ -48,6 +50,7 @@ def record_metrics(x: PyTree, y: PyTree, metrics: dict[str, Any]) -> dict[str, A
     return {name: value for name, value in metrics.items() if name != "result"}
 
 
+@on_auto_axes
 def solve(
     problem: AbstractBilevelProblem[X, Y],
     equilibrium: AbstractEquilibrium,
@@ -118,6 +121,8 @@ def solve(
         The checkpoint of another run is refused, with what has changed: an argument, a
         rate, the program of an objective or the data that it closes over, ...
         `num_steps` may be larger than in the interrupted run. Keyword only argument.
+        If the arrays lie on devices of several processes, it is a folder that all of them
+        share, and `orbax-checkpoint` must be installed.
     - `checkpoint_every`: how many steps lie between two savings, a multiple of
         `save_every`. By default about a tenth of the run. Keyword only argument.
     - `batches`: an iterator of pairs `(inner_batch, outer_batch)`, one for each step, for
@@ -160,6 +165,7 @@ def solve(
         print(solution.value, solution.certificate)
         ```
     """
+    check_mesh((problem, x0, y0, key, pipeline))
     x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
     key = jr.key(0) if key is None else key
     _check(problem, equilibrium, x0, y0)
@@ -175,7 +181,8 @@ def solve(
     if tolerance is not None:
         check_positive(tolerance, "tolerance", "solve")
         tolerance = as_rate(tolerance)
-    file = _checkpoint(checkpoint, checkpoint_every, num_steps, save_every)
+    shared = spans_processes((problem, x0, y0))
+    file = _checkpoint(checkpoint, checkpoint_every, num_steps, save_every, shared)
     reporter = _reporter(progress, num_steps, save_every)
     run = Run(problem, equilibrium, pipeline, tolerance, record, np.asarray(save_every))
     start = Start(x0, y0, key, state)
@@ -444,6 +451,7 @@ def _checkpoint(
     every: int | None,
     num_steps: int,
     save_every: int,
+    shared: bool,
 ) -> Checkpoint | None:
     if path is None:
         if every is not None:
@@ -461,7 +469,7 @@ def _checkpoint(
             "be a multiple of the second, so that each saving is at an entry of the "
             "history."
         )
-    return Checkpoint(path, every)
+    return SharedCheckpoint(path, every) if shared else Checkpoint(path, every)
 
 
 def _interruption(done: int, num_steps: int, checkpoint: str | os.PathLike | None) -> str:

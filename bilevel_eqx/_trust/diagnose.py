@@ -33,6 +33,7 @@ from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import margin, uncertainty
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._linear_solver.truncated_cg import TruncatedCG
+from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_y
@@ -225,6 +226,7 @@ class Diagnosis:
         ]
 
 
+@on_auto_axes
 def diagnose(
     problem: AbstractBilevelProblem,
     x: PyTree,
