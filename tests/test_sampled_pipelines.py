@@ -312,7 +312,7 @@ def test_a_hypergradient_is_on_one_batch(sizes):
         optax.lbfgs(),
         optax.lbfgs(linesearch=None),
         optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
-        blx.pipelines.spectral_projected_gradient(lambda x: x),
+        blx.pipelines.SpectralProjectedGradient(),
     ),
     ids=("ours", "optax", "no search", "backtracking", "spectral"),
 )
