@@ -132,6 +132,11 @@ def tree_size(a: PyTree) -> int:
     return sum(int(np.prod(u.shape)) for u in jtu.tree_leaves(a))
 
 
+def tree_bytes(a: PyTree) -> int:
+    """The bytes of `a`, whose leaves are arrays or their shapes."""
+    return sum(int(np.prod(u.shape)) * u.dtype.itemsize for u in jtu.tree_leaves(a))
+
+
 def tree_dtype(a: PyTree) -> Any:
     """The widest type among the leaves of `a`, which is the type of its scalars."""
     # Not `jnp.result_type` of all leaves at once: strict promotion forbids mixtures.
