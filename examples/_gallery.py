@@ -1,4 +1,4 @@
-"""What the scripts of the gallery share: their command line.
+"""What the scripts of the gallery share: their command line, and data.
 
 Each script has
 
@@ -8,7 +8,7 @@ Each script has
   claims, for `quick` results too.
 - `draw(results)`: a figure of matplotlib's.
 
-and ends with `main(__file__, __doc__, run, check, draw)`.
+and ends with `main(__file__, __doc__, run, check, draw)`. The data of several are here.
 """
 
 import argparse
@@ -55,6 +55,17 @@ def main(
     with Image.open(picture) as image:
         image.convert("RGB").quantize(128).save(picture, optimize=True)
     print(f"The claim holds. The picture is {picture}")
+
+
+def digits(seed: int, *ends: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scikit-learn's 1,797 images of digits (8 x 8 pixels between zero and one) with
+    their labels, in a random order, cut at these places."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    images = np.asarray(images[order] / 16, "float32")
+    return list(zip(np.split(images, ends), np.split(labels[order], ends)))
 
 
 def _arguments(doc: str | None) -> argparse.Namespace:

@@ -14,7 +14,14 @@ EXAMPLES, PAGES, FIGURES = (
     ROOT / folder for folder in ("examples", "docs/gallery", "docs/figures")
 )
 GALLERY = (
-    # One a line.
+    "feature_penalties",
+    "few_inner_steps",
+    "hyper_cleaning",
+    "influence",
+    "meta_learning",
+    "learned_augmentation",
+    "lasso",
+    "svm",
     "architecture_search",
     "deep_equilibrium",
     "distillation",
