@@ -2,6 +2,7 @@
 
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
 from . import pipelines as pipelines, reports as reports
 from ._derivatives.public import (
@@ -87,7 +88,7 @@ def __dir__() -> list[str]:
     return list(_names)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> _Any:
     # On request, for the sake of matplotlib and of the data.
     if name in ("plot", "tasks"):
         return _import_module(f"{__name__}.{name}")

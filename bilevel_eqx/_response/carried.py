@@ -36,7 +36,7 @@ def check_takes_guess(solver: lx.AbstractLinearSolver, owner: str) -> None:
 
 
 def nothing_carried(
-    solver: lx.AbstractLinearSolver, problem, y: PyTree[Array]
+    solver: Any, problem, y: PyTree[Array]
 ) -> Carried:
     """That of a first solve."""
     _, layout = flat_if_uniform(problem, y)
