@@ -72,8 +72,10 @@ def as_a_user():
 def _pages():
     """Every page with code in it, by its path."""
     pages = (page for page in DOCS.rglob("*.md") if "```python\n" in page.read_text())
-    # The code of the gallery is that of its scripts, and has tests of its own.
-    return sorted(page for page in pages if page.parent.name != "gallery")
+    # The code of the gallery is that of its scripts. It and the pictures have tests of
+    # their own.
+    others = (DOCS / "gallery", DOCS / "api" / "plot.md")
+    return sorted(page for page in pages if not {page, page.parent} & set(others))
 
 
 QUICK = ("index.md",)  # The first that a user runs.
@@ -97,9 +99,12 @@ def test_pages_run(page, as_a_user, tmp_path, monkeypatch):
     text = page.read_text()
     namespace = {"__name__": page.stem}
     for block in _BLOCK.finditer(text):
-        for package in re.findall(r"^from (sklearn|flax)\b", block[1], re.MULTILINE):
-            if importlib.util.find_spec(package) is None:
-                pytest.skip(f"The rest of the page needs {package}.")
+        packages = re.findall(r"^(?:from|import) (\w+)", block[1], re.MULTILINE)
+        missing = {name for name in packages if importlib.util.find_spec(name) is None}
+        if "sklearn" in missing:
+            pytest.skip("The rest of the page needs scikit-learn.")
+        if missing:  # a recipe for a package that is no dependency
+            continue
         # Empty lines before it, so that a traceback has the line of the page.
         line = text.count("\n", 0, block.start(1))
         code = compile("\n" * line + block[1], str(page), "exec")

@@ -29,7 +29,8 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
 
     Subclass it and make the data fields. `inner` and `outer` are made from the losses, so
     that everything that takes a problem takes this one. Algorithms that draw
-    mini-batches, such as [`bilevel_eqx.SingleLoop`][], need such a problem.
+    mini-batches, such as [`bilevel_eqx.pipelines.SingleLoop`][], need such a
+    problem.
 
     The samples lie along the leading axis of every leaf of `inner_data` and of
     `outer_data`. Where x or y has something for each sample (a weight, say), put the

@@ -114,7 +114,7 @@ def error_bound(
 
     **Returns:**
 
-    A [`bilevel_eqx.ErrorBound`][]; `print` it for a sentence.
+    A [`bilevel_eqx.reports.ErrorBound`][]; `print` it for a sentence.
 
     **Raises:**
 
