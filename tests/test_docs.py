@@ -72,6 +72,7 @@ def as_a_user():
         *("index", "extending", "right", "roots"),
         pytest.param("equations", marks=pytest.mark.slow),
         pytest.param("batches", marks=pytest.mark.slow),
+        pytest.param("devices", marks=pytest.mark.slow),
     ),
 )
 def test_pages_run(name, as_a_user):

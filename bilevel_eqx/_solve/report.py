@@ -20,7 +20,9 @@ _PATIENCE = 1.0
 
 
 def print_progress(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
-    """The default line of `solve(..., progress=True)`."""
+    """The default line of `solve(..., progress=True)`. One process of several prints."""
+    if jax.process_index() > 0:
+        return
     figures = "  ".join(f"{k} {float(v):.3e}" for k, v in metrics.items())
     print(f"step {step:>{len(str(num_steps))}}/{num_steps}  {figures}", flush=True)
 
