@@ -251,6 +251,15 @@ def static(value: Any) -> PyTree:
 #
 
 
+def say_instead(item: Any, message: str) -> None:
+    """Gives an item of an enumeration another message than the one it has inherited.
+
+    In the body of a class Equinox warns of that, because the base class has the other.
+    """
+    messages = item._enumeration._index_to_message
+    messages[int(item._value)] = message
+
+
 def on_error() -> Literal["raise", "breakpoint", "nan", "off"]:
     """What the environment variable `EQX_ON_ERROR` says, as `eqx.error_if` reads it."""
     return equinox._errors.EQX_ON_ERROR  # pyright: ignore

@@ -81,7 +81,8 @@ def answered(
     out = Hypergradient(
         value, gradient, answer.y, result, stats, pulled.adjoint, answer.presumes
     )
-    return out, answer.state, answer.slope
+    state = answer.state if pulled.state is None else pulled.state
+    return out, state, answer.slope
 
 
 @eqx.filter_jit

@@ -383,3 +383,20 @@ def test_lsmr_mixes_types():
     solver = lx.LSMR(rtol=1e-6, atol=0.0)
     with pytest.raises(Exception):
         solver.compute(operator, jnp.ones(3, jnp.float32), {})
+
+
+def test_say_instead():
+    class Base(eqxi.Enumeration):
+        good = ""
+        bad = "It is bad."
+
+    class Derived(Base):  # pyright: ignore
+        good = ""
+        worse = "It is worse."
+
+    _compat.say_instead(Derived.good, "fine")
+    messages = [Derived[Derived.good], Derived[Derived.bad], Derived[Derived.worse]]
+    assert messages == ["fine", "It is bad.", "It is worse."]
+    # The base class keeps its own, and its items are still taken.
+    assert Base[Base.good] == ""
+    assert Derived[Derived.promote(Base.good)] == "fine"

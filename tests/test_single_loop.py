@@ -266,7 +266,7 @@ METHODS = {
     "stocBiO": (loop(**several, warm_adjoint=False), _stocbio),
 }
 # One of each kind; CI tries the others too.
-_quick = ("SOBA", "SABA", "AmIGO")
+_quick = ("SOBA", "SABA")
 each_method = pytest.mark.parametrize(
     "name",
     [
@@ -494,6 +494,7 @@ def test_resumes_to_the_last_bit(name, tmp_path):
     assert tree_identical(again.state, whole.state)
 
 
+@pytest.mark.slow
 def test_vmap_over_keys():
     pipeline = METHODS["SABA"][0]
     keys = jr.split(jr.key(3), 3)

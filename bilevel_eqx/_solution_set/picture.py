@@ -318,7 +318,6 @@ class Picture(eqx.Module):
         They are those of f, differentiated along mu. Not `jax.jvp`: JAX takes no second
         derivative of it where an objective has a `jax.custom_vjp`.
         """
-
         if image is not None:
             return self._constraint_of_squares(y, multiplier, image)
         if isinstance(self.problem, AbstractRootProblem):

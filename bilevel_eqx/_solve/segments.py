@@ -5,6 +5,7 @@ import dataclasses
 import functools as ft
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -21,7 +22,7 @@ from .checkpoint import Checkpoint
 from .identity import identity_of, programs_of
 from .interrupt import heed_interruption
 from .loop import advance, begin, empty_history, Progress, Run, Start
-from .report import Reporter
+from .report import AbstractReporter
 from .stream import Stream
 
 
@@ -41,11 +42,12 @@ _ROUNDED_BYTES = 2**20
 
 
 class End(NamedTuple):
-    """Where a run has ended."""
+    """Where a run has ended, and the wall-clock time of its compiling and its steps."""
 
     progress: Progress
     history: PyTree[Array]
     interrupted: bool
+    seconds: dict[str, float]
 
 
 @eqx.filter_jit
@@ -117,7 +119,7 @@ def run_in_segments(
     num_steps: int,
     *,
     checkpoint: Checkpoint | None,
-    reporter: Reporter,
+    reporter: AbstractReporter,
     stream: Stream | None = None,
 ) -> End | None:
     """The whole run, from its start or from where the checkpoint says.
@@ -131,7 +133,8 @@ def run_in_segments(
     variables = placement({"x": start.x, "y": start.y})
     begins = earlier is None or variables is not None
     starting = _begin if begins else ft.partial(eqx.filter_eval_shape, _begin)
-    with reporter.compiling():
+    seconds = {"compile": 0.0, "run": 0.0}
+    with reporter.compiling(), _timed(seconds, "compile"):
         first_batches = None if stream is None else stream.example()
         progress, blank, programs = starting(
             run, start, checkpoint is not None, first_batches, variables
@@ -159,11 +162,15 @@ def run_in_segments(
         return max(of_all_processes(int(asked))) > 0 if together else asked
 
     first = done = saved
+    reporter.begins(first)
     stopped = bool(progress.stopped)
     run_arrays, run_rest = _arrays(run), _rest(run)
     arrays, progress_rest = _arrays(progress), _rest(progress)
     place = placement(arrays)
     pace = _Pace()
+
+    def metrics() -> dict[str, Any]:
+        return jax.device_get(_whole(arrays, progress_rest).metrics)
 
     def save(entries: PyTree[Array]) -> None:
         assert checkpoint is not None
@@ -189,7 +196,8 @@ def run_in_segments(
             fetching = contextlib.nullcontext()
             if stream is not None:
                 fetching = stream.fetching(until)
-            with compiling(), fetching:
+            spent_on = "compile" if compiles else "run"
+            with compiling(), fetching, _timed(seconds, spent_on):
                 (arrays, history), kept, stopped, num_steps_now = _segment(
                     (
                         (run_arrays, np.asarray(until), batches),
@@ -198,27 +206,34 @@ def run_in_segments(
                         place,
                     ),
                     (arrays, history),
-                    None if reporter.report is None else room,
+                    room if reporter.wants_entries else None,
                 )
-            if is_traced(stopped):
-                return None
-            before, done = done, int(num_steps_now)
+                if is_traced(stopped):
+                    return None
+                before, done = done, int(num_steps_now)
             pace.took(until - before, time.perf_counter() - began)
             stopped = bool(stopped)
-            reporter.entries(kept, before, done)
+            reporter.segment(kept, before, done, metrics)
             if checkpoint is not None and checkpoint.next(saved) <= done and not stopped:
                 save(_first(history, done // save_every))
                 saved = done
         interrupted = asked_to_end()
     progress = _whole(arrays, progress_rest)
-    reporter.end(progress, first, done)
+    reporter.ends(progress, first, done, interrupted)
     history = _first(history, done // save_every)
     if checkpoint is not None and saved < done and not bool(progress.verdict.failed):
         save(history)
     if stream is not None and not (done == num_steps or stopped):
         if not interrupted:
             raise stream.ended(done)
-    return End(progress, history, interrupted)
+    return End(progress, history, interrupted, seconds)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - began
 
 
 class _Pace:
