@@ -124,8 +124,9 @@ def check_mesh(tree: PyTree) -> None:
             "An array is on a mesh with Explicit axes, which are JAX's default, within "
             "`jax.jit`, `jax.vmap` or another transformation. Linear solves and draws of "
             "batches do not work there yet. Transform "
-            "`jax.sharding.auto_axes(fn, out_sharding=...)` instead of `fn`, or make the "
-            "mesh with Auto axes: `jax.make_mesh(shape, names, "
+            "`jax.sharding.auto_axes(fn, out_sharding=...)` instead of `fn`, and pass it "
+            "all such arrays; or make the mesh with Auto axes: "
+            "`jax.make_mesh(shape, names, "
             "axis_types=(jax.sharding.AxisType.Auto,) * len(names))`. Outside of "
             "transformations both kinds work."
         )

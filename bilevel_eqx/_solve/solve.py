@@ -272,7 +272,8 @@ def solve(
 
 def _reporter(progress: Any, num_steps: int, save_every: int) -> AbstractReporter:
     if progress is True:
-        return Bar(num_steps)
+        # Of several processes one shows it.
+        return Bar(num_steps) if jax.process_index() == 0 else Silent()
     return ToFunction(progress, num_steps, save_every) if progress else Silent()
 
 
