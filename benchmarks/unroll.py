@@ -7,6 +7,10 @@ The baseline is a plain `jax.lax.scan`, all of whose intermediate values are kep
 way back. For comparison there is also the adjoint written by hand: it stores the iterates
 and takes one joint product with the second derivatives a step on its way back. The ratio
 is a contender's time over the baseline's.
+
+`Unrolled` is given memory for all iterates; for half of them, which are then rounded
+increments; for a quarter, which are then the last ones; and for none, where it keeps as
+little as it can.
 """
 
 import argparse
@@ -60,9 +64,13 @@ def hand_adjoint(problem, x, y, num_steps):
     return jax.lax.scan(step_back, carry, iterates, reverse=True)[0][0]
 
 
-def unrolled(mode):
+def unrolled(mode, share=1.0):
+    """With memory for this share of the iterates, and for a few numbers of each step."""
+
     def hypergradient(problem, x, y, num_steps):
-        response = blx.Unrolled(optax.sgd(STEP_SIZE), num_steps, mode)
+        iterate = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(y))
+        memory = int(share * num_steps * (iterate + 2000)) + 1
+        response = blx.Unrolled(optax.sgd(STEP_SIZE), num_steps, mode, memory=memory)
         return blx.hypergradient(problem, x, y, response, throw=False).gradient
 
     return hypergradient
@@ -72,7 +80,10 @@ CONTENDERS = {
     "plain scan": plain_scan,
     "hand adjoint": hand_adjoint,
     "Unrolled, reverse": unrolled("reverse"),
-    "Unrolled, checkpointed": unrolled("checkpointed"),
+    "Unrolled, iterates": unrolled("checkpointed"),
+    "Unrolled, increments": unrolled("checkpointed", 0.51),
+    "Unrolled, a quarter": unrolled("checkpointed", 0.25),
+    "Unrolled, least memory": unrolled("checkpointed", 0.0),
 }
 
 

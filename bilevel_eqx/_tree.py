@@ -132,6 +132,11 @@ def tree_size(a: PyTree) -> int:
     return sum(int(np.prod(u.shape)) for u in jtu.tree_leaves(a))
 
 
+def tree_bytes(a: PyTree) -> int:
+    """The bytes of `a`, whose leaves are arrays or their shapes."""
+    return sum(int(np.prod(u.shape)) * u.dtype.itemsize for u in jtu.tree_leaves(a))
+
+
 def tree_dtype(a: PyTree) -> Any:
     """The widest type among the leaves of `a`, which is the type of its scalars."""
     # Not `jnp.result_type` of all leaves at once: strict promotion forbids mixtures.
@@ -209,9 +214,10 @@ class Layout:
 
     def unravel(self, flat: Float[Array, " n"]) -> PyTree[Array]:
         """The pytree of this layout whose entries are those of `flat`."""
-        leaves, start = [], 0
-        for leaf in self.leaves:
-            entries = flat[start : start + leaf.size]
-            leaves.append(entries.reshape(leaf.shape).astype(leaf.dtype))
-            start += leaf.size
+        # Not slices: the transpose of each would be a whole vector of zeros around it.
+        parts = jax.lax.split(flat, [leaf.size for leaf in self.leaves])
+        leaves = [
+            part.reshape(leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, self.leaves)
+        ]
         return jtu.tree_unflatten(self.treedef, leaves)

@@ -1,10 +1,11 @@
-"""Pipelines that serve one concept each, and the optimiser that they share.
+"""Pipelines that serve one concept each, the optimiser that they share, and parts.
 
 [`bilevel_eqx.solve`][] finds them in the registry. They are here for users who need other
 settings. [`bilevel_eqx.GradientPipeline`][], which serves most concepts, is in the
 top-level package.
 """
 
+from ._linear_solver.nystrom import Nystrom as Nystrom
 from ._optimiser.lbfgs import LBFGS as LBFGS
 from ._optimiser.spectral_projected_gradient import (
     SpectralProjectedGradient as SpectralProjectedGradient,

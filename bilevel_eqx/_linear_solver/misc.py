@@ -5,6 +5,11 @@
 - `breakdown`: the name of the failure that `lineax.RESULTS.breakdown` means here.
 - `heeds_curved_tag` (False): it uses `curved_tag` and `CurvedHessian`.
 - `splits_squares` (False): it solves with an `AugmentedHessian`.
+- `takes_guess` (False, and true of the iterative ones of lineax): it starts from
+    `options["y0"]`.
+- `prepares` (False): it has a method `prepare(operator)`, whose value serves as
+    `options["prepared"]` for operators near that one too, and a field `refresh_every`,
+    for how many.
 - `needs_symmetry` (False, and true of those of lineax that are): it presumes that the
   operator is symmetric.
 """

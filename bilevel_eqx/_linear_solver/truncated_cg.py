@@ -2,14 +2,16 @@
 
 from typing import Any, ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 
-from .._arguments import check_count
+from .._arguments import check_count, check_type
 from .._linalg.zero_curvature import is_flat, rounding_of
 from .._tree import (
+    Layout,
     nonzero,
     tree_axpy,
     tree_dot,
@@ -23,7 +25,8 @@ from .._tree import (
     tree_zeros_like,
     where,
 )
-from .misc import check_square, relative
+from .misc import check_factorisable, check_square, relative
+from .nystrom import Nystrom, Sketch, sketch
 
 
 _GROWTH = 10
@@ -53,6 +56,15 @@ class TruncatedCG(lx.AbstractLinearSolver):
     It supports the option `rtol` of `lineax.linear_solve`: the relative residual at which
     it stops, if that is above rounding error.
 
+    It also supports `y0`, a vector to start from: the best multiple of it is taken, which
+    takes one more product. [`bilevel_eqx.Implicit`][]`(carry_adjoint=True)` passes the
+    adjoint of the last outer step.
+
+    With a `preconditioner` $P \approx H$, the steps are those of the preconditioned
+    method. Where an adjoint is carried, so is P, and it is computed anew every
+    `refresh_every` solves; elsewhere it is computed for each solve. It does not change
+    the solution.
+
     All tests are relative, so that scaling $H$ or $b$ changes nothing. `stats` contains
     `num_steps`; the relative `residual`, including possible rounding error;
     `negative_curvature`; and the `curvature` along the last direction.
@@ -69,21 +81,44 @@ class TruncatedCG(lx.AbstractLinearSolver):
     """
 
     num_steps: int
+    preconditioner: Nystrom | None = eqx.field(default=None, kw_only=True)
+    refresh_every: int = eqx.field(default=20, kw_only=True)
 
     judges_itself: ClassVar[bool] = True
     breakdown: ClassVar[str] = "negative_curvature"
     needs_symmetry: ClassVar[bool] = True
+    takes_guess: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
 
     def __check_init__(self):
-        check_count(self.num_steps, "num_steps", "TruncatedCG")
+        owner, kinds = "TruncatedCG", Nystrom | None
+        check_count(self.num_steps, "num_steps", owner)
+        check_count(self.refresh_every, "refresh_every", owner)
+        check_type(self.preconditioner, kinds, "preconditioner", owner)
+
+    def prepare(self, operator: lx.AbstractLinearOperator) -> Sketch | None:
+        """What may be kept for several solves: `options["prepared"]`."""
+        if self.preconditioner is None:
+            return None
+        check_factorisable(operator, "Nystrom")
+        return sketch(operator, self.preconditioner.rank)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
-        del options
         check_square(operator, "TruncatedCG")
-        return lx.linearise(operator)
+        operator = lx.linearise(operator)
+        if "prepared" in options:
+            return operator, options["prepared"]
+        return operator, self.prepare(operator)
+
+    def _preconditioned(self, low_rank, r):
+        if self.preconditioner is None:
+            return r
+        layout = Layout(r)
+        z = self.preconditioner.preconditioner(low_rank, layout.ravel(r))
+        return layout.unravel(z)
 
     def compute(self, state, vector, options):
-        operator = state
+        operator, low_rank = state
         dtype = tree_dtype(vector)
         eps = tree_eps(vector)
         size = tree_size(vector)
@@ -98,7 +133,8 @@ class TruncatedCG(lx.AbstractLinearSolver):
             return ~stop & (num_steps < self.num_steps)
 
         def step(carry):
-            num_steps, q, r, p, rr, largest, longest, _, _ = carry
+            # `rz` is the product of r with P^-1 r, and of r with itself without a P.
+            num_steps, q, r, p, rz, largest, longest, _, _ = carry
             Hp = operator.mv(p)
             pp = tree_dot(p, p)
             curvature = tree_dot(p, Hp) / pp
@@ -107,32 +143,31 @@ class TruncatedCG(lx.AbstractLinearSolver):
             flat = is_flat(curvature, image, largest, size)
             # Negated, so that NaN is bad too.
             bad = ~flat & ~(curvature > 0)
-            step_size = where(flat | bad, 0, rr / (pp * curvature))
+            step_size = where(flat | bad, 0, rz / (pp * curvature))
             q = tree_axpy(step_size, p, q)
             longest = jnp.maximum(longest, step_size * jnp.sqrt(pp))
             # Along a flat direction no step is taken. The residual loses that component.
             share = where(flat, tree_dot(r, p) / pp, 0)
             r = tree_axpy(-step_size, Hp, r)
             r = tree_where(flat, tree_axpy(-share, p, r), r)
-            new_rr = tree_dot(r, r)
-            p = tree_axpy(where(flat, 0, new_rr / rr), p, r)
+            z = self._preconditioned(low_rank, r)
+            new_rz = tree_dot(r, z)
+            new_rr = new_rz if z is r else tree_dot(r, r)
+            p = tree_axpy(where(flat, 0, new_rz / rz), p, z)
             converged = new_rr <= rtol**2 * rr0
             stop = bad | converged
             figures = largest, longest, curvature
-            return num_steps + 1, q, r, p, new_rr, *figures, stop
+            return num_steps + 1, q, r, p, new_rz, *figures, stop
 
         zero = jnp.zeros((), dtype)
-        carry = (
-            jnp.array(0),
-            tree_zeros_like(b),
-            b,
-            b,
-            rr0,
-            zero,
-            zero,
-            zero,
-            rr0 == 0,
-        )
+        q, r = tree_zeros_like(b), b
+        stop = rr0 == 0
+        if "y0" in options:
+            q, r = _from_guess(operator, options["y0"], b)
+            stop = tree_dot(r, r) <= rtol**2 * rr0
+        z = self._preconditioned(low_rank, r)
+        rz = rr0 if z is b else tree_dot(r, z)
+        carry = jnp.array(0), q, r, z, rz, zero, zero, zero, stop
         out = jax.lax.while_loop(unfinished, step, carry)
         num_steps, q, r, _, _, largest, longest, curvature, _ = out
         bad = ~(curvature >= -rounding_of(largest, size))
@@ -154,16 +189,38 @@ class TruncatedCG(lx.AbstractLinearSolver):
         return q, result, stats
 
     def transpose(self, state, options):
-        return state.transpose(), options
+        operator, low_rank = state
+        return (operator.transpose(), low_rank), options
 
     def conj(self, state, options):
-        return lx.conj(state), options
+        operator, low_rank = state
+        return (lx.conj(operator), low_rank), options
 
     def assume_full_rank(self):
         return False
 
 
-TruncatedCG.__init__.__doc__ = """**Arguments:**
+def _from_guess(operator, guess, b):
+    """The multiple of the guess that is nearest to the solution in the norm of H, and its
+    residual."""
+    # Scaled, so that no square overflows or underflows.
+    guess = tree_scale(1 / nonzero(tree_max(guess)), guess)
+    image = operator.mv(guess)
+    curvature = tree_dot(guess, image)
+    usable = (curvature > 0) & jnp.isfinite(tree_dot(image, image))
+    share = where(usable, tree_dot(b, guess) / where(usable, curvature, 1), 0)
+    q, r = tree_scale(share, guess), tree_axpy(-share, image, b)
+    # In the norm of residuals it may be worse than none.
+    better = usable & (tree_dot(r, r) < tree_dot(b, b))
+    return tree_where(better, (q, r), (tree_zeros_like(b), b))
+
+
+TruncatedCG.__init__.__doc__ = r"""**Arguments:**
 
 - `num_steps`: the largest number $K$ of steps, each of which is one product with $H$.
+- `preconditioner`: a [`bilevel_eqx.pipelines.Nystrom`][]. Each time that it is computed
+    takes as many products more as its rank. Its damping should be of the order of the
+    small eigenvalues of $H$. `None`, the default, is none. Keyword only argument.
+- `refresh_every`: for how many solves a carried preconditioner serves; 20 by default.
+    Under `vmap` it is computed for each. Keyword only argument.
 """

@@ -56,6 +56,8 @@ class GradientState(eqx.Module):
     verdict: Verdict
     outer_state: Any
     inner_state: Any
+    # What the response carries of its own, where an inner update moves y.
+    guess: Any
     # For the batches, and for subclasses that draw random numbers.
     key: PRNGKeyArray
     # Of the batches drawn so far; `None` if all data are used.
@@ -69,6 +71,7 @@ class _Answer(NamedTuple):
 
     y: PyTree[Array]
     inner_state: Any
+    guess: Any
     verdict: Verdict
     # The inner gradient where the last inner step began, if it is at hand.
     slope: Scalar | None
@@ -101,7 +104,8 @@ class GradientPipeline(AbstractPipeline[GradientState]):
     and L-BFGS even then; the certificate shows it.
 
     Where the inner update unrolls, its optimiser's state is carried along with y, and a
-    response that unrolls the same optimiser looks ahead from that state.
+    response that unrolls the same optimiser looks ahead from that state. So is the
+    adjoint of a response that carries it (`carry_adjoint`).
 
     With batches, each outer step is on fresh ones: one of each level, with one key each
     for what is random in the losses, for all that the step computes. Where the response
@@ -141,7 +145,10 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             _check_compares_nothing(as_descent(self.optimiser), x)
         mover = self._mover
         result = RESULTS.successful
-        if not reaches_outer(problem, x, y, self.response):
+        # On a batch: x may be in what is random alone, which rests on all data.
+        first = jnp.array(0)
+        on_batch = self._batches(problem, key, first, first)
+        if not reaches_outer(on_batch, x, y, self.response):
             result = RESULTS.zero_hypergradient
         value = jax.eval_shape(problem.outer, x, y)
         return GradientState(
@@ -154,6 +161,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             verdict=Verdict(result, no_figures(x)),
             outer_state=as_descent(self.optimiser).init(x),
             inner_state=mover.init(problem, x, y) if self._carries(equilibrium) else None,
+            guess=self.response.init(problem, x, y) if self._has_guess else None,
             key=key,
             count=jnp.array(0) if self._is_sampled else None,
             started=jnp.array(False),
@@ -177,7 +185,8 @@ class GradientPipeline(AbstractPipeline[GradientState]):
 
         def search(x):
             at, *_ = answered(problem, x, state.anchor, self.response)
-            return _point(x, at, state.verdict, (state.y, state.inner_state), None)
+            kept = state.y, state.inner_state, state.guess
+            return _point(x, at, state.verdict, kept, None)
 
         def answer(x):
             return self._answer(problem, equilibrium, state, x)
@@ -187,7 +196,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             state.value,
             state.gradient,
             state.verdict.failed,
-            _Answer(state.y, state.inner_state, state.verdict, None),
+            _Answer(state.y, state.inner_state, state.guess, state.verdict, None),
         )
         moving = ft.partial(
             advance,
@@ -217,6 +226,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             verdict=found.verdict,
             outer_state=outer_state,
             inner_state=found.inner_state,
+            guess=found.guess,
             key=state.key,
             count=None if state.count is None else state.count + 1,
             started=jnp.array(True),
@@ -253,6 +263,10 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         """Whether the state of what moves y is carried to the next step."""
         return equilibrium.warm or self._mover.state_is_guess
 
+    @property
+    def _has_guess(self) -> bool:
+        return self.inner_update is not None and self.response.state_is_guess
+
     def _answer(self, problem, equilibrium, state: GradientState, x) -> Point:
         """y moves, and the response answers x."""
         verdict, y, carried = state.verdict, state.y, state.inner_state
@@ -263,16 +277,16 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         looks_ahead = self.inner_update is None or _same_optimiser(
             self.inner_update, self.response
         )
-        out, inner_state, own_slope = answered(
-            problem, x, anchor, self.response, carried if looks_ahead else None
-        )
+        own = carried if looks_ahead else state.guess
+        out, inner_state, own_slope = answered(problem, x, anchor, self.response, own)
+        guess = inner_state if self._has_guess else None
         if self.inner_update is None:
             slope, y = own_slope, out.y
             carried = inner_state if self._carries(equilibrium) else None
         if as_descent(self.optimiser).searches:
             # A search is costly in any case, and the loop of one need not carry it.
             slope = None
-        return _point(x, out, verdict, (y, carried), slope)
+        return _point(x, out, verdict, (y, carried, guess), slope)
 
     def _updated(self, problem, equilibrium, state: GradientState, x):
         """The inner update, which the first answer goes without."""
@@ -346,7 +360,9 @@ def _same_optimiser(inner_update: AbstractResponse, response: AbstractResponse) 
     return own is not None and eqx.tree_equal(inner_update.inner_optimiser, own) is True
 
 
-def _point(x, out: Hypergradient, before: Verdict, kept: tuple[Any, Any], slope) -> Point:
+def _point(
+    x, out: Hypergradient, before: Verdict, kept: tuple[Any, Any, Any], slope
+) -> Point:
     """An evaluated point. The first failure of a run is the one that counts."""
     parts = {"value": out.value, "gradient": out.gradient}
     verdict = Verdict(out.result, figures_of(x, out.stats, **parts))

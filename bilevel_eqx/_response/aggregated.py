@@ -13,7 +13,8 @@ from .._problem.constraints import set_y
 from .._problem.root import check_has_objective
 from .._tree import nonzero, tree_axpy, tree_dtype
 from .base import AbstractResponse
-from .unrolled import differentiated, repeat
+from .repeated import repeat
+from .unrolled import differentiated
 
 
 def _rate(value):

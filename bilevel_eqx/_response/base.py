@@ -21,12 +21,15 @@ class Pulled(NamedTuple):
     - `stats`: statistics of the linear solve, as `linear_...`.
     - `adjoint`: the solution $q \approx H^{-1} u$ of that solve, a pytree like `y`; or
         `None` if there is no linear solve.
+    - `state`: what the response carries of that solve to the next call, in place of its
+        own `state`; or `None`.
     """
 
     cotangent: PyTree
     result: RESULTS
     stats: dict[str, Any]
     adjoint: PyTree | None = None
+    state: Any = None
 
 
 class Response(eqx.Module, Generic[X, Y]):

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 
-from .._arguments import check_count, check_mesh, check_positive, check_type, says
+from .._arguments import check_count, check_positive, check_type, says
 from .._compat import nondifferentiable
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
@@ -27,6 +27,7 @@ from .._inner_solver.minimum import InnerSolver, minimise_inner
 from .._inner_solver.root import find_root, why_no_root
 from .._linear_solver.judged import judged, linear_stats, throwing
 from .._linear_solver.misc import augmented, check_symmetry, explain, tags_for
+from .._mesh import check_mesh_of_solve
 from .._problem.closure import closure_converted
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import AsItIs, flat_if_uniform
@@ -42,6 +43,7 @@ from .._tree import (
     tree_sub,
 )
 from .base import AbstractResponse, Pulled, Response
+from .carried import Carried, check_takes_guess, nothing_carried, options_from
 
 
 class Implicit(AbstractResponse):
@@ -89,9 +91,11 @@ class Implicit(AbstractResponse):
     linear_solver: lx.AbstractLinearSolver
     tolerance: float | None = 1e-3
     max_steps: int | None = 10_000
+    carry_adjoint: bool = eqx.field(default=False, kw_only=True)
 
     solves: ClassVar[bool] = True
     answers_itself: ClassVar[bool] = True
+    state_is_guess: ClassVar[bool] = True
 
     def __check_init__(self):
         linear_solver = lx.AbstractLinearSolver
@@ -101,9 +105,14 @@ class Implicit(AbstractResponse):
             check_positive(self.tolerance, "tolerance", "Implicit")
         if self.max_steps is not None:
             check_count(self.max_steps, "max_steps", "Implicit")
+        check_type(self.carry_adjoint, bool, "carry_adjoint", "Implicit")
+        if self.carry_adjoint:
+            check_takes_guess(self.linear_solver, "Implicit")
 
     def init(self, problem, x, anchor):
-        return None
+        if not self.carry_adjoint:
+            return None
+        return nothing_carried(self.linear_solver, problem, anchor)
 
     def __call__(self, problem, x, anchor, state=None):
         # In one vector, which makes the program shorter.
@@ -130,25 +139,29 @@ class Implicit(AbstractResponse):
             return layout.unravel(J.mv(tangent))
 
         jacobian = lx.FunctionLinearOperator(push, tree_struct(x))
-        pullback = _Pullback(at, cross_transposed, self.linear_solver, layout)
+        if not self.carry_adjoint:
+            state = None
+        pullback = _Pullback(at, cross_transposed, self.linear_solver, layout, state)
         y = layout.unravel(v)
         return Response(y, jacobian, result, stats, pullback, presumes=_Itself())
 
     def best_response(self, problem, x, anchor):
-        anchor = jax.lax.stop_gradient(anchor)
+        # In one vector, as where the hypergradient is computed: H is then the same.
+        problem, layout = flat_if_uniform(problem, anchor)
+        anchor = jax.lax.stop_gradient(layout.ravel(anchor))
         problem = closure_converted(problem, x, anchor)
         response = nondifferentiable(
             self, name="The solvers of an `Implicit` or `Proximal` response"
         )
         y, result = _argmin(response, problem, x, anchor)
-        return y, result
+        return layout.unravel(y), result
 
     def reaches(self, problem, x, anchor):
         return depends_on(lambda x: inner_gradient(problem, x, anchor), x)
 
     def minimum(self, problem, x, anchor):
         """The last point of the inner solver, whether it is finite, and `stats`."""
-        check_mesh((problem, x, anchor))
+        check_mesh_of_solve((problem, x, anchor))
         if self.solver is None:
             return anchor, RESULTS.successful, {}
         if isinstance(problem, AbstractRootProblem):
@@ -239,6 +252,12 @@ Implicit.__init__.__doc__ = """**Arguments:**
     not under `jax.jit`, where the error mentions kinks as a possible reason.
     [`bilevel_eqx.check_hypergradient`][] finds them in any case.
 - `max_steps`: the largest number of steps of the inner solver. `None` sets no bound.
+- `carry_adjoint`: whether a linear solve within a run starts from the adjoint of the
+    last outer step, for solvers that start from a guess ([`bilevel_eqx.TruncatedCG`][]
+    and the iterative ones of lineax). With a fixed number of steps the error then falls
+    from one outer step to the next, as long as x moves less than that. The hypergradient
+    is no function of x alone, so do not let a line search compare its values. By
+    default each solve is by itself. Keyword only argument.
 """
 
 
@@ -261,29 +280,38 @@ class _Pullback(eqx.Module):
     cross_transposed: Callable
     linear_solver: lx.AbstractLinearSolver
     layout: Layout | AsItIs = eqx.field(static=True)
+    carried: Carried | None = None
 
     def __call__(self, u):
-        q, pulled, result, stats = self._adjoint(self.layout.ravel(u))
-        return Pulled(tree_scale(-1, pulled), result, stats, self.layout.unravel(q))
+        q, pulled, result, stats, carried = self._adjoint(self.layout.ravel(u))
+        pulled = tree_scale(-1, pulled)
+        return Pulled(pulled, result, stats, self.layout.unravel(q), carried)
 
     def _adjoint(self, u):
-        r"""The linear solver's $q = H^{-\top} u$, $B^\top q$, whether q is right, and
-        statistics."""
+        r"""The linear solver's $q = H^{-\top} u$, $B^\top q$, whether q is right,
+        statistics, and what the next solve may start from."""
         # H itself at a minimum, where it is symmetric.
         H, u = self.at.hessian.T, self.at.along(u)
         solver = judged(self.linear_solver)
         K = augmented(self.linear_solver, H)
+        carried = self.carried
         if K is not None:
             solve = lx.linear_solve(K, K.right_side(u), solver, throw=False)
             image, q = solve.value
             pulled = self.cross_transposed(q, image)
         else:
-            solve = lx.linear_solve(H, u, solver, throw=False)
+            options = None
+            if carried is not None:
+                options = options_from(carried, self.linear_solver, H)
+            solve = lx.linear_solve(H, u, solver, options=options, throw=False)
             q = solve.value
+            if carried is not None:
+                assert options is not None
+                carried = Carried(q, options.get("prepared"), carried.age + 1)
             pulled = self.cross_transposed(self.at.along(q))
         # The solver is not to be blamed for what it is given.
         result = first_failure(finite_or_not(u), explain(solver, solve.result))
-        return q, pulled, result, linear_stats(solve.stats)
+        return q, pulled, result, linear_stats(solve.stats), carried
 
 
 #

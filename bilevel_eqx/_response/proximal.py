@@ -1,6 +1,7 @@
 """The proximal response: partial warm start."""
 
 import dataclasses
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -41,22 +42,31 @@ class Proximal(AbstractResponse):
     linear_solver: lx.AbstractLinearSolver
     tolerance: float | None = 1e-3
     max_steps: int | None = 10_000
+    carry_adjoint: bool = eqx.field(default=False, kw_only=True)
+
+    state_is_guess: ClassVar[bool] = True
 
     def __check_init__(self):
         check_positive(self.epsilon, "epsilon", "Proximal")
         self._implicit()
 
     def _implicit(self):
-        return Implicit(self.solver, self.linear_solver, self.tolerance, self.max_steps)
+        return Implicit(
+            self.solver,
+            self.linear_solver,
+            self.tolerance,
+            self.max_steps,
+            carry_adjoint=self.carry_adjoint,
+        )
 
     def init(self, problem, x, anchor):
-        return None
+        return self._implicit().init(problem, x, anchor)
 
     def __call__(self, problem, x, anchor, state=None):
         # In the type of y, since it leaves the program with the answer.
         epsilon = jnp.asarray(self.epsilon, tree_dtype(anchor))
         presumes = _Proximity(anchor, epsilon)
-        answer = self._implicit()(presumes(problem), x, anchor)
+        answer = self._implicit()(presumes(problem), x, anchor, state)
         return dataclasses.replace(answer, presumes=presumes)
 
     def best_response(self, problem, x, anchor):
@@ -84,5 +94,5 @@ Proximal.__init__.__doc__ = r"""**Arguments:**
 - `solver`: any optimistix minimiser, run on the proximal objective from the anchor. With
     `None`, the anchor must already be a solution.
 - `linear_solver`: any lineax solver, for $(H + \epsilon I) q = F_y$.
-- `tolerance`, `max_steps`: as for [`bilevel_eqx.Implicit`][].
+- `tolerance`, `max_steps`, `carry_adjoint`: as for [`bilevel_eqx.Implicit`][].
 """

@@ -1,6 +1,5 @@
 """Differentiation through unrolled optimisation."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,13 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import lineax as lx
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from .._arguments import as_pytree, check_count, check_type
-from .._compat import checkpointed_while_loop, is_traced
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
 from .._failure.results import RESULTS
@@ -22,8 +19,17 @@ from .._optimiser.step import optimiser_step, searches
 from .._problem.batches import check_batch_argument, on_inner_batch
 from .._problem.constraints import set_y
 from .._problem.root import AbstractRootProblem
-from .._tree import Layout, tree_dtype, tree_norm, tree_struct
+from .._tree import (
+    Layout,
+    tree_bytes,
+    tree_cast,
+    tree_dtype,
+    tree_norm,
+    tree_struct,
+)
 from .base import AbstractResponse, Response, TransposedJacobian
+from .repeated import MEMORY, repeat
+from .rounded_trail import Carry, has_half, rounded_trail
 
 
 class _SampledState(eqx.Module):
@@ -84,6 +90,7 @@ class Unrolled(AbstractResponse):
     optimiser: optax.GradientTransformation | Callable = eqx.field(converter=as_pytree)
     num_steps: int
     mode: Literal["checkpointed", "reverse", "forward"] = "checkpointed"
+    memory: int | None = eqx.field(default=None, kw_only=True, static=True)
     batch_size: int | None = eqx.field(default=None, kw_only=True, static=True)
     key: PRNGKeyArray | None = eqx.field(default=None, kw_only=True)
 
@@ -97,6 +104,8 @@ class Unrolled(AbstractResponse):
             raise ValueError(
                 f"`Unrolled(mode=...)` must be one of {modes}; it is {self.mode!r}."
             )
+        if self.memory is not None:
+            check_count(self.memory, "memory", "Unrolled")
         check_batch_argument(self.batch_size, "batch_size", "Unrolled")
         if self.key is not None and self.batch_size is None:
             raise ValueError(
@@ -117,21 +126,68 @@ class Unrolled(AbstractResponse):
         return _SampledState(state, key, jnp.array(0))
 
     def __call__(self, problem, x, anchor, state=None):
-        def unroll(x, mode=self.mode):
-            y, *kept = self._unroll(problem, x, anchor, state, mode)
-            return y, kept
+        begin, step = self._steps(problem, anchor, state)
 
-        return differentiated(unroll, x, self.mode, isinstance(self.num_steps, int))
+        def kept(end):
+            own, count, slope = end.rest
+            if self.batch_size is not None:
+                own = _SampledState(own, self._key(state), count)
+            return own, slope
+
+        def unroll(x, mode=self.mode):
+            end = self._repeat(begin, step, x, mode)
+            return end.y, kept(end)
+
+        if not self._is_rounded(problem, begin, x):
+            known_length = isinstance(self.num_steps, int)
+            return differentiated(unroll, x, self.mode, known_length)
+        end, pull = rounded_trail(begin, step, x, self.num_steps)
+        jacobian = lx.JacobianLinearOperator(lambda x, _: unroll(x)[0], x)
+        return _responded(end.y, kept(end), jacobian, pull)
 
     def best_response(self, problem, x, anchor):
-        return self._unroll(problem, x, anchor, None, self.mode)[0], RESULTS.successful
+        end = self._repeat(*self._steps(problem, anchor), x, self.mode)
+        return end.y, RESULTS.successful
 
     def reaches(self, problem, x, anchor):
         if callable(self.optimiser):
-            return depends_on(
-                lambda x: self._unroll(problem, x, anchor, None, "forward")[0], x
-            )
-        return depends_on(lambda x: inner_gradient(problem, x, anchor), x)
+            steps = self._steps(problem, anchor)
+            return depends_on(lambda x: self._repeat(*steps, x, "forward").y, x)
+
+        def gradient(x):
+            if self.batch_size is None:
+                return inner_gradient(problem, x, anchor)
+            # x may be in what is random alone, which rests where all data are used.
+            key, count = jr.key(0), jnp.array(0)
+            on = on_inner_batch(problem, self.batch_size, key, count, "Unrolled")
+            return inner_gradient(on, x, anchor)
+
+        return depends_on(gradient, x)
+
+    def _key(self, state):
+        if state is not None:
+            return state.key
+        return jr.key(0) if self.key is None else self.key
+
+    def _repeat(self, begin, step, x, mode):
+        def stepped(carry, _):
+            return step(x, carry), None
+
+        memory = MEMORY if self.memory is None else self.memory
+        return repeat(stepped, begin(x), self.num_steps, mode, memory)
+
+    def _is_rounded(self, problem, begin, x) -> bool:
+        """Whether what is kept of a step is rounded: if all steps then fit in the memory
+        that the user allows, and do not without. Where y is confined to a set, what is
+        slightly outside may be where f is not defined."""
+        memory, num_steps = self.memory, self.num_steps
+        if memory is None or not isinstance(num_steps, int):
+            return False
+        y, rest = jax.eval_shape(begin, x)
+        if self.mode != "checkpointed" or set_y(problem).confines or not has_half(y):
+            return False
+        whole, others = tree_bytes(y), tree_bytes(rest)
+        return num_steps * (whole // 2 + others) <= memory < num_steps * (whole + others)
 
     def _optimiser(self, x) -> Any:
         if not callable(self.optimiser):
@@ -141,56 +197,52 @@ class Unrolled(AbstractResponse):
         check_type(optimiser, optax.GradientTransformation, name, "Unrolled")
         return optimiser
 
-    def _unroll(self, problem, x, anchor, state, mode):
-        if state is None:
-            state = self.init(problem, x, anchor)
-        optimiser, sampled = self._optimiser(x), None
-        if self.batch_size is not None:
-            state, sampled = state.optimiser, state
-        if searches(optimiser, anchor, state):
-            raise ValueError(
-                "`Unrolled` cannot differentiate this optimiser: it has a line search "
-                "or another loop whose length depends on the values. Reverse mode "
-                "cannot store such a loop, and forward mode is wrong once the search "
-                "has converged, because it then stops before its result depends on x. "
-                "Use an optimiser without a search (`optax.sgd`, `optax.adam`, "
-                "`optax.lbfgs(linesearch=None)`), or differentiate the minimum instead "
-                "of the steps: `Implicit(Projection(), Pseudoinverse())`."
-            )
-        # A rate in float64 must not make float32 data or state float64.
-        structure = tree_struct(eqx.filter(state, eqx.is_array))
+    def _steps(self, problem, anchor, state=None):
+        """The first carry as a function of x, and the step as one of x and a carry."""
         y_set = set_y(problem)
 
-        def draw(count):
-            if sampled is None or self.batch_size is None:
-                return problem
-            size, key = self.batch_size, sampled.key
-            return on_inner_batch(problem, size, key, count, "Unrolled")
+        def begin(x):
+            own = self.init(problem, x, anchor) if state is None else state
+            count = None
+            if self.batch_size is not None:
+                own, count = own.optimiser, own.count
+            if searches(self._optimiser(x), anchor, own):
+                raise ValueError(_SEARCHES)
+            return Carry(anchor, (own, count, jnp.zeros((), tree_dtype(anchor))))
 
-        def step(carry, _):
-            y, state, count, _ = carry
-            on = draw(count)
+        def step(x, carry):
+            y, (own, count, _) = carry
+            on = problem
+            if self.batch_size is not None:
+                size, key = self.batch_size, self._key(state)
+                on = on_inner_batch(problem, size, key, count, "Unrolled")
             value, gradient = _value_and_gradient(on, x, y)
             slope = tree_norm(y_set.remaining_step(gradient, y))
-            y, state = optimiser_step(
-                optimiser,
+            y, new = optimiser_step(
+                self._optimiser(x),
                 y,
-                state,
+                own,
                 value=value,
                 gradient=gradient,
                 value_fn=lambda y: on.inner(x, y),
                 project=y_set.project,
             )
             count = None if count is None else count + 1
-            return (y, _cast(state, structure), count, jax.lax.stop_gradient(slope)), None
+            # A rate in float64 must not make float32 data or state float64.
+            own = _cast(new, own)
+            return Carry(y, (own, count, jax.lax.stop_gradient(slope)))
 
-        count = None if sampled is None else sampled.count
-        carry = anchor, state, count, jnp.zeros((), tree_dtype(anchor))
-        y, state, count, slope = repeat(step, carry, self.num_steps, mode)
-        if sampled is not None:
-            assert count is not None
-            state = _SampledState(state, sampled.key, count)
-        return y, state, slope
+        return begin, step
+
+
+_SEARCHES = (
+    "`Unrolled` cannot differentiate this optimiser: it has a line search or another "
+    "loop whose length depends on the values. Reverse mode cannot store such a loop, and "
+    "forward mode is wrong once the search has converged, because it then stops before "
+    "its result depends on x. Use an optimiser without a search (`optax.sgd`, "
+    "`optax.adam`, `optax.lbfgs(linesearch=None)`), or differentiate the minimum instead "
+    "of the steps: `Implicit(Projection(), Pseudoinverse())`."
+)
 
 
 def _value_and_gradient(problem, x, y):
@@ -210,10 +262,21 @@ Unrolled.__init__.__doc__ = """**Arguments:**
     (to vmap over it, for instance); the mode must then be `"checkpointed"` or
     `"forward"`.
 - `mode`: how $J^\\top F_y$ is computed.
-    `"checkpointed"`, the default, stores only some of the steps and recomputes the
-    others: memory grows as $\\sqrt K$, and it takes about a third more time.
-    `"reverse"` stores all intermediate values of all steps. `"forward"` pushes a basis
-    of x forward: memory does not grow with $K$, but time grows with the size of x.
+    `"checkpointed"`, the default, keeps of each step only where it began, as far as the
+    `memory` allows, and computes the rest again. `"reverse"` keeps all intermediate
+    values of all steps. `"forward"` pushes a basis of x forward: memory does not grow
+    with $K$, but time grows with the size of x.
+- `memory`: how many bytes of the steps the mode `"checkpointed"` may keep for the way
+    back. Let $s$ be the bytes of y and of the optimiser's state. If $K s$ fit, each step
+    is kept. If they do not, the last steps are, as far as they fit, and of the others one
+    in $\\sqrt K$, which takes one more gradient for each of them. The least is
+    $2 \\sqrt K s$, which is taken where less is allowed. `None`, the default, allows
+    $2^{26}$.
+    If the memory is given, and enough for half of each y, the pullback (that of a
+    hypergradient) keeps increments, rounded to half as many bits, and no gradient is
+    computed once more. The steps are the same. But it linearises each at a point that is
+    wrong by up to $2^{-12}$ of the last increment in float32, and $2^{-24}$ in float64.
+    Where $K$ is known only at run time, 64 steps are kept. Keyword only argument.
 - `batch_size`: the number of samples in the batch of a step; `None`, the default, takes
     all data. Keyword only argument.
 - `key`: for the batches. By default always the same one. Keyword only argument.
@@ -235,6 +298,10 @@ def differentiated(unroll, x, mode="checkpointed", known_length=True) -> Respons
             _, _, jacobian = _forward_jacobian(lambda x: unroll(x, "forward"), x)
         # This has taken the steps already; `jacobian.T` would take them again.
         transpose = _First(vjp)
+    return _responded(y, kept, jacobian, transpose)
+
+
+def _responded(y, kept, jacobian, transpose):
     stats = {"inner_residual": jnp.zeros((), tree_dtype(y))}
     pullback = TransposedJacobian(transpose)
     state, slope = kept
@@ -251,65 +318,9 @@ class _First(eqx.Module):
         return out
 
 
-# With more steps than this, the iterates are checkpointed too.
-_MANY_STEPS = 64
-
-
-def repeat(step, carry, num_steps, mode):
-    """`step`, `num_steps` times, in a form for this mode of differentiation."""
-    if is_traced(num_steps) or not isinstance(num_steps, int):
-        return _repeat_dynamic(step, carry, num_steps, mode)
-    if num_steps == 1:
-        # Without a loop, the compiler can share the first gradient.
-        return step(carry, None)[0]
-    if mode != "checkpointed":
-        return jax.lax.scan(step, carry, None, length=num_steps)[0]
-    # Store only the iterates, and recompute the inside of each step.
-    step = jax.checkpoint(step, prevent_cse=False)  # pyright: ignore
-    if num_steps <= _MANY_STEPS:
-        return jax.lax.scan(step, carry, None, length=num_steps)[0]
-    # Store only the iterates at the ends of sqrt(K) chunks of sqrt(K) steps.
-    size = math.isqrt(num_steps)
-    num_chunks, rest = divmod(num_steps, size)
-
-    def chunk(carry, _):
-        return jax.lax.scan(step, carry, None, length=size)
-
-    chunk = jax.checkpoint(chunk, prevent_cse=False)  # pyright: ignore
-    carry = jax.lax.scan(chunk, carry, None, length=num_chunks)[0]
-    return jax.lax.scan(step, carry, None, length=rest)[0]
-
-
-def _repeat_dynamic(step, carry, num_steps, mode):
-    if mode == "reverse":
-        raise ValueError(
-            "`Unrolled(num_steps=...)` is known only at run time, but reverse mode "
-            "cannot store an unknown number of steps. Use `mode='checkpointed'`."
-        )
-    dynamic, static = eqx.partition(carry, eqx.is_array)
-
-    def unfinished(carry):
-        return carry[0] < num_steps
-
-    def body(carry):
-        count, dynamic = carry
-        new, _ = step(eqx.combine(dynamic, static), None)
-        return count + 1, eqx.filter(new, eqx.is_array)
-
-    carry = jnp.zeros_like(jnp.asarray(num_steps)), dynamic
-    if mode == "forward":
-        _, dynamic = jax.lax.while_loop(unfinished, body, carry)
-    else:
-        _, dynamic = checkpointed_while_loop(
-            unfinished, body, carry, checkpoints=_MANY_STEPS
-        )
-    return eqx.combine(dynamic, static)
-
-
-def _cast(state, structure):
+def _cast(state, like):
     arrays, rest = eqx.partition(state, eqx.is_array)
-    arrays = jtu.tree_map(lambda u, s: u.astype(s.dtype), arrays, structure)
-    return eqx.combine(arrays, rest)
+    return eqx.combine(tree_cast(arrays, eqx.filter(like, eqx.is_array)), rest)
 
 
 def _forward_jacobian(unroll, x) -> tuple[Any, Any, lx.AbstractLinearOperator]:

@@ -81,7 +81,7 @@ class Displacement(NamedTuple):
             solve = lx.linear_solve(W, vector, solver, throw=False)
             value, failed = solve.value, solve.result != lx.RESULTS.successful
         else:
-            value, result, _ = solver.compute(W, vector, {})
+            value, result, _ = solver.compute((W, None), vector, {})
             failed = result != lx.RESULTS.successful
         result = RESULTS.where(failed, RESULTS.linear_not_converged, RESULTS.successful)
         return here.project(value), result
