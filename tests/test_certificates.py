@@ -794,10 +794,85 @@ def test_a_minimum_in_x_to_second_order(equilibrium):
 
 def test_where_no_second_derivative_in_x_is_known():
     problem = blx.BilevelProblem(lambda x, y: jnp.sum(x * y), lambda x, y: y[0] ** 2)
-    found = blx.certify(
-        problem, blx.Optimistic(), jnp.zeros(2), jnp.zeros(2), second_order=True
-    )
+    inside = blx.Pessimistic(within=lambda y: jnp.clip(y, -1, 1))
+    found = blx.certify(problem, inside, jnp.zeros(2), jnp.zeros(2), second_order=True)
     assert "not checked for this concept" in str(found)
+
+
+class Shell(blx.AbstractBilevelProblem):
+    """S(x) is the sphere of radius r = exp(x_0 / 2 + x_1) around zero, and F is half the
+    squared distance from a, plus a quadratic of x."""
+
+    a: Array
+    tilt: Array
+    bend: Array
+
+    def outer(self, x, y):
+        of_x = self.tilt @ x + 0.5 * self.bend * jnp.sum(x**2)
+        return 0.5 * jnp.sum((y - self.a) ** 2) + of_x
+
+    def inner(self, x, y):
+        return 0.25 * (jnp.sum(y**2) - jnp.exp(x[0] + 2 * x[1])) ** 2
+
+    def value(self, x, y_angle):
+        """F at the point of S(x) that is at an angle with a."""
+        r, size = jnp.exp(x[0] / 2 + x[1]), jnp.linalg.norm(self.a)
+        square = r**2 + size**2 - 2 * r * size * jnp.cos(y_angle(r))
+        return 0.5 * square + self.tilt @ x + 0.5 * self.bend * jnp.sum(x**2)
+
+
+def _best_angle(r):
+    # The nearest point.
+    return 0.0 * r
+
+
+def _worst_angle(r):
+    # The ball of radius .6 is a cap around c, which is at an angle of .5 with a.
+    return 0.5 + 2 * jnp.arcsin(0.3 / r)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worst", (False, True))
+def test_the_second_derivative_of_a_selected_value(worst):
+    angle = _worst_angle if worst else _best_angle
+    x, radius = jnp.array([0.3, -0.2]), 0.6
+    r = jnp.exp(x[0] / 2 + x[1])
+
+    def on_shell(at):
+        return r * jnp.array([jnp.cos(at), jnp.sin(at), 0.0])
+
+    # a at the angle zero, c at .5, and y further away from a.
+    y, y0 = on_shell(angle(r)), 1.3 * on_shell(0.5)
+    equilibrium = blx.Pessimistic(radius) if worst else blx.Optimistic()
+    a, zero = jnp.array([1.7, 0.0, 0.0]), jnp.zeros(())
+    problem = Shell(a, jnp.zeros(2), zero)
+    tilt = -jax.grad(problem.value)(x, angle)
+    curvatures = np.linalg.eigvalsh(jax.hessian(problem.value)(x, angle))
+
+    def derivatives(problem):
+        return equilibrium.outer_derivatives(problem, x, y, y0)
+
+    # Stationary, so that it is smooth there.
+    problem = Shell(a, tilt, zero)
+    gradient, product, _ = derivatives(problem)
+    assert np.allclose(gradient, 0, atol=1e-7)
+    expected = jax.hessian(problem.value)(x, angle)
+    assert np.allclose(jax.vmap(product)(jnp.eye(2)), expected, atol=1e-6)
+    for lowest in (1.0, -1.0):
+        bend = lowest - curvatures[0]
+        bent = Shell(a, tilt - bend * x, jnp.asarray(bend))
+        found = blx.certify(bent, equilibrium, x, y, y0=y0, second_order=True)
+        assert found.residuals["outer"] < 1e-7 and found.residuals["selection"] < 1e-7
+        assert (found.residuals["outer curvature"] > 0.1) == (lowest < 0)
+
+
+@pytest.mark.slow
+def test_no_second_derivative_at_a_kink():
+    zero = jnp.zeros(2)
+    problem = blx.BilevelProblem(Distance(zero, zero), lambda x, y: 0.5 * y[2] ** 2)
+    y, concept = jnp.array([0.6, 0.8, 0.0]), blx.Pessimistic(1.0)
+    found = blx.certify(problem, concept, zero, y, y0=jnp.zeros(3), second_order=True)
+    assert found.largest < 1e-10
 
 
 @pytest.mark.parametrize("kind", ("squares", "plain", "curved"))

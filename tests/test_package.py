@@ -127,7 +127,7 @@ def test_every_method_has_a_docstring(module):
     inherited = {"init", "step", "certify", "compute", "transpose", "conj", "terminate"}
     inherited |= {"postprocess", "assume_full_rank", "best_response", "reaches"}
     inherited |= {"outer", "inner", "inner_residual", "root", "check", "field", "select"}
-    inherited |= {"propose", "judge", "outer_function"}
+    inherited |= {"propose", "judge", "outer_derivatives"}
     inherited |= {f"{a}_{b}" for a in ("inner", "outer") for b in ("losses", "penalty")}
     for name, value in _public(module).items():
         if not (isinstance(value, type) and issubclass(value, eqx.Module)):

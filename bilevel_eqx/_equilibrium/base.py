@@ -1,11 +1,10 @@
 """What an equilibrium is, and what certifies one."""
 
 import abc
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
@@ -24,7 +23,7 @@ from .._problem.root import check_has_objective
 from .._text import aligned
 from .._tree import tree_eps, tree_size, widened
 from .jackknife import jackknife
-from .outer_curvature import NOT_A_MINIMUM, outer_curvature
+from .outer_curvature import Derivatives, NOT_A_MINIMUM, outer_curvature
 
 
 MAX_PRODUCTS = 128
@@ -206,13 +205,18 @@ class AbstractEquilibrium(eqx.Module):
                 "x are for all."
             )
 
-    def outer_function(
-        self, problem: AbstractBilevelProblem, y: PyTree[Array], y0: PyTree[Array] | None
-    ) -> Callable[[PyTree[Array]], Scalar] | None:
-        """x -> F(x, y(x)), for the y(x) of the concept that passes through y; or `None`
-        if that is no function with two derivatives. [`bilevel_eqx.certify`][] asks for it
-        if it is to look for a minimum in x to second order."""
-        del problem, y, y0
+    def outer_derivatives(
+        self,
+        problem: AbstractBilevelProblem,
+        x: PyTree[Array],
+        y: PyTree[Array],
+        y0: PyTree[Array] | None,
+    ) -> Derivatives | None:
+        """The gradient of x -> F(x, y(x)), for the y(x) of the concept that passes
+        through y, and the products with its second derivative; or `None` if they are not
+        known. [`bilevel_eqx.certify`][] asks for them if it is to look for a minimum in x
+        to second order."""
+        del problem, x, y, y0
 
     @abc.abstractmethod
     def certify(
@@ -270,8 +274,9 @@ def certify(
         entry `outer curvature`, from the derivative of the hypergradient. That needs
         third derivatives of f, and a longer program. Beyond 1,024 entries of x negative
         curvature is looked for in a Krylov space of 64 products. [`bilevel_eqx.Nash`][]
-        and [`bilevel_eqx.ProximalEquilibrium`][] always check it, and for
-        [`bilevel_eqx.Optimistic`][] and [`bilevel_eqx.Pessimistic`][] it is not known: a
+        and [`bilevel_eqx.ProximalEquilibrium`][] always check it. For
+        [`bilevel_eqx.Pessimistic`][] it is checked where y alone is worst: at a kink of
+        the worst value the entry is zero. In a set (`within=`) it is not known, and a
         note says so. Keyword only argument.
     - `num_samples`: for a [`bilevel_eqx.AbstractFiniteSumProblem`][], of how many samples
         of the inner and of the outer data the residuals are estimated. `None`, the
@@ -333,8 +338,8 @@ def certify(
     def on(problem: AbstractBilevelProblem) -> Certificate:
         certificate = equilibrium.certify(problem, x, y, y0, **options)
         if second_order and NOT_A_MINIMUM in certificate.notes:
-            fn = equilibrium.outer_function(problem, y, y0)
-            return _to_second_order(certificate, problem, x, fn)
+            known = equilibrium.outer_derivatives(problem, x, y, y0)
+            return _to_second_order(certificate, problem, x, known)
         return certificate
 
     if num_samples is None:
@@ -374,14 +379,12 @@ def amended(
     )
 
 
-def _to_second_order(certificate, problem, x, fn) -> Certificate:
+def _to_second_order(certificate, problem, x, known) -> Certificate:
     """The certificate with an entry on the second derivative in x."""
     notes = [note for note in certificate.notes if note != NOT_A_MINIMUM]
-    if fn is None:
+    if known is None:
         return amended(certificate, [*notes, f"{NOT_A_MINIMUM} for this concept"])
-    gradient, product = jax.linearize(jax.grad(fn), x)
-    what = "the same to second order: d^2 F(x, y(x)) / dx^2 >= 0"
-    entry = outer_curvature(problem, x, gradient, product, what)
+    entry = outer_curvature(problem, x, *known)
     return amended(certificate, notes, entry)
 
 

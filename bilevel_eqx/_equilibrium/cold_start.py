@@ -8,7 +8,7 @@ from .._solution_set.nearest import Displacement
 from .._solution_set.picture import picture
 from .._tree import vector_norm
 from .base import AbstractEquilibrium, Certificate, require_start
-from .outer_curvature import NOT_A_MINIMUM
+from .outer_curvature import derivatives, NOT_A_MINIMUM
 from .residuals import measure, share, slopes_of
 
 
@@ -37,9 +37,13 @@ class ColdStart(AbstractEquilibrium):
     bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = False
 
-    def outer_function(self, problem, y, y0):
+    def outer_derivatives(self, problem, x, y, y0):
         response = MinimumDisplacement(tolerance=None, selection_tolerance=None)
-        return lambda x: problem.outer(x, response.best_response(problem, x, y0)[0])
+
+        def fn(x):
+            return problem.outer(x, response.best_response(problem, x, y0)[0])
+
+        return derivatives(fn, x)
 
     def certify(self, problem, x, y, y0, max_products=None):
         require_start(y0, "ColdStart()", "A cold start")

@@ -4,9 +4,10 @@ from typing import ClassVar
 
 from .._linalg.eigenbasis import eigenbasis_within, negative_curvature
 from .._solution_set.picture import picture
+from .._solution_set.selected_value import second_derivative
 from .._tree import vector_norm
 from .base import AbstractEquilibrium, Certificate
-from .outer_curvature import NOT_A_MINIMUM
+from .outer_curvature import Derivatives, NOT_A_MINIMUM
 from .residuals import measure, share, slopes_of
 
 
@@ -36,6 +37,10 @@ class Optimistic(AbstractEquilibrium):
 
     bounds_products: ClassVar[bool] = True
     warm: ClassVar[bool] = True
+
+    def outer_derivatives(self, problem, x, y, y0):
+        here, _ = picture(problem, x, y)
+        return Derivatives(*second_derivative(here))
 
     def certify(self, problem, x, y, y0, max_products=None):
         here, layout = picture(problem, x, y, max_products=max_products, share=0.5)

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree, ScalarLike
 from .._arguments import as_rate, check_positive
 from .._compat import is_traced
 from .._depends_on import depends_on
+from .._derivatives.first import outer_gradients
 from .._inner_solver.minimum import minimise_inner
 from .._inner_solver.projection import Projection
 from .._linalg.convex_hull import nearest_to_zero
@@ -18,23 +19,28 @@ from .._linalg.power_iteration import largest_curvature
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.constraints import set_x
 from .._problem.flat import flat
+from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.nearest import nearest_to
 from .._solution_set.picture import picture
+from .._solution_set.selected_value import second_derivative, Sphere
 from .._solution_set.ties import values_and_gradients
 from .._solution_set.worst_by_penalty import penalised_worst
-from .._solution_set.worst_in_ball import worst_case, WorstCase
+from .._solution_set.worst_in_ball import pressure, worst_case, WorstCase
 from .._tree import (
     Layout,
     nonzero,
     project_on_ball,
     tree_axpy,
     tree_dtype,
+    tree_eps,
     tree_norm,
+    tree_scale,
     tree_sub,
     vector_norm,
+    where,
 )
 from .base import AbstractEquilibrium, Certificate, require_start
-from .outer_curvature import NOT_A_MINIMUM
+from .outer_curvature import Derivatives, NOT_A_MINIMUM
 from .residuals import measure, Measures, outer_residual, outer_slopes, share, slopes_of
 
 
@@ -122,6 +128,29 @@ class Pessimistic(AbstractEquilibrium):
             return self.within(y)
         assert self.radius is not None
         return project_on_ball(y, center, self.radius)
+
+    def outer_derivatives(self, problem, x, y, y0):
+        if self.within is not None:
+            return None
+        assert self.radius is not None
+        here, layout = picture(problem, x, y)
+        nearest = MinimumDisplacement(tolerance=None, selection_tolerance=None)
+
+        def center(x):
+            return layout.ravel(nearest.best_response(problem, x, y0)[0])
+
+        value_x, slope = outer_gradients(here.problem, x, here.y)[1:]
+        nu = pressure(here, slope, here.y - center(x), self.radius)
+        gradient, product = second_derivative(here, Sphere(center, nu))
+        # At a kink other points that are as bad hold x, and not the gradient at y.
+        terms = tree_norm(value_x) + tree_norm(tree_sub(gradient, value_x))
+        own, _ = outer_residual(problem, x, gradient, terms, "")["outer"]
+        smooth = where(own < tree_eps(y) ** 0.25, 1, 0)
+        what = (
+            "the same to second order where y alone is worst: d^2 F(x, y(x)) / dx^2 >= 0"
+            " (0 at a kink)"
+        )
+        return Derivatives(gradient, lambda v: tree_scale(smooth, product(v)), what)
 
     def certify(self, problem, x, y, y0):
         if self.within is not None:

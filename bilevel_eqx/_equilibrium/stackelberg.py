@@ -18,7 +18,7 @@ from .._response.implicit import Implicit
 from .._solution_set.picture import Picture, picture
 from .._tree import nonzero, tree_size
 from .base import AbstractEquilibrium, Certificate
-from .outer_curvature import NOT_A_MINIMUM
+from .outer_curvature import derivatives, NOT_A_MINIMUM
 from .residuals import measure, slopes_of
 
 
@@ -69,9 +69,13 @@ class Stackelberg(AbstractEquilibrium):
                 f"{abs(float(lowest)):.2g} times its own uncertainty"
             )
 
-    def outer_function(self, problem, y, y0):
+    def outer_derivatives(self, problem, x, y, y0):
         response = Implicit(None, Pseudoinverse(), None)
-        return lambda x: problem.outer(x, response.best_response(problem, x, y)[0])
+
+        def fn(x):
+            return problem.outer(x, response.best_response(problem, x, y)[0])
+
+        return derivatives(fn, x)
 
     def certify(self, problem, x, y, y0, max_products=None):
         # Half of the products are for the question whether the minimum is unique.

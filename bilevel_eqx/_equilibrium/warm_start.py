@@ -16,7 +16,7 @@ from .._response.implicit import Implicit
 from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.picture import picture
 from .base import AbstractEquilibrium, Certificate
-from .outer_curvature import NOT_A_MINIMUM
+from .outer_curvature import derivatives, NOT_A_MINIMUM
 from .residuals import measure, slopes_of
 
 
@@ -66,7 +66,7 @@ class WarmStart(AbstractEquilibrium):
         """Whether epsilon is positive. A traced epsilon counts as positive."""
         return is_nonzero(self.epsilon)
 
-    def outer_function(self, problem, y, y0):
+    def outer_derivatives(self, problem, x, y, y0):
         plain = not (set_y(problem).confines or isinstance(problem, AbstractRootProblem))
         answering: Any = problem
         response: AbstractResponse = Implicit(None, Pseudoinverse(), None)
@@ -75,7 +75,11 @@ class WarmStart(AbstractEquilibrium):
         elif plain:
             # Not -H^+ B alone, which need not be the derivative of any function.
             response = MinimumDisplacement(None, tolerance=None, selection_tolerance=None)
-        return lambda x: problem.outer(x, response.best_response(answering, x, y)[0])
+
+        def fn(x):
+            return problem.outer(x, response.best_response(answering, x, y)[0])
+
+        return derivatives(fn, x)
 
     def certify(self, problem, x, y, y0, max_products=None):
         # At the anchor itself the pull vanishes but its curvature, epsilon I, does not.
