@@ -1,4 +1,8 @@
+"""Bilevel optimisation in JAX where you name the equilibrium."""
+
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
 from . import pipelines as pipelines, reports as reports
 from ._derivatives.public import (
@@ -63,7 +67,7 @@ from ._response.jacobian import response_jacobian as response_jacobian
 from ._response.minimum_displacement import MinimumDisplacement as MinimumDisplacement
 from ._response.proximal import Proximal as Proximal
 from ._response.unrolled import Unrolled as Unrolled
-from ._solve.checkpoint import load as load, save as save
+from ._solve.save import load as load, save as save
 from ._solve.solution import Solution as Solution
 from ._solve.solve import solve as solve
 from ._trust.check_hypergradient import check_hypergradient as check_hypergradient
@@ -84,7 +88,10 @@ def __dir__() -> list[str]:
     return list(_names)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> _Any:
+    # On request, for the sake of matplotlib and of the data.
+    if name in ("plot", "tasks"):
+        return _import_module(f"{__name__}.{name}")
     # What lives in a submodule is found here too, so that `blx.SingleLoop` works.
     for home in (pipelines, reports):
         if not name.startswith("_") and hasattr(home, name):

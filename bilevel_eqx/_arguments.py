@@ -94,20 +94,6 @@ def as_variables(tree: PyTree, name: str) -> PyTree[Array]:
     return jtu.tree_unflatten(treedef, leaves)
 
 
-def check_mesh(tree: PyTree) -> None:
-    """Refuses arrays on a mesh with Explicit axes, which lineax takes for arrays of other
-    structures (https://github.com/patrick-kidger/lineax/issues/185)."""
-    shardings = [jax.typeof(u).sharding for u in jtu.tree_leaves(tree) if eqx.is_array(u)]
-    meshes = [s.mesh for s in shardings] + [jax.sharding.get_abstract_mesh()]
-    if any(jax.sharding.AxisType.Explicit in mesh.axis_types for mesh in meshes):
-        raise ValueError(
-            "An array is on a mesh with Explicit axes, which are JAX's default, and "
-            "linear solves do not work on them yet. Make the mesh with Auto axes: "
-            "`jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * "
-            "len(names))`. `Unrolled` works on both."
-        )
-
-
 def _instead(dtype: Any) -> str:
     """What to do with a leaf that is not of real numbers."""
     if jnp.issubdtype(dtype, jnp.complexfloating):

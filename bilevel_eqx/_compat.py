@@ -25,6 +25,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import jaxtyping
 import lineax as lx
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Array, PyTree, Shaped
 
 
@@ -95,6 +98,39 @@ def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array],
         return out, jtu.tree_map(lambda _: True, out)
 
     return safe
+
+
+def placed_as(array: Array, like: Array) -> Array:
+    """`array`, of which the compiler puts on each device the part that it has there of
+    `like`, an array of the same shape.
+
+    With Auto axes no program knows how its arguments lie, so that it cannot say
+    `jax.lax.with_sharding_constraint`. This is public, but labelled experimental.
+    """
+    return shard_alike(array, like)[0]
+
+
+def manual_axes(array: Array) -> frozenset:
+    """The axes of a mesh along which `array` differs, within a `jax.shard_map` that
+    checks this.
+
+    How a type says so changes from version to version.
+    """
+    kind = jax.typeof(array)
+    found = getattr(kind, "vma", None)
+    if found is None:
+        found = getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
+    return frozenset(found)
+
+
+def of_all_processes(number: int) -> set[int]:
+    """The numbers that all processes have called this with, each at the same time.
+
+    This is public, but labelled experimental.
+    """
+    if jax.process_count() == 1:
+        return {number}
+    return set(process_allgather(np.asarray(number)).tolist())
 
 
 #
@@ -213,6 +249,15 @@ def static(value: Any) -> PyTree:
 # Equinox's errors. `eqx.error_if` fixes its message when the program is traced. Our
 # messages contain numbers of the run.
 #
+
+
+def say_instead(item: Any, message: str) -> None:
+    """Gives an item of an enumeration another message than the one it has inherited.
+
+    In the body of a class Equinox warns of that, because the base class has the other.
+    """
+    messages = item._enumeration._index_to_message
+    messages[int(item._value)] = message
 
 
 def on_error() -> Literal["raise", "breakpoint", "nan", "off"]:

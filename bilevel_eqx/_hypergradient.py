@@ -15,6 +15,7 @@ from ._derivatives.first import inner_gradient, outer_gradients
 from ._derivatives.post_mortem import kink_met, post_mortem
 from ._failure.results import figures_of, finite_or_not, first_failure, RESULTS
 from ._failure.throw import throw_if_failed
+from ._mesh import on_auto_axes
 from ._problem.base import AbstractBilevelProblem
 from ._problem.checks import check_problem
 from ._problem.proximal import proximal
@@ -103,6 +104,7 @@ def _hypergradient(
     return eqx.tree_at(lambda h: h.result, out, result), reaches
 
 
+@on_auto_axes
 def hypergradient(
     problem: AbstractBilevelProblem[X, Y],
     x: X,
@@ -183,6 +185,7 @@ def _best_response(
     return y, first_failure(result, finite_or_not(y))
 
 
+@on_auto_axes
 def best_response(
     problem: AbstractBilevelProblem[X, Y],
     x: X,

@@ -214,9 +214,10 @@ class Layout:
 
     def unravel(self, flat: Float[Array, " n"]) -> PyTree[Array]:
         """The pytree of this layout whose entries are those of `flat`."""
-        leaves, start = [], 0
-        for leaf in self.leaves:
-            entries = flat[start : start + leaf.size]
-            leaves.append(entries.reshape(leaf.shape).astype(leaf.dtype))
-            start += leaf.size
+        # Not slices: the transpose of each would be a whole vector of zeros around it.
+        parts = jax.lax.split(flat, [leaf.size for leaf in self.leaves])
+        leaves = [
+            part.reshape(leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, self.leaves)
+        ]
         return jtu.tree_unflatten(self.treedef, leaves)

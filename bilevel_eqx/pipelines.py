@@ -8,7 +8,7 @@ top-level package.
 from ._linear_solver.nystrom import Nystrom as Nystrom
 from ._optimiser.lbfgs import LBFGS as LBFGS
 from ._optimiser.spectral_projected_gradient import (
-    spectral_projected_gradient as spectral_projected_gradient,
+    SpectralProjectedGradient as SpectralProjectedGradient,
 )
 from ._pipeline.estimators import (
     MiniBatch as MiniBatch,

@@ -26,6 +26,8 @@ TITLES = {
     "warm": "(b) warm start",
     "cold": "(c) re-trained from scratch",
 }
+# By class.
+RINGS = ("1st ring", "2nd ring", "3rd ring")
 
 
 def options(
@@ -99,7 +101,7 @@ def draw(
     extent = max(1.35 * np.abs(problem.points).max(), 1.15 * np.abs(paths[-1]).max())
     predict = eqx.filter_jit(problem.predict)
     with plot.house_style():
-        picture, axes = plt.subplots(1, 3, figsize=(7.2, 2.75), layout="constrained")
+        picture, axes = plt.subplots(1, 3, figsize=(7.2, 3.05), layout="constrained")
         for ax, (name, title) in zip(axes, TITLES.items()):
             y = unravel(jnp.asarray(record[f"{name}, weights"]))
             plot.decision_regions(ax, lambda p, y=y: predict(y, p), extent=extent)
@@ -121,6 +123,11 @@ def draw(
                 edgecolors="black",
                 zorder=5,
             )
+        handles = plot.legend_handles(
+            np.unique(problem.labels), RINGS, paths=True, learned=True
+        )
+        tight = {"ncols": len(handles), "columnspacing": 1.2, "handletextpad": 0.1}
+        picture.legend(handles=handles, loc="outside lower center", **tight)
         figure.save(picture)
         plt.close(picture)
 

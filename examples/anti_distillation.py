@@ -91,7 +91,6 @@ def exactly_solved(linear_solver):
 @eqx.filter_jit
 def sweep(problems, x0, y0, settings, rate):
     """Where all settings of all kinds come to rest, for all problems: one program."""
-
     # The response, and what moves y if that is not the response. K is an array here.
     # The proximal point of a minimum is the minimum itself: nothing is left to solve.
     project = exactly_solved(blx.Pseudoinverse())

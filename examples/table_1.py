@@ -75,7 +75,6 @@ def random_problem(key, linear):
 def differences(function, x, h=2e-4):
     """The Jacobian of `function` at x, by central differences of fourth order. At this
     step what they leave out is about as large as their rounding."""
-
     offsets, weights = jnp.array([1, -1, 2, -2]) * h, jnp.array([8, -8, -1, 1]) / 12 / h
 
     def along(direction):

@@ -57,6 +57,34 @@ def test_what_is_pinned_has_an_upper_bound():
 #
 
 
+def test_placed_as():
+    # That a batch then lies as the data do is tested in `on_four_devices.py`.
+    one, other = jnp.arange(3.0), jnp.ones(3)
+    assert tree_allclose(jax.jit(_compat.placed_as)(one, other), one, rtol=0)
+    gradient = jax.grad(lambda u: jnp.sum(_compat.placed_as(u, other) ** 2))(one)
+    assert tree_allclose(gradient, 2 * one, rtol=0)
+    mapped = jax.vmap(_compat.placed_as, in_axes=(0, None))(one[None], other)
+    assert tree_allclose(mapped, one[None], rtol=0)
+
+
+def test_manual_axes():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    for checked in (True, False):
+        found = []
+
+        def look(u):
+            found.append(_compat.manual_axes(u))
+            return u
+
+        jax.jit(
+            jax.shard_map(
+                look, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=checked
+            )
+        )(jnp.ones(2))
+        assert found[-1] == (frozenset({"data"}) if checked else frozenset())
+
+
 def test_is_traced():
     seen = []
 
@@ -355,3 +383,20 @@ def test_lsmr_mixes_types():
     solver = lx.LSMR(rtol=1e-6, atol=0.0)
     with pytest.raises(Exception):
         solver.compute(operator, jnp.ones(3, jnp.float32), {})
+
+
+def test_say_instead():
+    class Base(eqxi.Enumeration):
+        good = ""
+        bad = "It is bad."
+
+    class Derived(Base):  # pyright: ignore
+        good = ""
+        worse = "It is worse."
+
+    _compat.say_instead(Derived.good, "fine")
+    messages = [Derived[Derived.good], Derived[Derived.bad], Derived[Derived.worse]]
+    assert messages == ["fine", "It is bad.", "It is worse."]
+    # The base class keeps its own, and its items are still taken.
+    assert Base[Base.good] == ""
+    assert Derived[Derived.promote(Base.good)] == "fine"

@@ -537,6 +537,3 @@ def test_refusals():
     )
     with pytest.raises(ValueError, match=r"project_y\(y\).*nearest point"):
         blx.hypergradient(elsewhere, x, y0, _responses["pinv"])
-    optimiser = blx.pipelines.spectral_projected_gradient(jnp.abs)
-    with pytest.raises(ValueError, match="value_fn"):
-        optimiser.update(x, optimiser.init(x), x)

@@ -47,6 +47,11 @@ def test_linear_least_squares(cls, dtype):
     assert np.isclose(found.smallest_nonzero, 0.6**2, rtol=rtol)
     assert np.isclose(found.step_size, 1 / 1.4**2, rtol=rtol)
     assert abs(found.smallest) < rtol
+    # The eigenvalues are the squares of the singular values, and the cut is between.
+    expected = np.append([0, 0], np.linalg.svd(as_numpy(problem.features))[1][::-1] ** 2)
+    assert np.allclose(found.eigenvalues, expected, rtol=rtol, atol=rtol)
+    assert found.is_zero.tolist() == [True] * 2 + [False] * 3
+    assert np.all((np.abs(found.eigenvalues) <= found.cut) == found.is_zero)
     _, _, _, outer_y = dense_derivatives(problem, x, y)
     features = as_numpy(problem.features)
     along = outer_y - np.linalg.pinv(features) @ (features @ outer_y)

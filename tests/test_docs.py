@@ -1,5 +1,8 @@
 """The documentation: that it is complete, and that what it shows runs."""
 
+import contextlib
+import importlib.util
+import io
 import re
 import types
 from pathlib import Path
@@ -66,21 +69,110 @@ def as_a_user():
         jax.config.update("jax_enable_x64", x64)
 
 
+def _pages():
+    """Every page with code in it, by its path."""
+    pages = (page for page in DOCS.rglob("*.md") if "```python\n" in page.read_text())
+    # The code of the gallery is that of its scripts, and has tests of its own.
+    return sorted(page for page in pages if page.parent.name != "gallery")
+
+
+QUICK = ("index.md",)  # The first that a user runs.
+_BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.M | re.S)
+_NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?!\w)")
+
+
 @pytest.mark.parametrize(
-    "name",
-    (
-        *("index", "extending", "right", "roots"),
-        pytest.param("equations", marks=pytest.mark.slow),
-        pytest.param("batches", marks=pytest.mark.slow),
-    ),
+    "page",
+    [
+        pytest.param(
+            page,
+            id=page.relative_to(DOCS).as_posix(),
+            marks=() if page.name in QUICK else pytest.mark.slow,
+        )
+        for page in _pages()
+    ],
 )
-def test_pages_run(name, as_a_user):
-    page = DOCS / f"{name}.md"
+def test_pages_run(page, as_a_user, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for what a page writes
     text = page.read_text()
-    namespace = {"__name__": name}
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    assert blocks
-    for block in blocks:
+    namespace = {"__name__": page.stem}
+    for block in _BLOCK.finditer(text):
+        for package in re.findall(r"^from (sklearn|flax)\b", block[1], re.MULTILINE):
+            if importlib.util.find_spec(package) is None:
+                pytest.skip(f"The rest of the page needs {package}.")
         # Empty lines before it, so that a traceback has the line of the page.
         line = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+        code = compile("\n" * line + block[1], str(page), "exec")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, namespace)
+        if block[2] is not None:
+            _assert_alike(printed.getvalue(), block[2])
+    for expression in _in_last_columns(text) if page.name == "coming_from.md" else ():
+        eval(compile(expression, expression, "eval"), namespace)
+
+
+def _assert_alike(printed, shown):
+    """What a page shows is what was printed, but for line breaks and small differences of
+    numbers. A line of three dots stands for anything. A number after a tilde stands
+    for any number: it is a time that was measured."""
+    pattern, numbers, number = "", [], rf"\s*({_NUMBER.pattern})\s*"
+    for part in re.split(r"(^\s*\.\.\.\s*$|~\d+)", shown, flags=re.MULTILINE):
+        if part.strip() == "...":
+            pattern += ".*"
+        elif part.startswith("~"):
+            pattern += r"\d+"
+        else:
+            numbers += map(float, _NUMBER.findall(part))
+            words = (word.split() for word in _NUMBER.split(part))
+            words = (r"\s*".join(map(re.escape, word)) for word in words)
+            pattern += r"\s*" + number.join(words) + r"\s*"
+    found = re.fullmatch(pattern, printed, re.DOTALL)
+    assert found, f"The page shows\n{shown}\nand its code prints\n{printed}"
+    for number, shown_number in zip(map(float, found.groups()), numbers, strict=True):
+        # Residuals are zero to rounding, which differs from one machine to another.
+        zero = max(abs(number), abs(shown_number)) < 1e-4
+        assert zero or number == pytest.approx(shown_number, rel=0.05), printed
+
+
+def _in_last_columns(text):
+    """The code in the last columns of tables that calls something."""
+    for row in re.findall(r"^\|.*\|$", text, re.MULTILINE):
+        for code in re.findall(r"`([^`]+)`", row.rsplit(" | ", 1)[-1]):
+            if "(" in code:
+                yield code
+
+
+def test_the_readme_shows_the_code_of_the_home_page():
+    readme = (DOCS.parent / "README.md").read_text()
+    home = (DOCS / "index.md").read_text()
+    blocks = re.findall(r"```(?:python|text)\n.*?```", home, re.DOTALL)
+    assert len(blocks) == 4
+    assert all(block in readme for block in blocks)
+
+
+def test_the_version_is_the_same_everywhere():
+    project = (DOCS.parent / "pyproject.toml").read_text()
+    citation = (DOCS / "CITATION.cff").read_text()
+    changes = (DOCS / "changelog.md").read_text()
+    patterns = (r'^version = "(.*)"$', r"^version: (.*)$", r"^## ([\d.]+)")
+    versions = {
+        re.search(pattern, text, re.MULTILINE)[1]
+        for pattern, text in zip(patterns, (project, citation, changes), strict=True)
+    }
+    assert len(versions) == 1
+
+
+def test_dead_links_are_found(tmp_path, monkeypatch):
+    pytest.importorskip("mkdocs", reason="This needs the extra `docs`.")
+    monkeypatch.syspath_prepend(str(DOCS))
+    links = importlib.import_module("links")
+    (tmp_path / "sub").mkdir()
+    good = '<h1 id="top"></h1><a href="sub/#here"></a><a href="https://else.where/x">'
+    (tmp_path / "index.html").write_text(good)
+    sub = '<p id="here"><a href="../#top"></a><a href="../#off"></a><img src="no.png">'
+    (tmp_path / "sub" / "index.html").write_text(sub)
+    (tmp_path / "404.html").write_text('<a href="/base/sub/"></a>')
+    assert links.dead_links(tmp_path, "base/") == [
+        "sub/index.html links to ../#off: no anchor",
+        "sub/index.html links to no.png: no such file",
+    ]

@@ -122,7 +122,7 @@ _slow = pytest.mark.slow
         pytest.param(Quadratic, blx.Neumann(5, 0.3), marks=_slow),
         (Quadratic, blx.TruncatedCG(4)),
         pytest.param(Quadratic, blx.Pseudoinverse(), marks=_slow),
-        (Logistic, blx.Neumann(5, 0.3)),
+        pytest.param(Logistic, blx.Neumann(5, 0.3), marks=_slow),
         pytest.param(Logistic, blx.TruncatedCG(4), marks=_slow),
         pytest.param(Logistic, blx.Pseudoinverse(), marks=_slow),
     ),
@@ -210,6 +210,7 @@ def test_proximal_is_bounded_as_what_it_is():
     assert found.curvature >= epsilon
 
 
+@pytest.mark.slow
 def test_large_and_matrix_free():
     n = 3000
     values = jnp.linspace(0.5, 2.0, n)
@@ -230,6 +231,7 @@ def test_large_and_matrix_free():
         assert error <= bound <= 100 * error
 
 
+@pytest.mark.slow
 def test_single_precision():
     problem, x = Quadratic.draw(jr.key(5))
     problem, x = jax.tree.map(lambda u: u.astype(jnp.float32), (problem, x))
@@ -248,7 +250,7 @@ def test_single_precision():
     "response",
     (
         pytest.param(blx.Implicit(None, blx.TruncatedCG(5)), marks=_slow),
-        blx.Proximal(0.5, None, blx.TruncatedCG(5)),
+        pytest.param(blx.Proximal(0.5, None, blx.TruncatedCG(5)), marks=_slow),
     ),
     ids=lambda response: type(response).__name__,
 )
@@ -337,7 +339,7 @@ class NoisyRidge(blx.AbstractBilevelProblem):
 @pytest.mark.parametrize(
     "rows, noise",
     (
-        (200, 1e4),
+        pytest.param(200, 1e4, marks=_slow),
         (200, 0.0),
         pytest.param(40, 1e6, marks=_slow),
         pytest.param(1000, 1e3, marks=_slow),

@@ -508,6 +508,7 @@ def test_a_run_names_what_is_not_finite(equilibrium, pipeline):
         blx.solve(problem, equilibrium, _x, _x, pipeline=pipeline, num_steps=2)
 
 
+@pytest.mark.slow
 def test_an_x_that_runs_off():
     # The larger x, the better, and the flatter the inner problem.
     problem = blx.BilevelProblem(
@@ -656,14 +657,21 @@ def test_records_that_are_not_numbers(value, said):
         )
 
 
-@pytest.mark.slow
 def test_solve_is_not_differentiated():
+    pipeline = blx.GradientPipeline(blx.Unrolled(optax.sgd(0.1), 1), optax.sgd(0.1))
+
     def value(x, weight=1.0):
         problem = blx.BilevelProblem(
             lambda x, y: weight * jnp.sum((y - 1) ** 2), _parabola
         )
         return blx.solve(
-            problem, blx.WarmStart(), x, _x, num_steps=2, certify=False
+            problem,
+            blx.WarmStart(),
+            x,
+            _x,
+            pipeline=pipeline,
+            num_steps=2,
+            certify=False,
         ).value
 
     calls = {
@@ -720,11 +728,10 @@ def test_meshes_with_explicit_axes():
         with jax.set_mesh(mesh):
             unrolled = blx.Unrolled(optax.sgd(0.1), 200)
             out = blx.hypergradient(_curved, _x, _x, unrolled)
-            if kind == kinds.Auto:
-                other = blx.hypergradient(_curved, _x, _x, exact)
-                assert tree_allclose(other.gradient, out.gradient, rtol=1e-8)
-            else:
+            other = blx.hypergradient(_curved, _x, _x, exact)
+            assert tree_allclose(other.gradient, out.gradient, rtol=1e-8)
+            assert jax.typeof(other.gradient).sharding.mesh.axis_types == (kind,)
+            if kind == kinds.Explicit:
+                jitted = jax.jit(lambda x: blx.hypergradient(_curved, x, x, exact))
                 with pytest.raises(ValueError, match="axis_types=.*AxisType.Auto"):
-                    blx.hypergradient(_curved, _x, _x, exact)
-                with pytest.raises(ValueError, match="axis_types=.*AxisType.Auto"):
-                    blx.certify(_curved, blx.WarmStart(), _x, _x)
+                    jitted(_x)

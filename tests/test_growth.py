@@ -171,6 +171,7 @@ def _live():
     return len(arrays), sum(array.nbytes for array in arrays), len(gc.get_objects())
 
 
+@pytest.mark.slow
 def test_memory():
     """A thousand runs leave nothing behind: no array, no object, no page."""
     if not os.path.exists("/proc/self/statm"):

@@ -213,6 +213,25 @@ def test_best_response(name, getkey):
     assert tree_allclose(forward, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", ((2, 3), pytest.param((), marks=slow)), ids=str)
+def test_best_response_of_an_array_of_any_shape(shape):
+    r"""$f = \sum_i \cosh y_i - x_i y_i$, whose H depends on y, has its minimum at
+    $\operatorname{arsinh} x$ and $\partial y / \partial x = (1 + x^2)^{-1/2}$."""
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum(jnp.cosh(y) - x * y)
+    )
+    size = int(np.prod(shape))
+    x = jnp.linspace(-1.0, 2.0, size + 1)[1:].reshape(shape)
+    y0, response = jnp.zeros(shape), blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+    y, slope = jax.jvp(
+        lambda x: blx.best_response(problem, x, y0, response), (x,), (jnp.ones(shape),)
+    )
+    assert tree_allclose(y, np.arcsinh(x), rtol=1e-12)
+    assert tree_allclose(slope, 1 / np.sqrt(1 + np.square(x)), rtol=1e-12)
+    gradient = blx.hypergradient(problem, x, y0, response).gradient
+    assert tree_allclose(gradient, 2 * y * slope, rtol=1e-12)
+
+
 #
 # Transformations
 #

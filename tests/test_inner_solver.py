@@ -320,3 +320,29 @@ def test_projection_goes_on_where_f_flattens(dtype, log_penalty):
     way = np.linalg.solve(as_numpy(hessian), as_numpy(gradient))
     allowed = 1e-4 if dtype == jnp.float32 else 1e-7
     assert np.linalg.norm(way) < allowed * np.linalg.norm(as_numpy(y))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_projection_where_rounding_hides_the_descent(seed):
+    # f is known to 1e-9, as if terms of it cancelled, and so y to 1e-4 by values alone.
+    # The minimum is at 1.
+    w = jnp.array([1.0, 1e-2])
+
+    def objective(y, seed):
+        rounding = 1e-9 * jnp.sin(1e9 * jnp.sum(y) + seed)
+        return jnp.sum(w * jnp.cosh(y - 1)) + jax.lax.stop_gradient(rounding)
+
+    start, seed = jnp.array([-1.0, 2.5]), jnp.array(float(seed))
+    y = optx.minimise(objective, blx.Projection(), start, seed, max_steps=None).value
+    assert jnp.max(jnp.abs(y - 1)) < 1e-8
+
+
+def test_projection_refuses_a_gradient_that_vanishes_higher_up():
+    # The first full Newton step, of 14, ends where f is flat; the constant hides the
+    # descent of 13 that it promises, but not the rise.
+    def objective(y, args):
+        return jnp.sum(jnp.where(y < 5, jnp.log(jnp.cosh(y)), 30.0)) + 1e9
+
+    start = jnp.array([-2.0])
+    y = optx.minimise(objective, blx.Projection(), start, max_steps=None).value
+    assert jnp.abs(y[0]) < 1e-2

@@ -79,6 +79,7 @@ def _added_by_dropout(data):
     return RATE / (1 - RATE) * jnp.mean(data[0] ** 2, axis=0)
 
 
+@pytest.mark.slow
 def test_dropout_has_a_key_in_batches_and_rests_on_all_data():
     problem, y = _dropout_problem()
     x, w = jnp.array(-3.0), _weights(y)
@@ -212,6 +213,7 @@ def _by_hand(y, inputs, reference):
     return (jnp.tanh(u) @ y.last.weight.T + y.last.bias[None, :])[:, 0]
 
 
+@pytest.mark.slow
 def test_batch_normalisation_by_a_reference_batch():
     net, state = _net()
     y, static = eqx.partition(net, eqx.is_inexact_array)

@@ -28,6 +28,7 @@ import bilevel_eqx as blx
 from bilevel_eqx import tasks
 from bilevel_eqx._optimiser.descent import advance, Point
 from bilevel_eqx._optimiser.lbfgs import LBFGS
+from bilevel_eqx._optimiser.spectral_projected_gradient import SpectralProjectedGradient
 
 
 exact = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
@@ -467,9 +468,9 @@ def test_by_hand():
 #
 
 
-def _searched(evaluate):
+def _searched(evaluate, descent=LBFGS()):
     """The point at the end of one search from x = 1, whose value there is 1."""
-    descent, x = LBFGS(), jnp.array([1.0])
+    x = jnp.array([1.0])
     answer = jnp.array(0)
     at = Point(x, jnp.array(1.0), jnp.array([1.0]), jnp.array(False), answer)
     settings = dict(project=lambda x: x, value_fn=lambda x: 0.0)
@@ -481,16 +482,33 @@ def _searched(evaluate):
     return end
 
 
+_DESCENTS = LBFGS(), SpectralProjectedGradient()
+
+
+@pytest.mark.parametrize("descent", _DESCENTS, ids=("L-BFGS", "spectral"))
 @pytest.mark.parametrize("fails", (False, True))
-def test_a_search_that_finds_nothing_better_stays(fails):
+def test_a_search_that_finds_nothing_better_stays(fails, descent):
     # Worse everywhere but where it starts, as within the noise of an inner solve; or no
     # evaluation but the first succeeds.
     def evaluate(x):
         value = jnp.where(fails, 0.0, 1.5)
         return Point(x, value, jnp.ones_like(x), jnp.array(fails), jnp.array(7))
 
-    end = _searched(evaluate)
+    end = _searched(evaluate, descent)
     assert end.x == 1 and end.value == 1 and end.answer == 0 and not end.failed
+
+
+@pytest.mark.parametrize("descent", _DESCENTS, ids=("L-BFGS", "spectral"))
+def test_a_search_comes_back_from_where_the_evaluation_fails(descent):
+    def evaluate(x):
+        # What has failed may look good.
+        failed = x[0] < 0.7
+        value, slope = jnp.where(failed, -1.0, x[0] ** 2), 2 * x
+        return Point(x, value, slope, failed, jnp.array(7))
+
+    end = _searched(evaluate, descent)
+    assert 0.7 <= end.x < 1 and end.value == end.x**2
+    assert end.answer == 7 and not end.failed
 
 
 def test_a_search_takes_a_better_point_in_the_end():

@@ -177,6 +177,7 @@ def test_f2sa_is_its_formula(sizes):
     assert tree_allclose(solution.state.minimum, z, rtol=1e-12)
 
 
+@pytest.mark.slow
 @SIZES
 def test_pbgd_is_its_formula(sizes):
     T, a1, a2, b, penalty = 3, 0.05, 0.2, 0.3, 4.0
@@ -237,6 +238,7 @@ def test_bome_is_its_formula(sizes):
     assert tree_allclose(_run(pipeline).history, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @SIZES
 def test_pzobo_is_its_formula(sizes):
     T, m, mu, a, b = 3, 4, 0.1, 0.2, 0.3
@@ -310,7 +312,7 @@ def test_a_hypergradient_is_on_one_batch(sizes):
         optax.lbfgs(),
         optax.lbfgs(linesearch=None),
         optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
-        blx.pipelines.spectral_projected_gradient(lambda x: x),
+        blx.pipelines.SpectralProjectedGradient(),
     ),
     ids=("ours", "optax", "no search", "backtracking", "spectral"),
 )
@@ -522,3 +524,52 @@ def test_float32_stays_float32(pipeline):
 def test_what_a_penalty_cannot_do_is_refused(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         _run(blx.PenaltyDescent(**arguments), 1)
+
+
+def _shaken(x, y, batch, key):
+    """Squares, with noise of size exp(x) on the features if there is a key."""
+    features, targets = batch
+    if key is not None:
+        features = features + jnp.exp(x) * jr.normal(key, features.shape)
+    return (features @ y - targets) ** 2
+
+
+shaken = blx.FiniteSumProblem(
+    lambda x, y, batch, key: _shaken(jnp.zeros(()), y, batch, None),
+    _shaken,
+    VALIDATION,
+    TRAIN,
+)
+rate = optax.sgd(0.1)
+three_steps = blx.Unrolled(rate, 3)
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    (
+        blx.GradientPipeline(blx.Unrolled(rate, 3, batch_size=5), rate),
+        pytest.param(
+            blx.GradientPipeline(three_steps, rate, inner_batch=5), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            blx.SingleLoop(rate, rate, rate, inner_batch=5), marks=pytest.mark.slow
+        ),
+    ),
+    ids=("steps on batches", "batches", "single loop"),
+)
+def test_x_may_be_in_what_is_random_alone(pipeline):
+    """As the strength of augmentation is, and the rate of dropout: on all data, where
+    nothing is random, x is in no objective."""
+    x0, y0 = jnp.array(-1.0), jnp.array(Y0)
+
+    def run(pipeline):
+        return blx.solve(
+            shaken, blx.WarmStart(), x0, y0, pipeline=pipeline, num_steps=4, certify=False
+        )
+
+    assert jnp.abs(run(pipeline).x - x0) > 1e-4
+
+
+def test_what_rests_is_in_no_objective():
+    with pytest.raises(ValueError, match="exactly zero for all x and y"):
+        blx.hypergradient(shaken, jnp.array(-1.0), jnp.array(Y0), three_steps)

@@ -151,6 +151,7 @@ def test_rates_alone_reach_the_outer_objective():
     assert tree_allclose(solution.value, 0.0, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_warm_start_goes_on_with_the_next_batches():
     optimiser, outer_rate = optax.sgd(RATE), 0.2
     pipeline = blx.GradientPipeline(response(optimiser=optimiser), optax.sgd(outer_rate))

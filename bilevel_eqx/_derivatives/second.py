@@ -113,7 +113,7 @@ def expansion(
 def tells_change(problem: AbstractBilevelProblem, y: PyTree, tags: Any) -> bool:
     """Whether the Hessian for these tags is a `CurvedHessian`: it depends on y, its
     linear solver wants to know how, and it is a small matrix."""
-    is_vector = eqx.is_array(y) and y.size <= DENSE_SIZE
+    is_vector = eqx.is_array(y) and y.ndim == 1 and y.size <= DENSE_SIZE
     plain = not isinstance(problem, AbstractLeastSquaresProblem)
     return curved_tag in tags and is_vector and plain and not set_y(problem).confines
 

@@ -15,6 +15,7 @@ from .._compat import is_traced
 from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import least_clear
+from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_y
@@ -224,6 +225,7 @@ class AbstractEquilibrium(eqx.Module):
         """The residuals of `(x, y)`. Called by [`bilevel_eqx.certify`][]."""
 
 
+@on_auto_axes
 @eqx.filter_jit
 @typechecked
 def certify(

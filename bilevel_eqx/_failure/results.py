@@ -8,6 +8,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._compat import say_instead
 from .._tree import all_finite, tree_dtype, tree_where
 
 
@@ -111,6 +112,10 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
         "Ctrl-C interrupted the run before it had taken all of its steps. The solution "
         "is that of the last step. Pass its `state` to `solve(state=...)` to continue."
     )
+
+
+# What is printed of it. The message of the others' success is empty.
+say_instead(RESULTS.successful, "successful")
 
 
 def first_failure(*results: RESULTS) -> RESULTS:

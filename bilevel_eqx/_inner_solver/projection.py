@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
-from jaxtyping import Array, Bool, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from .._arguments import check_count
 from .._depends_on import depends_on
@@ -23,8 +23,15 @@ from .._tree import Layout, nonzero, tree_dtype, tree_eps, tree_struct, vector_n
 class _ProjectionState(eqx.Module):
     num_steps: Scalar
     first_norm: Scalar
-    # Of the last step.
+    # Of the last step: its length; and where it began, with the value and the norm of
+    # the gradient there.
     length: Scalar
+    last: Float[Array, " n"]
+    last_value: Scalar
+    last_norm: Scalar
+    # Whether the gradient has yet to judge that step, and whether it refused one.
+    is_trial: Bool[Array, ""]
+    by_values: Bool[Array, ""]
     terminate: Bool[Array, ""]
 
 
@@ -35,7 +42,8 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
     minima, $\Pi(y, S(x)) = y - H^+ \nabla_y f$, to which gradient descent converges. For
     a linear least-squares problem with one row this is Kaczmarz' step. On other problems
     a backtracking line search on $f$ damps the steps, and least-squares problems take
-    Gauss–Newton steps, which always descend.
+    Gauss–Newton steps, which always descend. Near a minimum rounding of f hides what is
+    left of the descent. There a full step is taken, if it halves the gradient.
 
     The gradient at the end of a step is always computed, also on a quadratic: an
     objective that is quadratic in pieces (with ReLUs, or squared hinges) looks like one.
@@ -99,8 +107,9 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         check_count(self.max_steps, "max_steps", "Projection")
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        zero = jnp.zeros((), tree_dtype(y))
-        return _ProjectionState(jnp.array(0), zero, zero, jnp.array(False))
+        zero, no = jnp.zeros((), tree_dtype(y)), jnp.array(False)
+        start = Layout(y).ravel(y), jnp.zeros((), f_struct.dtype), zero
+        return _ProjectionState(jnp.array(0), zero, zero, *start, no, no, no)
 
     def step(self, fn, y, args, options, state, tags):
         # In one vector, which makes the program shorter.
@@ -110,11 +119,20 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         def objective(v):
             return fn(layout.unravel(v), args)[0]
 
+        def hidden(value):
+            # Terms that cancel in f may be much larger than f.
+            return tree_eps(y) ** 0.5 * jnp.abs(value)
+
         value, gradient, product = value_gradient_and_product(objective, v)
         norm = vector_norm(gradient)
         first_norm = where(state.num_steps == 0, norm, state.first_norm)
         eps = tree_eps(y)
         rtol = 100 * eps if self.rtol is None else self.rtol
+        # Negated, so that NaN is worse. The values must agree but for rounding: the
+        # gradient of a dead ReLU is zero, too.
+        rise = value - state.last_value
+        is_better = (norm <= 0.5 * state.last_norm) & (rise <= hidden(state.last_value))
+        is_worse = state.is_trial & ~is_better
 
         def move():
             symmetric = lx.symmetric_tag
@@ -125,16 +143,24 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             # With negative curvature the Newton step may climb; then take its opposite.
             direction = where(slope < 0, newton, -newton)
 
+            # Its gradient comes with the next step, and then it is judged.
+            is_trial = ~state.by_values & (jnp.abs(slope) <= hidden(value))
+
             def trial(t):
                 point = v + t.astype(v.dtype) * direction
                 return point, objective(point), jnp.array(True)
 
             t, new_v, _ = backtrack(
-                trial, v, value, -jnp.abs(slope), max_trials=_MAX_TRIALS
+                trial,
+                v,
+                value,
+                -jnp.abs(slope),
+                highest=where(is_trial, jnp.inf, value),
+                max_trials=_MAX_TRIALS,
             )
             length = t.astype(v.dtype) * vector_norm(direction)
             small = length <= self.atol + rtol * vector_norm(new_v)
-            return new_v, length, small | (t == 0)
+            return new_v, length, small | (t == 0), is_trial
 
         curved = _hessian_depends_on_y(objective, v)
         solved = norm <= rtol * first_norm
@@ -142,16 +168,29 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             # Small beside the first one is not enough where f flattens, as a logistic
             # loss does: the last step must have been short, too.
             solved = solved & (state.length <= _SHORT * vector_norm(v))
-        stay = v, state.length, jnp.array(True)
-        new_v, length, small = jax.lax.cond(solved, lambda: stay, move)
+        stay = where(is_worse, state.last, v), state.length, ~is_worse, jnp.array(False)
+        new_v, length, done, is_trial = jax.lax.cond(
+            solved | is_worse, lambda: stay, move
+        )
         num_steps = state.num_steps + 1
-        terminate = small | (num_steps >= self.max_steps)
+        # The last trial is judged in any case.
+        terminate = done | (~is_trial & (num_steps >= self.max_steps))
         new_y = layout.unravel(new_v)
         # Computed only if there is something to compute.
         aux = eqx.filter_eval_shape(fn, new_y, args)[1]
         if jtu.tree_leaves(aux):
             _, aux = fn(new_y, args)
-        return new_y, _ProjectionState(num_steps, first_norm, length, terminate), aux
+        here = v, value, norm
+        state = _ProjectionState(
+            num_steps,
+            first_norm,
+            length,
+            *here,
+            is_trial,
+            state.by_values | is_worse,
+            terminate,
+        )
+        return new_y, state, aux
 
     def _newton(self, layout, v, gradient, hessian, options, curved, shrunk):
         """The Newton step, up to its sign."""

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 from .._tree import nonzero, tree_where, where
 
 
-_ARMIJO = 1e-4
+ARMIJO = 1e-4
 
 
 def backtrack(
@@ -53,17 +53,12 @@ def backtrack(
     # What is in the loop is compiled once: the first trial is there too.
     def body(carry):
         count, t, _, _, last = carry
-        shorter = 0.5 * t
-        if interpolate:
-            curvature = 2 * (last - value - t * slope)
-            least = -slope * t**2 / nonzero(curvature)
-            usable = (least >= 0.1 * t) & (least <= 0.5 * t)
-            shorter = where(usable, least, shorter)
+        shorter = shortened(t, last - value, slope) if interpolate else 0.5 * t
         t = where(count == 0, 1, shorter)
         point, reached, allowed = trial(t)
         reached = reached.astype(value.dtype)
         # NaN does not satisfy it.
-        accepted = allowed & (reached <= bound + _ARMIJO * t * slope)
+        accepted = allowed & (reached <= bound + ARMIJO * t * slope)
         return count + 1, t, point, accepted, reached
 
     one = jnp.ones((), value.dtype)
@@ -71,3 +66,12 @@ def backtrack(
     _, t, point, accepted, reached = jax.lax.while_loop(unfinished, body, carry)
     found = where(accepted, t, 0), point, reached
     return tree_where(accepted, found, (jnp.zeros_like(t), start, value))
+
+
+def shortened(t: Scalar, rise: Scalar, slope: Scalar) -> Scalar:
+    r"""The t to try next: where the parabola through $\phi'(0)$ and the rise from
+    $\phi(0)$ to $\phi(t)$ is least, if that is between a tenth and a half of t; otherwise
+    a half of t."""
+    curvature = 2 * (rise - t * slope)
+    least = -slope * t**2 / nonzero(curvature)
+    return where((least >= 0.1 * t) & (least <= 0.5 * t), least, 0.5 * t)

@@ -144,8 +144,12 @@ def advance(
             x, new = descent.propose(state, base, project, value_fn)
             return x, eqx.filter(new, eqx.is_array)
 
-        kept = eqx.filter(state, eqx.is_array)
-        x, moved = jax.lax.cond(started, propose, lambda: (base.x, kept))
+        def begin():
+            # Outside of the set no search could compare: the value may be lower there.
+            first = project(base.x) if descent.searches else base.x
+            return first, eqx.filter(state, eqx.is_array)
+
+        x, moved = jax.lax.cond(started, propose, begin)
         trial = evaluate(x)
         new, moves, stays = descent.judge(eqx.combine(moved, rest), base, trial)
         return new, trial, moves, stays

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._arguments import check_count
 from .._tree import Layout, nonzero, vector_norm, where
+from .backtracking import shortened
 from .descent import AbstractDescent
 
 
@@ -120,10 +121,8 @@ class LBFGS(AbstractDescent):
     def _next(self, state, value, new_value):
         """The next trial, in or beyond the interval that is known to have a good one."""
         length, low, high = state.length, state.low, state.high
-        curvature = 2 * (new_value - value - length * state.slope)
-        least = -state.slope * length**2 / nonzero(curvature)
-        usable = (low == 0) & (least >= 0.1 * length) & (least <= 0.5 * length)
-        inside = where(usable, least, 0.5 * (low + high))
+        shorter = shortened(length, new_value - value, state.slope)
+        inside = where(low == 0, shorter, 0.5 * (low + high))
         following = where(high == 0, 2 * length, inside)
         last = state.num_trials >= state.max_trials - 1
         return where(last, low, following)

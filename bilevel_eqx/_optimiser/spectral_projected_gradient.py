@@ -1,58 +1,44 @@
 """Projected gradient descent that chooses its own steps, for the outer variables."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar
 
+import equinox as eqx
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from .._tree import (
-    nonzero,
-    tree_axpy,
-    tree_dot,
-    tree_dtype,
-    tree_max,
-    tree_scale,
-    tree_sub,
-    where,
-)
-from .backtracking import backtrack
+from .._arguments import check_count
+from .._tree import Layout, nonzero, where
+from .backtracking import ARMIJO, shortened
+from .descent import AbstractDescent
 
 
-class SpectralState(NamedTuple):
-    """What is known of the steps before."""
-
-    last: PyTree[Array]
-    last_gradient: PyTree[Array]
+class _SpectralState(eqx.Module):
     # The last values: a step may rise above the last one, and not above all of them.
     values: Float[Array, " memory"]
-    begun: Bool[Array, ""]
+    # Of the projected step, relative to the gradient; zero if it is not known yet.
+    length: Scalar
+    # Of the line search: the slope at its start, and the share of the step on trial.
+    slope: Scalar
+    share: Scalar
+    num_trials: Int[Array, ""]
+    max_trials: Int[Array, ""]
+    started: Bool[Array, ""]
 
 
-def spectral_projected_gradient(
-    project: Callable[[PyTree], PyTree], memory: int = 10, max_halvings: int = 20
-) -> optax.GradientTransformationExtraArgs:
-    r"""An optax optimiser for variables that are confined to a convex set,
+class SpectralProjectedGradient(AbstractDescent):
+    r"""Gradient steps for variables that are confined to a convex set,
 
     $$x \leftarrow x + a\, d, \qquad d = \Pi(x - \lambda \nabla\phi(x)) - x, \qquad
     \lambda = \frac{\langle s, s \rangle}{\langle s, r \rangle},$$
 
-    with s and r the last changes of x and of the gradient. No rate is to be chosen: a is
-    1, or less if the value would otherwise exceed the largest of the last ones. The
-    default pipelines take it where a problem has a `project_x`; elsewhere they take
+    with s and r the last changes of x and of the gradient, and $\Pi$ the Euclidean
+    projection on the set (`project_x`). No rate is to be chosen: a is 1, or less if the
+    value would otherwise exceed the largest of the last ones. A point at which the inner
+    or the linear solve fails is too far away, and the search comes back from it. If it
+    finds no better point, x stays.
+
+    The default pipelines take it where a problem has a `project_x`; elsewhere they take
     L-BFGS, whose steps a projection would spoil.
-
-    **Arguments:**
-
-    - `project`: $\Pi$, the Euclidean projection on the set.
-    - `memory`: how many of the last values there are to compare with.
-    - `max_halvings`: how often a step is made shorter, at most.
-
-    **Returns:**
-
-    An optax optimiser. Its `update` needs `value` and `value_fn`, as those of
-    `optax.lbfgs` do.
 
     ??? cite "Reference"
 
@@ -60,51 +46,80 @@ def spectral_projected_gradient(
         convex sets*, 2000.
     """
 
-    def init(params):
-        dtype = tree_dtype(params)
-        values = jnp.full((memory,), -jnp.inf, dtype)
-        return SpectralState(params, params, values, jnp.array(False))
+    memory: int = 10
+    max_trials: int = 20
 
-    def update(updates, state, params=None, **extra):
-        if params is None or not {"value", "value_fn"} <= extra.keys():
-            raise ValueError(
-                "`spectral_projected_gradient` needs `update(gradient, state, params, "
-                "value=..., value_fn=...)`, as `optax.lbfgs` does."
-            )
-        value, value_fn = extra["value"], extra["value_fn"]
-        gradient, dtype = updates, tree_dtype(params)
-        value = value.astype(dtype)
-        change = tree_sub(params, state.last)
-        curvature = tree_dot(change, tree_sub(gradient, state.last_gradient))
-        square = tree_dot(change, change)
-        # The first step is of the size of one; one where the curvature is negative, long.
-        plain = tree_sub(project(tree_sub(params, gradient)), params)
-        first = 1 / nonzero(tree_max(plain))
+    searches: ClassVar[bool] = True
+
+    def __check_init__(self):
+        check_count(self.memory, "memory", "SpectralProjectedGradient")
+        check_count(self.max_trials, "max_trials", "SpectralProjectedGradient")
+
+    def init(self, x):
+        dtype = Layout(x).dtype
+        values = jnp.full((self.memory,), -jnp.inf, dtype)
+        zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+        trials = jnp.array(0), jnp.array(self.max_trials)
+        return _SpectralState(values, zero, zero, one, *trials, jnp.array(False))
+
+    def propose(self, state, base, project, value_fn):
+        layout = Layout(base.x)
+        x, gradient = layout.ravel(base.x), layout.ravel(base.gradient)
+
+        def step(length):
+            return layout.ravel(project(layout.unravel(x - length * gradient))) - x
+
+        # The first step is of the size of one.
+        first = 1 / nonzero(jnp.max(jnp.abs(step(1))))
+        length = where(state.length == 0, first, state.length)
+        direction = step(jnp.clip(length, 1 / _LONGEST, _LONGEST))
+        slope = jnp.vdot(gradient, direction)
+        # In the set, but for rounding.
+        point = project(layout.unravel(x + state.share * direction))
+        return point, eqx.tree_at(lambda s: s.slope, state, slope)
+
+    def judge(self, state, base, trial):
+        layout = Layout(base.x)
+        dtype, value = layout.dtype, base.value.astype(layout.dtype)
+        new_value, share = trial.value.astype(layout.dtype), state.share
+        slack = 10 * jnp.finfo(base.value.dtype).eps * jnp.abs(value)
+        bound = jnp.max(state.values) + slack + ARMIJO * share * state.slope
+        # NaN does not satisfy it.
+        moves = ~state.started | ((new_value <= bound) & ~trial.failed)
+        num_trials = state.num_trials + 1
+        stays = ~moves & (num_trials >= state.max_trials)
+        done = moves | stays
+
+        step = layout.ravel(trial.x) - layout.ravel(base.x)
+        change = layout.ravel(trial.gradient) - layout.ravel(base.gradient)
+        curvature, square = jnp.vdot(step, change), jnp.vdot(step, step)
+        # One where the curvature is negative, long.
         spectral = where(curvature > 0, square / nonzero(curvature), _LONGEST)
-        length = where(state.begun & (square > 0), spectral, first)
-        length = jnp.clip(length, 1 / _LONGEST, _LONGEST)
-        direction = tree_sub(project(tree_axpy(-length, gradient, params)), params)
-        slope = tree_dot(gradient, direction)
-
-        values = jnp.roll(state.values, 1).at[0].set(value)
-
-        def trial(share):
-            point = tree_axpy(share, direction, params)
-            return share, value_fn(point), jnp.array(True)
-
-        _, share, _ = backtrack(
-            trial,
-            jnp.zeros((), dtype),
-            value,
-            slope,
-            highest=jnp.max(values),
-            max_trials=max_halvings + 1,
-            interpolate=True,
+        length = where(moves & state.started & (square > 0), spectral, 0)
+        values = jnp.roll(state.values, 1).at[0].set(where(moves, new_value, value))
+        # Where a search has found nothing the next one is a quarter as long.
+        fewer = where(stays, max(2, self.max_trials // 4), self.max_trials)
+        rise = where(trial.failed, jnp.inf, new_value - value)
+        return (
+            _SpectralState(
+                values=where(done, values, state.values),
+                length=where(done, length, state.length),
+                slope=state.slope,
+                share=where(done, 1, shortened(share, rise, state.slope)).astype(dtype),
+                num_trials=where(done, 0, num_trials),
+                max_trials=where(done, fewer, state.max_trials),
+                started=jnp.array(True),
+            ),
+            moves,
+            stays,
         )
-        state = SpectralState(params, gradient, values, jnp.array(True))
-        return tree_scale(share, direction), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+
+SpectralProjectedGradient.__init__.__doc__ = """**Arguments:**
+
+- `memory`: how many of the last values there are to compare with.
+- `max_trials`: the largest number of points that one line search evaluates.
+"""
 
 
 _LONGEST = 1e10

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree, ScalarLike
+from jaxtyping import Array, Int, PyTree, ScalarLike
 
 from .._arguments import as_rate, check_count, check_positive
 from .._compat import is_traced
@@ -119,10 +119,24 @@ Momentum.__init__.__doc__ = r"""**Arguments:**
 
 
 class _Table(NamedTuple):
-    """The terms of each batch of an epoch as they were when it was last drawn."""
+    """The terms of each batch of an epoch as they were when it was last drawn.
+
+    Those that were drawn last are beside the table, and are written in the next step,
+    before anything is read. In a loop the table is then written in place. XLA would copy
+    all of it in each step if the same step read a row before it writes one.
+    """
 
     entries: Any
+    newest: Any
+    """The terms that were drawn last, which belong into row `place`."""
+    place: Int[Array, ""]
     mean: Any
+
+    def complete(self) -> Any:
+        """The entries, the newest among them."""
+        return jtu.tree_map(
+            lambda room, u: room.at[self.place].set(u), self.entries, self.newest
+        )
 
 
 class SAGA(AbstractEstimator[tuple[_Table, _Table]]):
@@ -167,17 +181,19 @@ class SAGA(AbstractEstimator[tuple[_Table, _Table]]):
 
 def _blank_table(like: Any, length: int) -> _Table:
     entries = jtu.tree_map(lambda u: jnp.zeros((length, *u.shape), u.dtype), like)
-    return _Table(entries, tree_zeros_like(like))
+    zeros = tree_zeros_like(like)
+    return _Table(entries, zeros, jnp.zeros((), jnp.int32), zeros)
 
 
 def _updated(table: _Table, place, terms):
-    """The estimate, and the table with the terms in their place."""
-    length = jtu.tree_leaves(table.entries)[0].shape[0]
-    kept = jtu.tree_map(lambda room: room[place], table.entries)
+    """The estimate, and the table with the terms as its newest."""
+    entries = table.complete()
+    length = jtu.tree_leaves(entries)[0].shape[0]
+    kept = jtu.tree_map(lambda room: room[place], entries)
     news = tree_sub(terms, kept)
     estimate = tree_axpy(1, news, table.mean)
-    entries = jtu.tree_map(lambda room, u: room.at[place].set(u), table.entries, terms)
-    return estimate, _Table(entries, tree_axpy(1 / length, news, table.mean))
+    mean = tree_axpy(1 / length, news, table.mean)
+    return estimate, _Table(entries, terms, place, mean)
 
 
 def _num_bytes(tree: PyTree[Array]) -> int:
@@ -201,7 +217,7 @@ def _check_memory(num_bytes: int) -> None:
 
 def _available_bytes() -> int | None:
     """The memory of the device, or of the machine; `None` if neither is known."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats is not None and "bytes_limit" in stats:
         return stats["bytes_limit"]
     try:

@@ -33,7 +33,7 @@ from .._problem.batches import Batches, check_batch_argument
 from .._problem.constraints import set_x, set_y
 from .._problem.finite_sum import OnBatches
 from .._response.base import AbstractResponse
-from .._tree import tree_cast, tree_norm, tree_where, tree_zeros_like
+from .._tree import tree_cast, tree_norm, tree_where, tree_zeros_like, where
 from .base import AbstractPipeline
 
 
@@ -99,7 +99,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
 
     Where x is confined to a set (`project_x`) each step is projected on it. Gradient
     descent, with momentum or without, is made for that, and so is
-    [`bilevel_eqx.pipelines.spectral_projected_gradient`][]. Optimisers that scale or turn
+    [`bilevel_eqx.pipelines.SpectralProjectedGradient`][]. Optimisers that scale or turn
     the gradient, such as Adam or L-BFGS, come to rest elsewhere unless the set is a box,
     and L-BFGS even then; the certificate shows it.
 
@@ -145,7 +145,10 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             _check_compares_nothing(as_descent(self.optimiser), x)
         mover = self._mover
         result = RESULTS.successful
-        if not reaches_outer(problem, x, y, self.response):
+        # On a batch: x may be in what is random alone, which rests on all data.
+        first = jnp.array(0)
+        on_batch = self._batches(problem, key, first, first)
+        if not reaches_outer(on_batch, x, y, self.response):
             result = RESULTS.zero_hypergradient
         value = jax.eval_shape(problem.outer, x, y)
         return GradientState(
@@ -176,7 +179,9 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             # A rate in float64 does not make float32 variables float64.
             fixed = tree_cast(jax.lax.stop_gradient(x), state.x)
             at, *_ = _respond(problem, fixed, state.anchor, self.response)
-            return first_order(at.value, at.gradient, x, fixed)
+            # A search comes back from where the inner or the linear solve fails.
+            failed = at.result != RESULTS.successful
+            return first_order(where(failed, jnp.inf, at.value), at.gradient, x, fixed)
 
         def search(x):
             at, *_ = answered(problem, x, state.anchor, self.response)

@@ -215,7 +215,7 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
 
     def init(self, problem, equilibrium, x, y, key):
         del equilibrium
-        self._check(problem, x, y)
+        self._check(problem, x, y, key)
         point = LoopPoint(x, y, tree_zeros_like(y))
         first = jnp.zeros((), jnp.int32)
         oracle = self._oracle(problem, key, first, first)
@@ -368,7 +368,7 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
             outer = optax.adam(falling(0.01, 1))
         return inner, adjoint, outer
 
-    def _check(self, problem: AbstractBilevelProblem, x, y) -> None:
+    def _check(self, problem: AbstractBilevelProblem, x, y, key) -> None:
         check_has_objective(problem, "`SingleLoop`")
         if set_y(problem).confines:
             raise ValueError(
@@ -377,10 +377,16 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
                 "`GradientPipeline` with `Unrolled`, or with "
                 "`Implicit(ProjectedGradient(), Pseudoinverse())`."
             )
-        Batches(self.inner_batch, self.outer_batch).check(problem, "SingleLoop")
-        reaches = depends_on(lambda x: problem.outer(x, y), x) or depends_on(
-            lambda x: inner_gradient(problem, x, y), x
-        )
+        batches = Batches(self.inner_batch, self.outer_batch)
+        batches.check(problem, "SingleLoop")
+
+        def first_derivatives(x):
+            # On a batch: x may be in what is random alone, which rests on all data.
+            first = jnp.zeros((), jnp.int32)
+            on_batch = batches(problem, key, first, first)
+            return on_batch.outer(x, y), inner_gradient(on_batch, x, y)
+
+        reaches = depends_on(first_derivatives, x)
         if not reaches:
             raise ValueError(RESULTS[RESULTS.zero_hypergradient])
 

@@ -17,6 +17,7 @@ from .finite_sum import (
     Level,
     num_samples,
     OnBatches,
+    rows,
 )
 from .sampling import check_batch_size, Epochs
 
@@ -70,7 +71,7 @@ class Batches(eqx.Module):
         samples_key, losses_key = jr.split(key)
         place = epochs.place(samples_key, count)
         indices, weights = epochs.at(samples_key, count, place)
-        samples = jtu.tree_map(lambda u: u[indices], data_of(problem, level))
+        samples = rows(data_of(problem, level), indices)
         return Batch(samples, weights, jr.fold_in(losses_key, count), place)
 
     def check(self, problem: AbstractBilevelProblem, owner: str) -> None:

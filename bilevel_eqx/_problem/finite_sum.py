@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
+from .._compat import placed_as
 from .._custom_types import X, Y
+from .._mesh import check_mesh
 from .._tree import tree_dot, tree_zeros_like
 from .base import AbstractBilevelProblem
 from .sampling import subset
@@ -286,8 +288,16 @@ def _draw(problem, level: Level, key, size: int | None) -> Batch | None:
         return None
     indices_key, losses_key = jax.random.split(key)
     indices = subset(indices_key, num_samples(problem, level), size, f"`{level}_data`")
-    samples = jtu.tree_map(lambda u: u[indices], data_of(problem, level))
+    samples = rows(data_of(problem, level), indices)
     return Batch(samples, jnp.full((size,), 1 / size), losses_key)
+
+
+def rows(data: PyTree[Array], indices: Int[Array, " batch"]) -> PyTree[Array]:
+    """Some of the samples. If the data lie on several devices, they lie as the data do:
+    each device computes on its share of a batch."""
+    check_mesh(data)
+    size = indices.shape[0]
+    return jtu.tree_map(lambda u: placed_as(u[indices], u[:size]), data)
 
 
 def _plus(mean: Scalar, penalty: Scalar) -> Scalar:

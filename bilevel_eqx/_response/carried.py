@@ -35,9 +35,7 @@ def check_takes_guess(solver: lx.AbstractLinearSolver, owner: str) -> None:
         )
 
 
-def nothing_carried(
-    solver: lx.AbstractLinearSolver, problem, y: PyTree[Array]
-) -> Carried:
+def nothing_carried(solver: Any, problem, y: PyTree[Array]) -> Carried:
     """That of a first solve."""
     _, layout = flat_if_uniform(problem, y)
     flat = layout.ravel(y)

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 
-from .._arguments import check_count, check_mesh, check_positive, check_type, says
+from .._arguments import check_count, check_positive, check_type, says
 from .._compat import nondifferentiable
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
@@ -27,6 +27,7 @@ from .._inner_solver.minimum import InnerSolver, minimise_inner
 from .._inner_solver.root import find_root, why_no_root
 from .._linear_solver.judged import judged, linear_stats, throwing
 from .._linear_solver.misc import augmented, check_symmetry, explain, tags_for
+from .._mesh import check_mesh_of_solve
 from .._problem.closure import closure_converted
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import AsItIs, flat_if_uniform
@@ -145,20 +146,22 @@ class Implicit(AbstractResponse):
         return Response(y, jacobian, result, stats, pullback, presumes=_Itself())
 
     def best_response(self, problem, x, anchor):
-        anchor = jax.lax.stop_gradient(anchor)
+        # In one vector, as where the hypergradient is computed: H is then the same.
+        problem, layout = flat_if_uniform(problem, anchor)
+        anchor = jax.lax.stop_gradient(layout.ravel(anchor))
         problem = closure_converted(problem, x, anchor)
         response = nondifferentiable(
             self, name="The solvers of an `Implicit` or `Proximal` response"
         )
         y, result = _argmin(response, problem, x, anchor)
-        return y, result
+        return layout.unravel(y), result
 
     def reaches(self, problem, x, anchor):
         return depends_on(lambda x: inner_gradient(problem, x, anchor), x)
 
     def minimum(self, problem, x, anchor):
         """The last point of the inner solver, whether it is finite, and `stats`."""
-        check_mesh((problem, x, anchor))
+        check_mesh_of_solve((problem, x, anchor))
         if self.solver is None:
             return anchor, RESULTS.successful, {}
         if isinstance(problem, AbstractRootProblem):

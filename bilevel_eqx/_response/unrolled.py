@@ -150,10 +150,19 @@ class Unrolled(AbstractResponse):
         return end.y, RESULTS.successful
 
     def reaches(self, problem, x, anchor):
-        if not callable(self.optimiser):
-            return depends_on(lambda x: inner_gradient(problem, x, anchor), x)
-        steps = self._steps(problem, anchor)
-        return depends_on(lambda x: self._repeat(*steps, x, "forward").y, x)
+        if callable(self.optimiser):
+            steps = self._steps(problem, anchor)
+            return depends_on(lambda x: self._repeat(*steps, x, "forward").y, x)
+
+        def gradient(x):
+            if self.batch_size is None:
+                return inner_gradient(problem, x, anchor)
+            # x may be in what is random alone, which rests where all data are used.
+            key, count = jr.key(0), jnp.array(0)
+            on = on_inner_batch(problem, self.batch_size, key, count, "Unrolled")
+            return inner_gradient(on, x, anchor)
+
+        return depends_on(gradient, x)
 
     def _key(self, state):
         if state is not None:

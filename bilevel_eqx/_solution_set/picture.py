@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._arguments import check_mesh
 from .._derivatives.first import inner_gradient, outer_gradients
 from .._derivatives.operators import AugmentedHessian, LeastSquaresHessian
 from .._derivatives.second import (
@@ -38,6 +37,7 @@ from .._linalg.zero_curvature import clearance, uncertainty
 from .._linear_solver.judged import judged
 from .._linear_solver.misc import augmented, explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
+from .._mesh import check_mesh_of_solve
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y, Stationarity
 from .._problem.flat import flat
@@ -318,7 +318,6 @@ class Picture(eqx.Module):
         They are those of f, differentiated along mu. Not `jax.jvp`: JAX takes no second
         derivative of it where an objective has a `jax.custom_vjp`.
         """
-
         if image is not None:
             return self._constraint_of_squares(y, multiplier, image)
         if isinstance(self.problem, AbstractRootProblem):
@@ -532,7 +531,7 @@ def flat_picture(
     pseudoinverse. That is then one of a Krylov space of F_y, and of the displacement from
     the `anchor` if there is one.
     """
-    check_mesh((problem, x, y))
+    check_mesh_of_solve((problem, x, y))
     dense = y.size <= DENSE_SIZE and not differentiable
     is_plane = not hessian_depends_on_y(problem, x, y)
     linear_solver = judged(linear_solver)

@@ -43,61 +43,8 @@ _CHECKSUM = hashlib.sha256
 T = TypeVar("T")
 
 
-def save(path: str | os.PathLike, state: PyTree) -> None:
-    """Saves the state of a run, or any pytree of arrays.
-
-    The file is whole or it is not there: it is written under another name beside `path`,
-    flushed to the disk, and then renamed. A kill in the middle of that leaves the
-    previous file as it was.
-
-    **Arguments:**
-
-    - `path`: the file. It is replaced if there is one; its folder must exist.
-    - `state`: for instance the `state` of a [`bilevel_eqx.Solution`][]. Its arrays and
-        numbers are saved, random keys among them; what else it holds is not.
-
-    **Raises:**
-
-    An `OSError` if the file cannot be written, and a `ValueError` for a `state` whose
-    values are not known, under `jax.jit` or `jax.vmap`, or with an integer of more than
-    64 bits.
-    """
-    write(path, state, {})
-
-
-def load(path: str | os.PathLike, like: T) -> T:
-    """Loads what [`bilevel_eqx.save`][] has saved.
-
-    **Arguments:**
-
-    - `path`: the file.
-    - `like`: a pytree of the same structure, whose arrays are replaced by those of the
-        file; for instance the state of a run of one step.
-
-    **Returns:**
-
-    A pytree like `like`.
-
-    **Raises:**
-
-    A `ValueError` with a sentence if the file was written by another version, is of
-    another structure, is no such file, or is damaged, which its checksum shows. A
-    `FileNotFoundError` if there is none.
-
-    !!! Example
-
-        ```python
-        blx.save("run.blx", solution.state)
-        start = blx.solve(problem, blx.WarmStart(), x0, y0, num_steps=1)
-        state = blx.load("run.blx", like=start.state)
-        more = blx.solve(problem, blx.WarmStart(), x0, y0, num_steps=100, state=state)
-        ```
-    """
-    return read(path, lambda metadata: like)[0]
-
-
 def write(path: str | os.PathLike, state: PyTree, metadata: dict[str, Any]) -> None:
-    """`save`, with something of one's own in the header.
+    """Saves a state in a file, with something of one's own in the header.
 
     The file has a line that says what it is, a line of JSON, the bytes of all arrays, and
     a checksum of all that is before it.
@@ -110,7 +57,7 @@ def write(path: str | os.PathLike, state: PyTree, metadata: dict[str, Any]) -> N
             "values of the state are not known: save what the transformed function "
             "returns."
         )
-    header = {"format": _FORMAT, "leaves": _description(state), **metadata}
+    header = {"format": _FORMAT, "leaves": described(state), **metadata}
     unfinished = _unfinished(path)
     try:
         # With the permissions of a new file, or those of the file that it replaces.
@@ -133,7 +80,8 @@ def write(path: str | os.PathLike, state: PyTree, metadata: dict[str, Any]) -> N
 def read(
     path: str | os.PathLike, like: Callable[[dict[str, Any]], T]
 ) -> tuple[T, dict[str, Any]]:
-    """`load`, where what to expect may hang on the header; and the header."""
+    """What `write` has saved, where what to expect may hang on the header; and the
+    header."""
     data = pathlib.Path(path).read_bytes()
     if not data.startswith(_MAGIC):
         raise ValueError(
@@ -160,7 +108,7 @@ def read(
     if _CHECKSUM(whole[:end]).digest() != data[end:]:
         raise _damaged(path, "it is cut off, or some of its bytes have changed")
     expected = like(header)
-    _compare(path, _field(path, header, "leaves", list), _description(expected))
+    compare(path, _field(path, header, "leaves", list), described(expected))
     return _from_bytes(path, whole[start:end], expected), header
 
 
@@ -232,6 +180,24 @@ class Checkpoint:
         place: Any = None,
     ) -> None:
         """Saves the run, and the `place` where its batches from outside are."""
+        saved, header = self.contents(identity, progress, history, place)
+        real = pathlib.Path(os.path.realpath(self.path))
+        # A file that was removed is written anew.
+        if _token(real) not in (None, self._known):
+            raise self._of_two_runs()
+        try:
+            write(self.path, saved, header)
+        except FileNotFoundError as error:
+            # What is unfinished is removed when another run starts.
+            if real.parent.is_dir():
+                raise self._of_two_runs() from error
+            raise
+        self._known = _token(real)
+
+    def contents(
+        self, identity: Identity, progress: Progress, history: PyTree, place: Any
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """What is saved of a run, and its header."""
         entries = jtu.tree_leaves(history)
         header = {
             "run": identity,
@@ -239,18 +205,7 @@ class Checkpoint:
             "saved": len(entries[0]) if len(entries) > 0 else 0,
             "place": place,
         }
-        real = pathlib.Path(os.path.realpath(self.path))
-        # A file that was removed is written anew.
-        if _token(real) not in (None, self._known):
-            raise self._of_two_runs()
-        try:
-            write(self.path, _Saved(progress, history), header)
-        except FileNotFoundError as error:
-            # What is unfinished is removed when another run starts.
-            if real.parent.is_dir():
-                raise self._of_two_runs() from error
-            raise
-        self._known = _token(real)
+        return _Saved(progress, history), header
 
     def _of_two_runs(self) -> FileExistsError:
         return FileExistsError(
@@ -293,11 +248,14 @@ class Checkpoint:
             )
             return _Saved(progress, history)
 
-        self._known = _token(pathlib.Path(os.path.realpath(self.path)))
-        saved, header = read(self.path, like)
+        saved, header = self._read(like)
         if int(saved.end.num_steps) != header["done"]:
             raise _damaged(self.path, "its header and its arrays disagree")
         return saved.end, saved.history, header.get("place")
+
+    def _read(self, like: Callable[[dict[str, Any]], T]) -> tuple[T, dict[str, Any]]:
+        self._known = _token(pathlib.Path(os.path.realpath(self.path)))
+        return read(self.path, like)
 
 
 def _token(path: pathlib.Path) -> tuple | None:
@@ -327,12 +285,12 @@ def _left_by_a_kill(path: pathlib.Path) -> list[pathlib.Path]:
     return [other for other in path.parent.iterdir() if name.fullmatch(other.name)]
 
 
-def _is_saved(leaf: Any) -> bool:
+def is_saved(leaf: Any) -> bool:
     return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _bytes(tree: PyTree) -> Iterator[memoryview]:
-    for leaf in filter(_is_saved, jtu.tree_leaves(tree)):
+    for leaf in filter(is_saved, jtu.tree_leaves(tree)):
         array = numbers_of(leaf)
         if array.dtype == object:
             raise ValueError(f"`save(path, state)`: the number {leaf} is too large.")
@@ -342,7 +300,7 @@ def _bytes(tree: PyTree) -> Iterator[memoryview]:
 def _from_bytes(path: Any, data: memoryview, like: T) -> T:
     """A pytree like `like`, with the numbers that are in `data`."""
     leaves, treedef = jtu.tree_flatten(like)
-    structs = [_struct(leaf) if _is_saved(leaf) else None for leaf in leaves]
+    structs = [struct_of(leaf) if is_saved(leaf) else None for leaf in leaves]
     sizes = [0 if s is None else s.dtype.itemsize * math.prod(s.shape) for s in structs]
     # Before anything is allocated.
     if sum(sizes) != len(data):
@@ -357,7 +315,7 @@ def _from_bytes(path: Any, data: memoryview, like: T) -> T:
     return jtu.tree_unflatten(treedef, leaves)
 
 
-def _struct(leaf: Any) -> Any:
+def struct_of(leaf: Any) -> Any:
     """The shape and the type of what is written of a leaf."""
     if is_key(leaf):
         return jax.eval_shape(jr.key_data, leaf)
@@ -367,29 +325,42 @@ def _struct(leaf: Any) -> Any:
 def _as(leaf: Any, array: np.ndarray) -> Any:
     """The array, as what `leaf` is."""
     if is_key(leaf):
-        # Asked within a trace, where a shape will do for a key.
-        found = []
-        jax.eval_shape(lambda key: found.append(jr.key_impl(key)), leaf)
-        return jr.wrap_key_data(jnp.array(array), impl=found[0])
+        return _lying_as(leaf, key_like(leaf, jnp.array(array)))
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return jnp.array(array)
+        return _lying_as(leaf, array)
     if isinstance(leaf, np.ndarray):
         return array.copy()
     return type(leaf)(array.item())
 
 
-def _description(tree: PyTree) -> list[str]:
+def key_like(leaf: Any, numbers: Array) -> Array:
+    """The key of these numbers, of the kind that `leaf`, a key or its shape, is of."""
+    # Asked within a trace, where a shape will do for a key.
+    found = []
+    jax.eval_shape(lambda key: found.append(jr.key_impl(key)), leaf)
+    return jr.wrap_key_data(numbers, impl=found[0])
+
+
+def _lying_as(leaf: Any, array: Any) -> Array:
+    """The array, on the devices that `leaf` is on, if it is on several."""
+    sharding = leaf.sharding
+    if sharding is None or len(sharding.device_set) == 1:
+        return jnp.array(array)
+    return jax.device_put(array, sharding)
+
+
+def described(tree: PyTree) -> list[str]:
     """What a pytree looks like: a line for each array or number."""
     return [
         f"{jtu.keystr(path)}: {leaf.dtype}{list(leaf.shape)}"
         if hasattr(leaf, "dtype")
         else f"{jtu.keystr(path)}: {type(leaf).__name__}"
         for path, leaf in jtu.tree_leaves_with_path(tree)
-        if _is_saved(leaf)
+        if is_saved(leaf)
     ]
 
 
-def _compare(path, found: list[str], expected: list[str]) -> None:
+def compare(path, found: list[str], expected: list[str]) -> None:
     if found == expected:
         return
     for one, other in zip(found, expected):

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._compat import hidden_program, is_literal, is_program, is_traced
+from .._mesh import spans_processes
 
 
 class Digest(NamedTuple):
@@ -87,6 +88,31 @@ def is_key(leaf: Any) -> bool:
     return is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+@jax.jit
+def _fingerprint(array: Array) -> Array:
+    """Four sums over the entries, of mixed bits of the entry and of where it is. They are
+    of integers, and so the same in any order, and on any number of devices."""
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    size = min(array.dtype.itemsize, 4)
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * size}"))
+    bits = bits.astype(jnp.uint32)
+    place = jax.lax.iota(jnp.uint32, bits.size).reshape(bits.shape)
+
+    def total(seed):
+        mixed = _mixed(bits + _mixed(place + jnp.uint32(seed)))
+        return jnp.sum(mixed, dtype=jnp.uint32)
+
+    return jnp.stack([total(0x9E3779B1 * (1 + i) % 2**32) for i in range(4)])
+
+
+def _mixed(number: Array) -> Array:
+    """A mixing of 32 bits (the finaliser of MurmurHash3)."""
+    number = (number ^ (number >> 16)) * jnp.uint32(0x85EBCA6B)
+    number = (number ^ (number >> 13)) * jnp.uint32(0xC2B2AE35)
+    return number ^ (number >> 16)
+
+
 # The parameters of operations that do not change what is computed: names, rules for
 # derivatives and batches, what is kept in memory, and where the operation runs.
 _NOT_THE_NUMBERS = {
@@ -149,6 +175,12 @@ class _Parts:
             self._add_once(value)
 
     def add_array(self, value: Any) -> None:
+        if spans_processes(value):
+            # No process has all of it.
+            array = jr.key_data(value) if is_key(value) else value
+            self.form.append(f"{value.dtype}{list(array.shape)}")
+            self.numbers.append(np.asarray(_fingerprint(array)).tobytes())
+            return
         array = numbers_of(value)
         dtype = value.dtype if hasattr(value, "dtype") else type(value).__name__
         self.form.append(f"{dtype}{list(array.shape)}")

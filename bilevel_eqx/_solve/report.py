@@ -1,8 +1,8 @@
-"""The lines of a run: what is printed, or handed to the user, while it goes on."""
+"""What is told of a run while it goes on, and to whom."""
 
+import abc
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,49 +15,100 @@ from .loop import Progress
 Report = Callable[[int, int, dict[str, Any]], None]
 
 
-# A line says that the program is being compiled if this takes longer.
-_PATIENCE = 1.0
+class AbstractReporter(abc.ABC):
+    """Is told what happens in a run outside of transformations."""
+
+    wants_entries: bool
+    """Whether `segment` is given the metrics of each entry of the history. That is a part
+    of the program."""
+
+    @abc.abstractmethod
+    def compiling(self) -> contextlib.AbstractContextManager[None]:
+        """A context for the time that compiling takes."""
+
+    @abc.abstractmethod
+    def begins(self, start: int) -> None:
+        """There are `start` steps from an earlier run."""
+
+    @abc.abstractmethod
+    def segment(
+        self,
+        entries: PyTree[Array],
+        start: int,
+        end: int,
+        metrics: Callable[[], dict[str, Any]],
+    ) -> None:
+        """The steps from `start` to `end` are taken. `metrics` returns those of the last
+        of them."""
+
+    @abc.abstractmethod
+    def ends(self, progress: Progress, start: int, end: int, interrupted: bool) -> None:
+        """The run from `start` to `end` has ended, well or not."""
+
+    @abc.abstractmethod
+    def certifying(self, cost: str | None) -> contextlib.AbstractContextManager[None]:
+        """A context for the time that the certificate takes."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Nothing more will come: the run has ended, or an error was raised."""
 
 
-def print_progress(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
-    """The default line of `solve(..., progress=True)`."""
-    figures = "  ".join(f"{k} {float(v):.3e}" for k, v in metrics.items())
-    print(f"step {step:>{len(str(num_steps))}}/{num_steps}  {figures}", flush=True)
+class Silent(AbstractReporter):
+    """Tells nobody."""
+
+    wants_entries = False
+
+    def compiling(self):
+        return contextlib.nullcontext()
+
+    def begins(self, start):
+        pass
+
+    def segment(self, entries, start, end, metrics):
+        pass
+
+    def ends(self, progress, start, end, interrupted):
+        pass
+
+    def certifying(self, cost):
+        return contextlib.nullcontext()
+
+    def close(self):
+        pass
 
 
-class Reporter:
-    """Reports each entry of the history once, and the end of the run."""
+class ToFunction(AbstractReporter):
+    """Calls a function of `(step, num_steps, metrics)` for each entry of the history,
+    once, and for the last step."""
 
-    def __init__(self, report: Report | None, num_steps: int, save_every: int):
+    wants_entries = True
+
+    def __init__(self, report: Report, num_steps: int, save_every: int):
         self.report = report
         self.num_steps = num_steps
         self.save_every = save_every
 
-    def entries(self, kept: PyTree[Array], start: int, end: int) -> None:
-        """Reports the entries that the steps from `start` to `end` have made."""
-        if self.report is None:
-            return
-        kept = jax.device_get(kept)
+    def compiling(self):
+        return contextlib.nullcontext()
+
+    def begins(self, start):
+        pass
+
+    def segment(self, entries, start, end, metrics):
+        entries = jax.device_get(entries)
         for entry in range(start // self.save_every, end // self.save_every):
             # The ellipsis keeps them arrays.
-            metrics = jtu.tree_map(lambda k, i=entry: k[i, ...], kept)
-            self.report((entry + 1) * self.save_every, self.num_steps, metrics)
+            metrics_of_it = jtu.tree_map(lambda k, i=entry: k[i, ...], entries)
+            self.report((entry + 1) * self.save_every, self.num_steps, metrics_of_it)
 
-    def end(self, progress: Progress, start: int, end: int) -> None:
-        """Reports the last step, where there is no entry."""
-        if self.report is not None and end > start and end % self.save_every != 0:
+    def ends(self, progress, start, end, interrupted):
+        # Where there is no entry.
+        if end > start and end % self.save_every != 0:
             self.report(end, self.num_steps, jax.device_get(progress.metrics))
 
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Says so if what is done within takes long."""
-        if self.report is not print_progress:
-            yield
-            return
-        notice = threading.Timer(_PATIENCE, print, ("compiling ...",), {"flush": True})
-        notice.daemon = True
-        notice.start()
-        try:
-            yield
-        finally:
-            notice.cancel()
+    def certifying(self, cost):
+        return contextlib.nullcontext()
+
+    def close(self):
+        pass

@@ -1,9 +1,11 @@
 """A run from outside of its program: in segments, between which the host has its say."""
 
 import contextlib
+import dataclasses
 import functools as ft
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,14 +14,15 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._compat import is_traced
+from .._compat import is_traced, of_all_processes
+from .._mesh import placement, spans_processes, state_placed, tree_placed
 from .._problem.batches import GivenBatches
 from .._tree import tree_struct
 from .checkpoint import Checkpoint
 from .identity import identity_of, programs_of
 from .interrupt import heed_interruption
 from .loop import advance, begin, empty_history, Progress, Run, Start
-from .report import Reporter
+from .report import AbstractReporter
 from .stream import Stream
 
 
@@ -39,18 +42,27 @@ _ROUNDED_BYTES = 2**20
 
 
 class End(NamedTuple):
-    """Where a run has ended."""
+    """Where a run has ended, and the wall-clock time of its compiling and its steps."""
 
     progress: Progress
     history: PyTree[Array]
     interrupted: bool
+    seconds: dict[str, float]
 
 
 @eqx.filter_jit
-def _begin(run: Run, start: Start, identified: bool, batches: GivenBatches | None = None):
+def _begin(
+    run: Run,
+    start: Start,
+    identified: bool,
+    batches: GivenBatches | None = None,
+    variables: dict[str, PyTree] | None = None,
+):
     """See `begin`. The digests of the programs are part of what is compiled: it is traced
-    once for both."""
+    once for both. `variables` says how x and y lie on several devices."""
     progress, blank, step = begin(run, start, batches)
+    state = state_placed(progress.state, variables)
+    progress = dataclasses.replace(progress, state=state)
     return progress, blank, programs_of(run, start, progress, step) if identified else {}
 
 
@@ -58,13 +70,15 @@ def _begin(run: Run, start: Start, identified: bool, batches: GivenBatches | Non
 # own: see `begin`.
 @eqx.filter_jit(donate="all-except-first")
 def _segment(given, carry, room: int | None):
-    (run_arrays, until, batches), run_rest, progress_rest = given
+    (run_arrays, until, batches), run_rest, progress_rest, place = given
     run = _whole(run_arrays, run_rest)
     progress = _whole(carry[0], progress_rest)
     progress, history, kept = advance(
         run, progress, carry[1], until, keep_metrics=room, batches=batches
     )
-    return (_arrays(progress), history), kept, progress.stopped, progress.num_steps
+    # Or the next segment would be another program.
+    arrays = tree_placed(_arrays(progress), place)
+    return (arrays, history), kept, progress.stopped, progress.num_steps
 
 
 class _Rest:
@@ -105,7 +119,7 @@ def run_in_segments(
     num_steps: int,
     *,
     checkpoint: Checkpoint | None,
-    reporter: Reporter,
+    reporter: AbstractReporter,
     stream: Stream | None = None,
 ) -> End | None:
     """The whole run, from its start or from where the checkpoint says.
@@ -115,11 +129,15 @@ def run_in_segments(
     """
     save_every = int(run.save_every)
     earlier = checkpoint if checkpoint is not None and checkpoint.exists() else None
-    starting = _begin if earlier is None else ft.partial(eqx.filter_eval_shape, _begin)
-    with reporter.compiling():
+    # What is resumed lies as what it would begin with does.
+    variables = placement({"x": start.x, "y": start.y})
+    begins = earlier is None or variables is not None
+    starting = _begin if begins else ft.partial(eqx.filter_eval_shape, _begin)
+    seconds = {"compile": 0.0, "run": 0.0}
+    with reporter.compiling(), _timed(seconds, "compile"):
         first_batches = None if stream is None else stream.example()
         progress, blank, programs = starting(
-            run, start, checkpoint is not None, first_batches
+            run, start, checkpoint is not None, first_batches, variables
         )
     if programs is None or _is_unknown(progress):
         return None
@@ -136,11 +154,23 @@ def run_in_segments(
     if entries is not None:
         history = jtu.tree_map(lambda h, e: h.at[: len(e)].set(e), history, entries)
 
+    # All processes of a run must end it after the same step.
+    together = spans_processes((run, start))
+
+    def asked_to_end() -> bool:
+        asked = interruption.requested
+        return max(of_all_processes(int(asked))) > 0 if together else asked
+
     first = done = saved
+    reporter.begins(first)
     stopped = bool(progress.stopped)
     run_arrays, run_rest = _arrays(run), _rest(run)
     arrays, progress_rest = _arrays(progress), _rest(progress)
+    place = placement(arrays)
     pace = _Pace()
+
+    def metrics() -> dict[str, Any]:
+        return jax.device_get(_whole(arrays, progress_rest).metrics)
 
     def save(entries: PyTree[Array]) -> None:
         assert checkpoint is not None
@@ -148,7 +178,7 @@ def run_in_segments(
         checkpoint.write(identity, _whole(arrays, progress_rest), entries, place)
 
     with heed_interruption() as interruption:
-        while done < num_steps and not stopped and not interruption.requested:
+        while done < num_steps and not stopped and not asked_to_end():
             until, batches = pace.end(done, save_every), None
             # What would be left over for a short segment is taken now.
             if num_steps - until < (until - done) // 2:
@@ -166,30 +196,44 @@ def run_in_segments(
             fetching = contextlib.nullcontext()
             if stream is not None:
                 fetching = stream.fetching(until)
-            with compiling(), fetching:
+            spent_on = "compile" if compiles else "run"
+            with compiling(), fetching, _timed(seconds, spent_on):
                 (arrays, history), kept, stopped, num_steps_now = _segment(
-                    ((run_arrays, np.asarray(until), batches), run_rest, progress_rest),
+                    (
+                        (run_arrays, np.asarray(until), batches),
+                        run_rest,
+                        progress_rest,
+                        place,
+                    ),
                     (arrays, history),
-                    None if reporter.report is None else room,
+                    room if reporter.wants_entries else None,
                 )
-            if is_traced(stopped):
-                return None
-            before, done = done, int(num_steps_now)
+                if is_traced(stopped):
+                    return None
+                before, done = done, int(num_steps_now)
             pace.took(until - before, time.perf_counter() - began)
             stopped = bool(stopped)
-            reporter.entries(kept, before, done)
+            reporter.segment(kept, before, done, metrics)
             if checkpoint is not None and checkpoint.next(saved) <= done and not stopped:
                 save(_first(history, done // save_every))
                 saved = done
+        interrupted = asked_to_end()
     progress = _whole(arrays, progress_rest)
-    reporter.end(progress, first, done)
+    reporter.ends(progress, first, done, interrupted)
     history = _first(history, done // save_every)
     if checkpoint is not None and saved < done and not bool(progress.verdict.failed):
         save(history)
     if stream is not None and not (done == num_steps or stopped):
-        if not interruption.requested:
+        if not interrupted:
             raise stream.ended(done)
-    return End(progress, history, interruption.requested)
+    return End(progress, history, interrupted, seconds)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - began
 
 
 class _Pace:

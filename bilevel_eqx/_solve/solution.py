@@ -29,10 +29,15 @@ class Solution(eqx.Module, Generic[X, Y]):
     - `history`: what `record` returned, stacked along a leading axis with one entry for
         every `save_every` steps. Under `vmap`, where the number of entries cannot depend
         on the run, those that were never reached are NaN, or zero for integers.
-    - `stats`: `num_steps`, the steps taken; and the last `outer_residual` and
-        `inner_residual` of the algorithm, which say whether it has come to rest. Where
-        inner steps are unrolled, the latter is the norm of the inner gradient at which
-        the last of them began.
+    - `stats`: `num_steps`, the steps taken; `save_every`, the steps between two entries
+        of the history; and the last `outer_residual` and `inner_residual` of the
+        algorithm, which say whether it has come to rest. Where inner steps are unrolled,
+        the latter is the norm of the inner gradient at which the last of them began.
+        Outside of transformations also `compile_seconds`, `run_seconds` and
+        `certify_seconds`, the wall-clock time of this call: of compiling the run (next to
+        nothing if it was compiled before), of its steps, and of the certificate, the
+        compiling of that included. With batches from an iterator, which come with the
+        first segment, the steps of that count as compiling.
     - `state`: all that is needed to go on: pass it as `solve(..., state=...)`.
     """
 
@@ -47,18 +52,28 @@ class Solution(eqx.Module, Generic[X, Y]):
     state: Any
 
     def __str__(self):
-        stats = {k: v for k, v in self.stats.items() if k not in ("num_steps", "value")}
+        elsewhere = {"num_steps", "value", "save_every", *_SECONDS}
+        stats = {k: v for k, v in self.stats.items() if k not in elsewhere}
+        seconds = [
+            f"{_seconds_as_text(self.stats[k])} to {k.removesuffix('_seconds')}"
+            for k in _SECONDS
+            if k in self.stats
+        ]
         rows = [
             ("F", _as_text(self.value)),
-            ("steps", _as_text(self.stats["num_steps"])),
             ("result", _as_text(self.result)),
             *((name, _as_text(value)) for name, value in stats.items()),
+            ("steps", _as_text(self.stats["num_steps"])),
+            *([("seconds", ", ".join(seconds))] if seconds else []),
         ]
         width = max(len(name) for name, _ in rows)
         lines = [f"  {name:<{width}}  {text}" for name, text in rows]
         asked = self.certificate is not None
         certificate = str(self.certificate) if asked else "certificate: not asked for"
         return "\n".join(["Solution", *lines, certificate])
+
+
+_SECONDS = ("compile_seconds", "run_seconds", "certify_seconds")
 
 
 def _as_text(value: Any) -> str:
@@ -71,6 +86,12 @@ def _as_text(value: Any) -> str:
     if value.ndim > 0:
         return np.array2string(np.asarray(value), precision=4, threshold=10)
     return f"{value:.6g}" if eqx.is_inexact_array(value) else str(value)
+
+
+def _seconds_as_text(value: Any) -> str:
+    if is_traced(value) or np.ndim(value) > 0:
+        return _as_text(value)
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def _result_as_text(result: RESULTS) -> str:

@@ -1,11 +1,14 @@
 """`solve`: which run is meant, and how its end is said."""
 
+import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
@@ -25,16 +28,19 @@ from .._equilibrium.base import (
 from .._failure.results import first_failure, RESULTS
 from .._failure.sentences import where_x_went
 from .._failure.throw import throw_if_failed
+from .._mesh import check_mesh, on_auto_axes, spans_processes
 from .._pipeline.base import AbstractPipeline
 from .._pipeline.registry import check_pair, default_pipeline, pipeline_named
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.finite_sum import AbstractFiniteSumProblem
 from .._tree import tree_max
+from .bar import Bar, IN_PROGRAMS
 from .checkpoint import Checkpoint
 from .loop import Progress, Run, run_in_one, Start
-from .report import print_progress, Report, Reporter
+from .report import AbstractReporter, Report, Silent, ToFunction
 from .segments import run_in_segments
+from .shared_checkpoint import SharedCheckpoint
 from .solution import Solution
 from .stream import Stream
 
@@ -44,6 +50,7 @@ def record_metrics(x: PyTree, y: PyTree, metrics: dict[str, Any]) -> dict[str, A
     return {name: value for name, value in metrics.items() if name != "result"}
 
 
+@on_auto_axes
 def solve(
     problem: AbstractBilevelProblem[X, Y],
     equilibrium: AbstractEquilibrium,
@@ -69,7 +76,7 @@ def solve(
     A run is a compiled loop. Under `jax.jit` or `jax.vmap` the whole run is one program,
     which can be vmapped over anything that is an array: initial points, keys, the arrays
     in the problem, the epsilon of a warm start, the rates of a pipeline. Otherwise the
-    loop runs in segments of about a second. Between two segments, lines are printed,
+    loop runs in segments of about a second. Between two segments, progress is shown,
     checkpoints are written, and Ctrl-C is heeded. How a run is cut into segments does
     not change its answer.
 
@@ -102,10 +109,11 @@ def solve(
         since a new function compiles anew. Keyword only argument.
     - `save_every`: how many steps lie between two entries of the history. Keyword only
         argument.
-    - `progress`: `True` prints a line for each entry of the history and for the last
-        step, about once a second those that are due, and says when compiling takes long.
-        A function of `(step, num_steps, metrics)` is called instead of printing. Keyword
-        only argument.
+    - `progress`: `True` shows a bar in a terminal or a notebook, and nothing where the
+        output is neither: the step, the rate, the time left, F and the residuals, about
+        once a second, and when it compiles. A function of `(step, num_steps, metrics)` is
+        called instead, for each entry of the history and for the last step. Keyword only
+        argument.
     - `state`: the `state` of an earlier [`bilevel_eqx.Solution`][], to go on from it;
         `x0` and `y0` then only say what shapes to expect. Keyword only argument.
     - `checkpoint`: a file to save the run in as it goes. If the file exists, the run is
@@ -113,6 +121,8 @@ def solve(
         The checkpoint of another run is refused, with what has changed: an argument, a
         rate, the program of an objective or the data that it closes over, ...
         `num_steps` may be larger than in the interrupted run. Keyword only argument.
+        If the arrays lie on devices of several processes, it is a folder that all of them
+        share, and `orbax-checkpoint` must be installed.
     - `checkpoint_every`: how many steps lie between two savings, a multiple of
         `save_every`. By default about a tenth of the run. Keyword only argument.
     - `batches`: an iterator of pairs `(inner_batch, outer_batch)`, one for each step, for
@@ -155,6 +165,7 @@ def solve(
         print(solution.value, solution.certificate)
         ```
     """
+    check_mesh((problem, x0, y0, key, pipeline))
     x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
     key = jr.key(0) if key is None else key
     _check(problem, equilibrium, x0, y0)
@@ -170,8 +181,9 @@ def solve(
     if tolerance is not None:
         check_positive(tolerance, "tolerance", "solve")
         tolerance = as_rate(tolerance)
-    file = _checkpoint(checkpoint, checkpoint_every, num_steps, save_every)
-    report = print_progress if progress is True else progress or None
+    shared = spans_processes((problem, x0, y0))
+    file = _checkpoint(checkpoint, checkpoint_every, num_steps, save_every, shared)
+    reporter = _reporter(progress, num_steps, save_every)
     run = Run(problem, equilibrium, pipeline, tolerance, record, np.asarray(save_every))
     start = Start(x0, y0, key, state)
     stream = None
@@ -180,14 +192,15 @@ def solve(
     end = None
     if not any(is_traced(leaf) for leaf in jtu.tree_leaves((run, start))):
         try:
-            end = run_in_segments(
-                run,
-                start,
-                num_steps,
-                checkpoint=file,
-                reporter=Reporter(report, num_steps, save_every),
-                stream=stream,
-            )
+            with contextlib.closing(reporter):
+                end = run_in_segments(
+                    run,
+                    start,
+                    num_steps,
+                    checkpoint=file,
+                    reporter=reporter,
+                    stream=stream,
+                )
         except RuntimeError as error:
             # JAX says this of reverse mode with respect to what the problem closes over,
             # because a segment writes over its arguments. Below it is refused.
@@ -209,6 +222,7 @@ def solve(
             "`bilevel_eqx.save` in between."
         )
     else:
+        report = IN_PROGRAMS if progress is True else progress or None
         last, history, value, result, figures = _in_one(
             run, start, num_steps, num_steps // save_every, report
         )
@@ -219,9 +233,15 @@ def solve(
         result=result,
         certificate=None,  # pyright: ignore
         history=history,
-        stats={"num_steps": last.num_steps, **last.metrics},
+        stats={
+            "num_steps": last.num_steps,
+            "save_every": run.save_every,
+            **last.metrics,
+        },
         state=last.state,
     )
+    if end is not None:
+        solution = _with_seconds(solution, end.seconds)
     if throw and end is not None:
         # Before the certificate, which nobody would see.
         if end.interrupted:
@@ -232,11 +252,15 @@ def solve(
             solution, result, lambda: figures, lambda: _post_mortem(problem, x0, y0, last)
         )
     if certify:
-        cost = stated_cost(equilibrium, y0)
-        if report is print_progress and cost is not None:
-            print(f"certifying: {cost}", flush=True)
         x, y = solution.x, solution.y
-        certificate = certify_(problem, equilibrium, x, y, y0=y0, x0=x0)
+        if end is None:
+            certificate = certify_(problem, equilibrium, x, y, y0=y0, x0=x0)
+        else:
+            began = time.perf_counter()
+            with reporter.certifying(stated_cost(equilibrium, y0)):
+                certificate = certify_(problem, equilibrium, x, y, y0=y0, x0=x0)
+            seconds = {"certify": time.perf_counter() - began}
+            solution = _with_seconds(solution, seconds)
         certificate = _with_where_x_went(certificate, x0, x, history)
         solution = dataclasses.replace(solution, certificate=certificate)
     if throw and end is None:
@@ -244,6 +268,20 @@ def solve(
     if any(is_traced(leaf) for leaf in jtu.tree_leaves(solution)):
         solution = not_differentiable(solution, _NO_DERIVATIVE)
     return solution
+
+
+def _reporter(progress: Any, num_steps: int, save_every: int) -> AbstractReporter:
+    if progress is True:
+        return Bar(num_steps)
+    return ToFunction(progress, num_steps, save_every) if progress else Silent()
+
+
+def _with_seconds(solution: Solution, seconds: dict[str, float]) -> Solution:
+    """The solution with wall-clock times in its `stats`. They are arrays, because other
+    numbers would be part of the programs that the solution is passed to."""
+    dtype = np.asarray(solution.value).dtype
+    named = {f"{k}_seconds": np.asarray(v, dtype) for k, v in seconds.items()}
+    return dataclasses.replace(solution, stats={**solution.stats, **named})
 
 
 def _with_where_x_went(
@@ -354,6 +392,8 @@ def _in_one(
     end, history = run_in_one(
         run, start, num_steps, num_entries, None if report is None else call_back
     )
+    if report is IN_PROGRAMS:
+        jax.debug.callback(lambda _: IN_PROGRAMS.close(), end.num_steps)
     return end, history, *_conclude(run.problem, run.tolerance, end, None)
 
 
@@ -411,6 +451,7 @@ def _checkpoint(
     every: int | None,
     num_steps: int,
     save_every: int,
+    shared: bool,
 ) -> Checkpoint | None:
     if path is None:
         if every is not None:
@@ -428,7 +469,7 @@ def _checkpoint(
             "be a multiple of the second, so that each saving is at an entry of the "
             "history."
         )
-    return Checkpoint(path, every)
+    return SharedCheckpoint(path, every) if shared else Checkpoint(path, every)
 
 
 def _interruption(done: int, num_steps: int, checkpoint: str | os.PathLike | None) -> str:

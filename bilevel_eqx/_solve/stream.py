@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from .._mesh import on_devices_of
 from .._problem.batches import GivenBatches
 from .._problem.finite_sum import AbstractFiniteSumProblem, data_of, Level
 
@@ -96,9 +97,19 @@ class Stream:
             pairs.append(self._checked(pair, step))
         pairs += [pairs[-1]] * (self._length - len(pairs))
         inner, outer = jtu.tree_map(lambda *leaves: np.stack(leaves), *pairs)
-        batches = GivenBatches(inner, outer, self._key, np.asarray(done))
+        batches = GivenBatches(
+            self._on_devices(inner, "inner"),
+            self._on_devices(outer, "outer"),
+            self._key,
+            np.asarray(done),
+        )
         place = self._state() if self._keeps_place else None
-        self._next = _Chunk(jax.device_put(batches), place)
+        self._next = _Chunk(batches, place)
+
+    def _on_devices(self, batches: PyTree, level: Level) -> PyTree:
+        if batches is None:
+            return None
+        return on_devices_of(batches, data_of(self._problem, level), level)
 
     def example(self) -> GivenBatches:
         """The first chunk, which is not used up by this."""

@@ -28,6 +28,7 @@ from .._linalg.eigenbasis import eigenbasis, singular_values
 from .._linear_solver.neumann import Neumann
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._linear_solver.truncated_cg import TruncatedCG
+from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_y
@@ -116,6 +117,7 @@ class HypergradientCheck:
         return "\n".join(lines)
 
 
+@on_auto_axes
 def check_hypergradient(
     problem: AbstractBilevelProblem,
     x: PyTree,

@@ -11,6 +11,7 @@ from .._equilibrium.cold_start import ColdStart
 from .._equilibrium.optimistic import Optimistic
 from .._equilibrium.warm_start import WarmStart
 from .._failure.results import RESULTS
+from .._mesh import on_auto_axes
 from .._pipeline.base import AbstractPipeline
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
@@ -71,6 +72,7 @@ def _short(value) -> str:
     return f"{float(value):.4g}"
 
 
+@on_auto_axes
 def compare(
     problem: AbstractBilevelProblem,
     x0: PyTree,

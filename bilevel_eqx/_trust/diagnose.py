@@ -33,6 +33,7 @@ from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import margin, uncertainty
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._linear_solver.truncated_cg import TruncatedCG
+from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .._problem.constraints import set_y
@@ -74,7 +75,7 @@ _SMALL_SHARE = 1e-3
 
 
 # A decision between zero and nonzero is clear if it is by more than this factor.
-_CLEAR = 100
+CLEAR = 100
 
 
 # y counts as a minimum if its distance from one, relative to its size, is below this.
@@ -99,6 +100,12 @@ class Diagnosis:
     - `rank`: the number of eigenvalues that do not count as zero.
     - `margin`: by which factor the closest decision between zero and nonzero was clear.
         Below a hundred it is not: rounding, or the error of y, may have made it.
+    - `eigenvalues`: those of $H$ that were found, in ascending order; without a
+        decomposition, Ritz values.
+    - `is_zero`: for each of them, whether it counts as zero.
+    - `cut`: what lies between the two kinds, for a picture
+        ([`bilevel_eqx.plot.spectrum`][]): the uncertainty of the eigenvalues where it
+        does, and otherwise the geometric mean of their neighbours.
     - `singular`: whether some eigenvalues count as zero: $H$ is singular, or numerically
         so.
     - `null_share`: $\|P F_y\|^2 / \|F_y\|^2$, with the projection $P$ on the null space
@@ -137,6 +144,10 @@ class Diagnosis:
     smallest_nonzero: float
     rank: int
     margin: float
+    # Compared and printed by what is read off them.
+    eigenvalues: np.ndarray = dataclasses.field(repr=False, compare=False)
+    is_zero: np.ndarray = dataclasses.field(repr=False, compare=False)
+    cut: float
     singular: bool
     null_share: float
     gaps: dict[str, float]
@@ -156,7 +167,7 @@ class Diagnosis:
     def __str__(self):
         about = "" if self.exact else "about "
         definite = "some count as zero" if self.singular else "none count as zero"
-        if self.margin < _CLEAR:
+        if self.margin < CLEAR:
             definite += (
                 f", and the closest of these decisions is not clear: it is by a factor "
                 f"of {self.margin:.2g}"
@@ -215,6 +226,7 @@ class Diagnosis:
         ]
 
 
+@on_auto_axes
 def diagnose(
     problem: AbstractBilevelProblem,
     x: PyTree,
@@ -409,6 +421,7 @@ def _krylov(
 def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
     nodes = measured.nodes
     spectrum = _Spectrum(problem, x, y, measured)
+    ascending = np.argsort(spectrum.values)
     # Without any curvature, every step size works.
     step_size = 1 / (spectrum.size_of_H or 1.0)
     filters = _Filters(measured, spectrum.is_zero[: nodes.values.size], step_size)
@@ -420,6 +433,9 @@ def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
         smallest_nonzero=spectrum.smallest_nonzero,
         rank=spectrum.rank,
         margin=spectrum.margin,
+        eigenvalues=spectrum.values[ascending],
+        is_zero=spectrum.is_zero[ascending],
+        cut=_cut(np.abs(spectrum.values), spectrum.is_zero, spectrum.threshold),
         singular=spectrum.singular,
         null_share=filters.null_share,
         gaps=_gaps(filters),
@@ -461,7 +477,7 @@ class _Spectrum:
         dtype = tree_dtype(y)
         uncertain = _uncertainty(jnp.asarray(values, dtype), n, curved=curved)
         uncertain = np.maximum(np.asarray(uncertain, np.float64), bounds)
-        threshold = uncertain[highest]
+        self.threshold = threshold = float(uncertain[highest])
         clear = values / np.where(uncertain == 0, np.inf, uncertain)
         self.is_zero = np.abs(clear) <= 1
         # The rank of a sum of squares is at most their number.
@@ -497,6 +513,14 @@ class _Spectrum:
         is_filling = sizes <= self.eps * np.linalg.norm(sizes)
         filling = int(np.sum(is_filling & ~self.is_zero[: sizes.size]))
         return max(estimate, self._seen(nodes) - filling)
+
+
+def _cut(sizes: np.ndarray, is_zero: np.ndarray, threshold: float) -> float:
+    """Where a line between the eigenvalues that count and those that do not can be."""
+    below = float(np.max(sizes[is_zero], initial=0))
+    above = float(np.min(sizes[~is_zero], initial=np.inf))
+    # For a sum of squares the singular values of its Jacobian decide, and these are not.
+    return threshold if below <= threshold < above else float(np.sqrt(below * above))
 
 
 def _bounds(nodes: _Nodes) -> np.ndarray:

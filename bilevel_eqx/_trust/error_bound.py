@@ -23,6 +23,7 @@ from .._derivatives.second import (
 from .._hypergradient import Hypergradient
 from .._linalg.decompositions import eigvalsh
 from .._linalg.eigenbasis import extreme_eigenvalues, lanczos
+from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
 from .._problem.root import check_has_objective
@@ -87,6 +88,7 @@ class ErrorBound(eqx.Module):
 Curvature = Literal["dense", "lanczos"] | ScalarLike
 
 
+@on_auto_axes
 def error_bound(
     problem: AbstractBilevelProblem[X, Y],
     x: X,

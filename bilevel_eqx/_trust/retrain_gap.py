@@ -13,6 +13,7 @@ from .._arguments import as_variables, check_count, check_type
 from .._derivatives.first import inner_gradient
 from .._inner_solver.projection import Projection
 from .._linear_solver.pseudoinverse import Pseudoinverse
+from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
 from .._problem.root import check_has_objective
 from .._response.base import AbstractResponse
@@ -66,6 +67,7 @@ class RetrainGap(eqx.Module):
         )
 
 
+@on_auto_axes
 def retrain_gap(
     problem: AbstractBilevelProblem,
     solution: Solution,

@@ -1,3 +1,5 @@
+"""The tasks of the paper, as problems with their starting points."""
+
 from ._anti_distillation import (
     anti_distillation as anti_distillation,
     anti_distillation_network as anti_distillation_network,

@@ -1,0 +1,73 @@
+"""What the scripts of the gallery share: their command line.
+
+Each script has
+
+- `run(quick)`: computes its results, a dictionary. Single numbers are reported, and
+  arrays are for the picture. With `quick` it takes a few seconds, for a test.
+- `check(results)`: raises an `AssertionError` if the results are not what the script
+  claims, for `quick` results too.
+- `draw(results)`: a figure of matplotlib's.
+
+and ends with `main(__file__, __doc__, run, check, draw)`.
+"""
+
+import argparse
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from bilevel_eqx import plot
+
+
+Results = dict[str, Any]
+
+
+def main(
+    file: str,
+    doc: str | None,
+    run: Callable[[bool], Results],
+    check: Callable[[Results], None],
+    draw: Callable[[Results], Any],
+) -> None:
+    """Runs a script: prints its numbers, checks its claim, and saves its picture."""
+    name = pathlib.Path(file).stem
+    args = _arguments(doc)
+    # Pictures are saved and not shown.
+    matplotlib.use("agg")
+    start = time.perf_counter()
+    results = run(args.quick)
+    seconds = time.perf_counter() - start
+    for key, value in results.items():
+        if np.ndim(value) == 0:
+            print(f"{key:<40} {float(value):.4g}")
+    print(f"{'seconds, compilation included':<40} {seconds:.1f}")
+    check(results)
+    args.output.mkdir(parents=True, exist_ok=True)
+    picture = args.output / f"gallery_{name}.png"
+    with plot.house_style():
+        draw(results).savefig(picture, dpi=150)
+    # A third of the bytes, for the documentation.
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(128).save(picture, optimize=True)
+    print(f"The claim holds. The picture is {picture}")
+
+
+def _arguments(doc: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("outputs"),
+        help="the folder for the picture (outputs)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller, for a check: a few seconds"
+    )
+    return parser.parse_args()
