@@ -33,7 +33,7 @@ ERROR, FIRST = 1e-3, 10
 @eqx.filter_jit
 def path(problem, x, y, rate, inner_rate, num_steps, exact_steps):
     """The points of a run along the hypergradient, and that."""
-    low_rank = blx.Nystrom(min(40, exact_steps), 1e-2)
+    low_rank = blx.pipelines.Nystrom(min(40, exact_steps), 1e-2)
     exact = blx.Implicit(None, blx.TruncatedCG(exact_steps, preconditioner=low_rank))
     optimiser = optax.adam(rate)
 
@@ -99,7 +99,7 @@ def measure(title, problem, points, rank, damping, refresh_every):
         return blx.Implicit(None, solver(num_steps), carry_adjoint=True)
 
     def preconditioned(num_steps):
-        low_rank = blx.Nystrom(rank, damping)
+        low_rank = blx.pipelines.Nystrom(rank, damping)
         return blx.Implicit(None, solver(num_steps, low_rank), carry_adjoint=True)
 
     # Without a memory every tenth point will do.
