@@ -18,8 +18,8 @@ from bilevel_eqx.pipelines import SAGA, SingleLoop
 
 
 class Cleaning(blx.AbstractFiniteSumProblem):
-    inner_data: tuple[Array, Array, Array]  # images, labels, and the number of each
-    outer_data: tuple[Array, Array]
+    inner_data: tuple[Array, ...]  # images, labels, and the number of each
+    outer_data: tuple[Array, ...]
 
     def inner_losses(self, x, y, batch, key):
         images, labels, number = batch
@@ -105,7 +105,7 @@ def check(results):
 
 def draw(results):
     picture, ax = plt.subplots(figsize=(4.2, 2.5), layout="constrained")
-    bins, wrong = np.linspace(0, 1, 21), results["wrong"]
+    bins, wrong = list(np.linspace(0, 1, 21)), results["wrong"]
     for which, name, i in ((wrong, "wrong label", 0), (~wrong, "right label", 1)):
         colour = plot.CLASS_COLOURS[i]
         ax.hist(results["weights"][which], bins, color=colour, alpha=0.6, label=name)

@@ -36,12 +36,12 @@ def breast_cancer(num_wrong):
     """200 samples, of which the first few have a wrong label, and 369 to test on."""
     from sklearn.datasets import load_breast_cancer
 
-    features, labels = load_breast_cancer(return_X_y=True)
+    features, labels = map(np.asarray, load_breast_cancer(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(labels))
     features, signs = features[order], 2.0 * labels[order] - 1
     signs[:num_wrong] *= -1
     features = (features - features[:200].mean(axis=0)) / features[:200].std(axis=0)
-    features = np.append(features, np.ones((len(signs), 1)), axis=1)
+    features = np.column_stack([features, np.ones(len(signs))])
     sets = zip(np.split(features, (200,)), np.split(signs, (200,)))
     return [(jnp.asarray(u, "float32"), jnp.asarray(s, "float32")) for u, s in sets]
 

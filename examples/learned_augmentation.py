@@ -4,6 +4,7 @@ python examples/learned_augmentation.py
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ import bilevel_eqx as blx
 
 
 class Augmentation(blx.AbstractFiniteSumProblem):
-    inner_data: tuple[Array, Array, Array]  # images, labels, directions of each image
-    outer_data: tuple[Array, Array]
+    inner_data: tuple[Array, ...]  # images, labels, directions of each image
+    outer_data: tuple[Array, ...]
 
     def inner_losses(self, x, y, batch, key):
         images, labels, directions = batch
@@ -85,7 +86,7 @@ def run(quick):
         record=lambda x, y, metrics: jnp.exp(x),
     )
     starts = jax.vmap(network)(jr.split(jr.key(1), 3))
-    results = {"path": np.asarray(solution.history)}
+    results: dict[str, Any] = {"path": np.asarray(solution.history)}
     for name, x in (("learned", solution.x), ("none", x0 - 9), ("more", x0 + 1)):
         at = dataclasses.replace(solution, x=x)
         gap = blx.retrain_gap(problem, at, starts, response=training(20 * num_steps))
