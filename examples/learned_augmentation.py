@@ -109,9 +109,8 @@ def check(results):
 def draw(results):
     kinds = ("shift across", "shift down", "turn", "stretch", "contrast", "noise")
     picture, ax = plt.subplots(figsize=(4.2, 2.5), layout="constrained")
-    steps = np.linspace(0, 1, len(results["path"]))
     for path, kind in zip(results["path"].T, kinds):
-        ax.plot(steps, path, label=kind)
+        ax.plot(np.linspace(0, 1, len(path)), path, label=kind)
     ax.set(xlabel="share of the run", ylabel="strength", ylim=(0, None))
     ax.legend(ncols=2)
     return picture

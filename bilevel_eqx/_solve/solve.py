@@ -280,7 +280,8 @@ def _reporter(progress: Any, num_steps: int, save_every: int) -> AbstractReporte
 def _with_seconds(solution: Solution, seconds: dict[str, float]) -> Solution:
     """The solution with wall-clock times in its `stats`. They are arrays, because other
     numbers would be part of the programs that the solution is passed to."""
-    dtype = np.asarray(solution.value).dtype
+    # Also where the value is that of a derivative, which is refused later.
+    dtype = solution.value.dtype
     named = {f"{k}_seconds": np.asarray(v, dtype) for k, v in seconds.items()}
     return dataclasses.replace(solution, stats={**solution.stats, **named})
 
