@@ -227,7 +227,7 @@ def _rings():
     (
         # The points run away to where they have no more effect, and do so slowly.
         (blx.ColdStart(), 60),
-        (blx.WarmStart(0.1), 25),
+        (blx.WarmStart(0.1), 60),
         (blx.Optimistic(), 40),
     ),
     ids=lambda part: type(part).__name__,
