@@ -567,6 +567,7 @@ def test_the_curvature_of_the_distance_by_hand():
     assert out.residuals["curvature"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_optimistic_and_pessimistic_on_a_circle():
     # F = y_0: least at (-1, 0), largest at (1, 0).
     problem = Ellipse(jnp.ones(2), jnp.array([1.0, 0.0]))

@@ -82,6 +82,7 @@ class Negated(blx.AbstractResponse):
         return self.right.reaches(problem, x, anchor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
 def test_right_is_right(dtype):
     responses = {
@@ -102,6 +103,7 @@ def test_right_is_right(dtype):
     assert "true error" in text and "linear residual" in text and "truncated" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, words",
     (
@@ -152,6 +154,7 @@ def test_faults_of_a_response(response, words):
     assert row.errors["true"] > 1e-2
 
 
+@pytest.mark.slow
 def test_many_minima_have_two_derivatives():
     nearest = blx.MinimumDisplacement(blx.Projection(), blx.Pseudoinverse())
     rng = np.random.default_rng(2)
@@ -169,6 +172,7 @@ def test_many_minima_have_two_derivatives():
     assert any("disagree by design" in finding for finding in check.findings)
 
 
+@pytest.mark.slow
 def test_defaults():
     problem, x, _ = make_linear(LinearBilevel, jnp.float64)
     check = blx.check_hypergradient(problem, x, jnp.zeros(problem.features.shape[1]))
@@ -222,6 +226,7 @@ def _ruled(rule):
     )
 
 
+@pytest.mark.slow
 def test_a_rule_for_reverse_mode_alone():
     x = jnp.array([0.3, 1.0])
     check = blx.check_hypergradient(_ruled(_softly), x, jnp.zeros(2))
@@ -345,6 +350,7 @@ def _pieces(kind):
     return blx.BilevelProblem(lambda x, y: jnp.sum((y - 1) ** 2), inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind,", grid(lambda kind: kind == "lasso", ("lasso", "hinge", "median"))
 )
@@ -387,6 +393,7 @@ def test_few_programs():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_responses_in_a_sequence_are_named_as_code():
     short = blx.Implicit(blx.Projection(), blx.Neumann(3, 0.1))
     check = blx.check_hypergradient(*_curve(), [exact, short, exact], num_coordinates=1)

@@ -167,6 +167,7 @@ def test_resumes_and_goes_further(tmp_path):
     assert steps == [(step, 20) for step in range(9, 21)]
 
 
+@pytest.mark.slow
 def test_stops_where_it_would(tmp_path):
     """A run that converges, and one that fails, in a segment that is not the first."""
     problem, x0, y0 = make_ridge()
@@ -513,6 +514,7 @@ def test_another_run_is_refused(tmp_path, name):
     assert tree_identical(_small(file, **one()).state, solution.state)
 
 
+@pytest.mark.slow
 def test_another_target(tmp_path):
     """The closed form: x goes to the target by a factor a step."""
     file = tmp_path / "run"

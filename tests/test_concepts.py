@@ -195,6 +195,7 @@ def _toy_c(p=-1.0):
     return ToyC(jnp.array(p))
 
 
+@pytest.mark.slow
 def test_toy_c_threshold():
     origin = jnp.array(0.0)
     convex = _toy_c(p=1.0)
@@ -452,6 +453,7 @@ def test_linear_quadratic(size, equilibrium):
         assert largest < 1e-6
 
 
+@pytest.mark.slow
 @sizes
 def test_linear_quadratic_pessimistic(size):
     # In a ball as large as the last, two points are equally bad at the answer.

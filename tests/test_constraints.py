@@ -225,6 +225,7 @@ def test_moves_with_a_moving_bound():
         assert np.allclose(y, y_of(Bounded(jnp.asarray(bound)), x), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     # Where the boundary is curved, its curvature is part of them.
     C = jr.normal(jr.key(1), (N, M))
@@ -337,6 +338,7 @@ def _x(x, y, metrics):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, concept",
     _marked({"stackelberg": ("simplex",), "cold": (), "optimistic": ("ball",)}),
@@ -409,6 +411,7 @@ def test_any_optimiser_is_projected(name, optimiser):
     assert solution.certificate.largest < 1e-4
 
 
+@pytest.mark.slow
 def test_the_certificate_tells_where_a_projection_does_not_fit_the_optimiser():
     # Adam measures each coordinate in a unit of its own. A box does not mind, and the
     # nearest point of a simplex is another one then.
@@ -473,6 +476,7 @@ def test_nash_with_both_in_sets():
     assert off.residuals["outer"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_solve_with_y_in_a_set(epsilon):
     # Of C x only the share between the bounds counts; F is least where y = .3.
@@ -493,6 +497,7 @@ def test_solve_with_y_in_a_set(epsilon):
     assert blx.certify(free, equilibrium, solution.x, solution.y).largest > 0.1
 
 
+@pytest.mark.slow
 def test_check_hypergradient_knows_of_constraints():
     problem, x = nearest("simplex")
     check = blx.check_hypergradient(problem, x, jnp.zeros(N))
@@ -514,6 +519,7 @@ def test_check_hypergradient_knows_of_constraints():
 #
 
 
+@pytest.mark.slow
 def test_refusals():
     problem, x = nearest("box")
     y0 = jnp.zeros(N)

@@ -353,6 +353,7 @@ def _turning(rng, condition, rank, noise):
     return data, moved, moved + turned, sensitivity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense_size", (1024, pytest.param(1, marks=pytest.mark.slow)))
 def test_a_residual_whose_jacobian_moves_with_x(dense_size):
     # The term dA^T r, where r is rounding: times H^+, its error would be eps cond^2.

@@ -65,6 +65,7 @@ def _relative_error(problem, outer_x, outer_y, jacobian):
     return np.linalg.norm(jacobian.T @ outer_y - exact) / scale
 
 
+@pytest.mark.slow
 def test_gaps_and_terms():
     problem, x, y = _at_a_minimum(linear_problems[0])
     found = blx.diagnose(problem, x, y)
@@ -93,6 +94,7 @@ def test_gaps_and_terms():
     assert np.isclose(at_epsilon, 0.1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_at_a_stationary_point():
     # Where the hypergradient vanishes errors are relative to its part through y.
     solution = blx.solve(
@@ -290,6 +292,7 @@ def test_a_decomposition_is_not_forced():
     assert np.isclose(dense.epsilon, few.epsilon, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_products",
     (
@@ -330,6 +333,7 @@ def recommended(found):
     return response, equilibrium
 
 
+@pytest.mark.slow
 def test_what_is_recommended_can_be_used():
     problem, x, y = make_linear(linear_problems[0], jnp.float64)
     away = blx.diagnose(problem, x, y)
@@ -346,6 +350,7 @@ def test_what_is_recommended_can_be_used():
     assert jnp.isfinite(solution.value)
 
 
+@pytest.mark.slow
 def test_unique():
     problem, x, y0 = make_softmax()
     y = resolve(problem, x, y0)
@@ -475,6 +480,7 @@ def test_refused():
         blx.diagnose(problem, x, y.at[0].set(jnp.nan))
 
 
+@pytest.mark.slow
 def test_what_it_says_of_planted_faults():
     from test_check import _curve, exact
 

@@ -137,6 +137,7 @@ def test_foreign_solvers_in_float32(solver):
     assert tree_allclose(gradient, 2 * inverse.T @ (inverse @ at - 1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_jacobians_and_nearest_minima_check_too():
     problem, x, _, _ = _rows((1.4, 1.0, 0.6), 5)
     y = blx.best_response(problem, x, jnp.zeros(5), exact)
@@ -322,6 +323,7 @@ _KINKED = {
 _searching = blx.Implicit(blx.GradientDescent(0.0123, 501), blx.Pseudoinverse())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, name",
     grid(
@@ -657,6 +659,7 @@ def test_records_that_are_not_numbers(value, said):
         )
 
 
+@pytest.mark.slow
 def test_solve_is_not_differentiated():
     pipeline = blx.GradientPipeline(blx.Unrolled(optax.sgd(0.1), 1), optax.sgd(0.1))
 
@@ -721,6 +724,7 @@ def test_the_recipes_for_maml():
     assert tree_allclose(second, truth, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_meshes_with_explicit_axes():
     kinds = jax.sharding.AxisType
     for kind in (kinds.Auto, kinds.Explicit):

@@ -52,6 +52,7 @@ X = jnp.array([0.1, 0.2, -0.3, 0.4])
 Y = jnp.array([0.5, -1.0, 0.3, 0.2])
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_losses():
     problem = make()
     features, signs = map(np.asarray, problem.inner_data)
@@ -205,6 +206,7 @@ def test_an_epoch_has_each_sample_once(batch_size, fixed):
         assert first != second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", (False, True))
 def test_batches_are_unbiased_over_an_epoch(fixed):
     problem, batches = make(), Batches(8, 5, fixed)
@@ -228,6 +230,7 @@ def test_batches_are_unbiased_over_an_epoch(fixed):
     assert tree_allclose(mean(outer, num_outer), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_problem_on_some_of_the_data():
     problem = make()
     small = problem.sample(jr.key(0), 7, None)
@@ -257,6 +260,7 @@ def test_dropout_rests_where_all_data_are_used():
     assert len(set(values)) > 1
 
 
+@pytest.mark.slow
 def test_float32_stays_float32():
     problem = make(10, jnp.float32)
     x, y = X.astype(jnp.float32), Y.astype(jnp.float32)

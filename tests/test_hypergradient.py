@@ -237,6 +237,7 @@ def test_best_response_of_an_array_of_any_shape(shape):
 #
 
 
+@pytest.mark.slow
 def test_jit_and_vmap():
     problem, x, anchor = make_ridge()
     other, _, _ = make_ridge(seed=1)
@@ -786,6 +787,7 @@ def test_best_response_does_not_recompile():
     assert counter.read() == 0
 
 
+@pytest.mark.slow
 def test_dtype_follows_the_data_and_not_the_rates():
     problem, x, anchor = make_ridge(jnp.float32)
     rate = jnp.asarray(0.05, jnp.float64)
@@ -797,6 +799,7 @@ def test_dtype_follows_the_data_and_not_the_rates():
         assert tree_has_dtype((out.gradient, out.value, out.y), jnp.float32)
 
 
+@pytest.mark.slow
 def test_response_crosses_jit():
     """A response is a pytree: what it holds can be used outside of the program."""
     problem, x, anchor = make_linear(LinearBilevel, jnp.float64)

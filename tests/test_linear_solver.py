@@ -517,6 +517,7 @@ def test_curved_residual(dense_size, dtype, getkey):
     assert tree_allclose(flatten(value), expected, rtol=rtol)
 
 
+@pytest.mark.slow
 def test_derivatives_of_the_pseudoinverse():
     """With their null-space terms, of a matrix whose range moves."""
     left = jnp.asarray(make_features(seed=3))

@@ -206,6 +206,7 @@ each_failure_of_each_entry = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @each_failure_of_each_entry
 def test_says_what_where_and_what_to_do(name, entry):
     run, failure = _ENTRIES[entry], _FAILURES[name]
@@ -316,6 +317,7 @@ def test_zero_hypergradient(entry):
     assert out.tolist() == 2 * [blx.RESULTS.zero_hypergradient._value.item()]
 
 
+@pytest.mark.slow
 def test_outer_max_steps_reached():
     def run(tolerance, throw):
         # It stays 1/2 from here.

@@ -220,6 +220,7 @@ def _name(solver):
     return "-".join([type(solver).__name__, *map(str, fields)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear_solver", nonsingular_solvers, ids=_name)
 def test_response_jacobian(linear_solver, getkey):
     problem, x, y = make_softmax()
@@ -341,6 +342,7 @@ def test_identity_inverse():
     assert tree_allclose(J, 0.7 * problem.features.T, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_curved_residual_without_unique_solution():
     """-H^+ B where H = A^T A + C is singular, at zero residual."""
     problem, x, y = make_curved(penalised=False)

@@ -140,6 +140,7 @@ def test_toy_a_defaults(equilibrium, dtype, as_optax_likes_it):
     assert tree_has_dtype((solution.x, solution.y, solution.certificate), dtype)
 
 
+@pytest.mark.slow
 def test_toy_a_default_partial_warm_start(as_optax_likes_it):
     # The line search must be given the objective that the gradient is of: from another
     # anchor it finds no decrease and the run stands still for a hundred steps.
@@ -214,6 +215,7 @@ def test_t6_full_warm_start_takes_kaczmarz_steps():
     assert tree_allclose(solution.y, project(rows, targets, y0), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_t7_partial_cycling_reaches_the_same_point():
     problem, x0, y0 = _one_of_several()
 
@@ -274,6 +276,7 @@ def _paths(problem, x0, y0, num_steps=12):
     return histories
 
 
+@pytest.mark.slow
 def test_t6_with_fixed_features_full_warm_is_cold():
     warm, cold = _paths(*make_linear(LinearBilevel, jnp.float64))
     assert tree_allclose(warm, cold, rtol=1e-10)
@@ -281,6 +284,7 @@ def test_t6_with_fixed_features_full_warm_is_cold():
     assert np.linalg.norm(warm[0][-1] - warm[0][0]) > 0.1
 
 
+@pytest.mark.slow
 def test_t6_with_moving_features_they_separate():
     problem, x0, y0 = make_moving()
     warm, cold = _paths(problem, x0, y0)
@@ -393,6 +397,7 @@ def test_t9_all_reach_the_closed_form(name, num_validation):
         assert np.linalg.norm(limit[0] - x) > 1e-2
 
 
+@pytest.mark.slow
 def test_t10_default_cold_start_is_the_limit(as_optax_likes_it):
     # The whole of Figure 3's task, whose H has rank 13 and a condition number of 1e5.
     problem, x0, y0 = tasks.anti_distillation()
@@ -408,6 +413,7 @@ def test_t10_default_cold_start_is_the_limit(as_optax_likes_it):
 #
 
 
+@pytest.mark.slow
 def test_inner_residuals():
     problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)
     phi = as_numpy(problem.features)
@@ -443,6 +449,7 @@ def test_inner_residuals():
         assert is_zero or expected > 1e-3
 
 
+@pytest.mark.slow
 def test_by_hand():
     # `init` and `step` are for use outside of `solve` too.
     problem, x0, y0 = make_linear(LinearLeastSquares, jnp.float64)

@@ -442,6 +442,7 @@ def _solver_cases(name):
     return _cases(*kinds, rank=rank, log_cond=log_conds.get(name, 4.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", (*any_rank, *definite))
 @given(data=st.data())
 def test_solver(name, data):
@@ -587,6 +588,7 @@ def _scale(case, dense, y, J):
 _elsewhere = "proximal", "cholesky", "aggregated"
 
 
+@pytest.mark.slow
 @_names((name for name in responses if name not in _elsewhere), _elsewhere)
 @given(data=st.data())
 def test_response(name, data):
@@ -631,6 +633,7 @@ def _stack(*trees):
     return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+@pytest.mark.slow
 @_names(("cold",), ("checkpointed", "proximal"))
 @given(cases=st.tuples(*3 * [_one]))
 def test_vmap(name, cases):
@@ -660,6 +663,7 @@ def _differentiated(problem, x, anchor, response):
     return out, *jax.value_and_grad(value)(x)
 
 
+@pytest.mark.slow
 @_names(("cold",), ("checkpointed", "proximal"))
 @given(case=_one)
 def test_grad_and_jit(name, case):
@@ -741,6 +745,7 @@ def test_x64_solver(name, data):
 #
 
 
+@pytest.mark.slow
 @given(case=_cases(Kind((2,), (3,), "float32"), log_cond=1.0, drawn=False))
 def test_solve(case):
     """Twice the same bits, in the types of the data, with x64 and without."""

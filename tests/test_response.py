@@ -540,6 +540,7 @@ def _responses():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,", grid(lambda name: name != "reverse", _responses()))
 def test_jacobian_pullback_and_best_response_agree(name, getkey):
     """On a nonlinear problem over pytrees, in forward and in reverse mode."""

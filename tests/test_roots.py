@@ -142,6 +142,7 @@ def test_normal_equations_lose_twice_the_digits():
     assert _relative(out.gradient, gradient) > 1e-6
 
 
+@pytest.mark.slow
 def test_in_float32():
     problem = linear_root(dtype=np.float32)
     y, J, gradient = closed_form(problem, X)
@@ -280,6 +281,7 @@ def test_layer(name):
     assert np.allclose(out.gradient, differences, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_layer_to_second_order_and_in_its_weights():
     problem, x = layer_problem(), jnp.asarray(x_layer)
     response = blx.Implicit(optx.Newton(**tight), lx.LU())
@@ -333,6 +335,7 @@ def test_truncated_series_is_that_of_unrolled_steps():
     assert np.allclose(unrolled.y, powers @ as_numpy(B) @ X, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_root_within_a_root():
     # z + z^3 = x + y within y + z / 2 = 1, at y = 0, z = 2, x = 10.
     inner = blx.RootProblem(lambda x, y: y, lambda x, y: y + y**3 - x)
@@ -469,6 +472,7 @@ def test_certificate_does_not_depend_on_the_units_of_the_root(scale):
     assert all(np.allclose(a[name], b[name], rtol=1e-9) for name in a)
 
 
+@pytest.mark.slow
 def test_certificate_of_a_root_that_is_not_isolated():
     # dr/dy has rank one: its singular values are sqrt(10) and 0.
     problem = blx.RootProblem(
@@ -755,6 +759,7 @@ def test_refusals_under_differentiation():
 #
 
 
+@pytest.mark.slow
 def test_check_hypergradient():
     problem = layer_problem()
     check = blx.check_hypergradient(problem, jnp.asarray(x_layer), jnp.zeros(6))

@@ -145,6 +145,7 @@ def falling(rate, power):
     return optax.sgd(lambda count: rate * (1 + count) ** power)
 
 
+@pytest.mark.slow
 @SIZES
 def test_f2sa_is_its_formula(sizes):
     T, a1, a2, b, delta = 3, 0.05, 0.2, 0.3, 0.1
@@ -207,6 +208,7 @@ def test_pbgd_is_its_formula(sizes):
     assert tree_allclose(_run(pipeline).history, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @SIZES
 def test_bome_is_its_formula(sizes):
     T, eta, rate = 3, 0.5, 0.3
@@ -278,6 +280,7 @@ def test_pzobo_is_its_formula(sizes):
     assert tree_allclose(history, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", ((8, 5), pytest.param((8, None), marks=pytest.mark.slow))
 )
@@ -474,6 +477,7 @@ def test_one_derivative_is_enough(pipeline, equilibrium):
     assert tree_allclose(x, np.full(2, 0.5), rtol=0.02)
 
 
+@pytest.mark.slow
 def test_x_stays_in_its_set():
     confined = eqx.tree_at(
         lambda p: p.project_x,
@@ -544,6 +548,7 @@ rate = optax.sgd(0.1)
 three_steps = blx.Unrolled(rate, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pipeline",
     (

@@ -77,6 +77,7 @@ def test_t12(dtype):
     assert np.linalg.norm(by_implicit - true) > 0.1 * np.linalg.norm(true)
 
 
+@pytest.mark.slow
 def test_cold_start_follows_the_true_gradient():
     problem, x, y0 = make_moving()
     solution = blx.solve(problem, blx.ColdStart(), x, y0, num_steps=30)
@@ -151,6 +152,7 @@ def _network_as_it_is():
     return blx.BilevelProblem(problem.outer, problem.inner), x, y0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     (
@@ -209,6 +211,7 @@ def _distance(y, y0):
     return np.linalg.norm(flatten(y) - flatten(y0))
 
 
+@pytest.mark.slow
 def test_minimum_displacement_where_the_minimum_is_unique():
     problem = blx.BilevelProblem(
         lambda x, y: jnp.sum(y), lambda x, y: 0.5 * jnp.sum((y - jnp.sin(x)) ** 2)
@@ -271,6 +274,7 @@ def test_the_nearest_minimum_where_there_is_one(kind):
 _slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, equilibrium",
     (
@@ -308,6 +312,7 @@ class Ellipse(blx.AbstractLeastSquaresProblem):
         return jnp.sum((y / self.axes) ** 2) - (1 + x) ** 2
 
 
+@pytest.mark.slow
 def test_a_selection_that_stops_short_is_refused():
     problem, x, y0 = Ellipse(jnp.array([1.0, 0.3])), jnp.array(0.2), jnp.array([2.0, 1.5])
     hasty = blx.MinimumDisplacement(selection_steps=1, selection_tolerance=1e-9)

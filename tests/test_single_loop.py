@@ -296,6 +296,7 @@ def run(pipeline, num_steps, problem=None, x=X, y=Y, **kwargs):
     )
 
 
+@pytest.mark.slow
 @each_method
 def test_each_method_is_its_formula(name):
     pipeline, by_hand = METHODS[name]
@@ -373,6 +374,7 @@ def _ends(problem, dampings, rates, num_steps):
     return jax.vmap(over_rates, (0, None))(jnp.array(dampings), jnp.array(rates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rates, num_steps",
     [(RATES[:3], 50_000), pytest.param(RATES, 300_000, marks=pytest.mark.slow)],
@@ -417,6 +419,7 @@ def _after_some_steps(name):
     return state, point, jtu.tree_map(lambda u: jnp.mean(u, 0), found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("SOBA", "SABA", "SRBA", "MA-SOBA"))
 def test_estimators_are_unbiased_over_an_epoch(name):
     state, (x, y, v), mean = _after_some_steps(name)
@@ -460,6 +463,7 @@ def test_noise_vanishes_with_saga_and_sarah():
     assert end("SOBA") > 1e-4
 
 
+@pytest.mark.slow
 def test_full_batches_are_every_estimator():
     # With one batch there is nothing to estimate, and any problem will do.
     ends = [
@@ -475,6 +479,7 @@ def test_full_batches_are_every_estimator():
 #
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -544,6 +549,7 @@ def test_default_rates_serve():
     assert np.allclose(state.rate, 0.5 / np.linalg.eigvalsh(H)[-1], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimiser", (pytest.param("adam", marks=pytest.mark.slow), "schedule")
 )
@@ -561,6 +567,7 @@ def test_any_optimiser(optimiser):
     assert solution.value < _start_value() - 1e-3
 
 
+@pytest.mark.slow
 def test_x_is_projected():
     problem = make(project_x=lambda x: jnp.clip(x, -0.2, 0.2))
     solution = run(loop(SAGA()), 4_000, problem)
@@ -697,6 +704,7 @@ def test_what_cannot_be_right_is_refused():
         blx.solve(make(), blx.ColdStart(), X, Y, pipeline=loop(), num_steps=1)
 
 
+@pytest.mark.slow
 def test_tables_that_do_not_fit_are_refused(monkeypatch):
     # Of 3 and of 2 vectors of 4 numbers of 8 bytes.
     num_inner, num_outer = -(-NUM_INNER // 9), -(-NUM_OUTER // 6)

@@ -676,6 +676,7 @@ def _toy(equilibrium, response, rate=0.5, num_steps=80, w0=zero, y0=start, **kwa
     )
 
 
+@pytest.mark.slow
 def test_vmap_over_initial_points():
     w0 = jnp.array([0.0, -1.0, 2.0])
     y0 = jnp.array([[0.1, 0.4], [0.0, -1.0], [3.0, 1.5]])
@@ -684,6 +685,7 @@ def test_vmap_over_initial_points():
     assert np.all(solution.certificate.largest < 1e-8)
 
 
+@pytest.mark.slow
 def test_vmap_over_epsilon():
     epsilon = jnp.array([0.05, 0.5, 3.0])
 
@@ -1124,6 +1126,7 @@ def test_the_certificate_is_a_program_of_its_own(monkeypatch):
     assert len(certificates) == 1
 
 
+@pytest.mark.slow
 def test_a_value_that_is_closed_over_is_transformed():
     def run(target):
         problem = blx.BilevelProblem(

@@ -268,6 +268,7 @@ def test_shapes_of_rings(num_classes, num_distilled, learn_labels):
     assert num_classes > 1 or accuracy == 1
 
 
+@pytest.mark.slow
 def test_radii_and_initial_weights():
     radii = [0.5, 2.0, 3.0]
     problem, _, y0 = rings(
@@ -341,6 +342,7 @@ def test_seeds_of_rings():
     assert np.linalg.norm(batch[0] - batch[1]) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_distilled, learn_labels",
     (pytest.param(3, False, marks=pytest.mark.slow), (2, True)),
@@ -420,6 +422,7 @@ def test_line_of_the_figure():
 #
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", (jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow))
 )
