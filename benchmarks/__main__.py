@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bilevel_eqx._text import aligned
+
 
 HERE = Path(__file__).parent
 
@@ -122,9 +124,8 @@ def main() -> None:
             for what, number, verdict in verdicts
         ]
     rows = [("measured", "against its bound", "verdict"), *verdicts]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths)) for row in rows]
-    print("\nVerdicts", *(line.rstrip() for line in lines), sep="\n")
+    lines = aligned([list(row) for row in rows], "<<<")
+    print("\nVerdicts", *lines, sep="\n")
     (args.output / "verdicts.txt").write_text("\n".join(lines) + "\n")
     if failed:
         sys.exit(f"These scripts failed: {', '.join(failed)}.")

@@ -83,8 +83,8 @@ def _optimistix_implicit(problem, x, y, num_steps):
 def _torch_objectives(problem, x, y):
     import _torch
 
-    outer, inner = _torch._objectives(problem)
-    return outer, inner, _torch._tensors(x), _torch._tensors(y)
+    outer, inner = _torch.objectives(problem)
+    return outer, inner, _torch.tensors(x), _torch.tensors(y)
 
 
 def _torch_implicit(problem, x, y, num_steps):
@@ -94,6 +94,7 @@ def _torch_implicit(problem, x, y, num_steps):
 
 
 def _torchopt_implicit(problem, x, y, num_steps):
+    import _torch
     import torch
     import torchopt
     from torchopt.diff.implicit import custom_root
@@ -109,22 +110,23 @@ def _torchopt_implicit(problem, x, y, num_steps):
         return y
 
     def run():
-        x = tuple(u.detach().clone().requires_grad_() for u in x0)
-        y = tuple(u.detach().clone().requires_grad_() for u in y0)
+        x = tuple(_torch.variables(x0))
+        y = tuple(_torch.variables(y0))
         return list(torch.autograd.grad(outer(list(x), list(answer(y, x))), x))
 
     return run
 
 
 def _betty_implicit(problem, x, y, num_steps):
+    import _torch
     import torch
     from betty.hypergradient.cg import cg
 
     outer, inner, x0, y0 = _torch_objectives(problem, x, y)
 
     def run():
-        x = [u.detach().clone().requires_grad_() for u in x0]
-        y = [u.detach().clone().requires_grad_() for u in y0]
+        x = _torch.variables(x0)
+        y = _torch.variables(y0)
         slopes = torch.autograd.grad(outer(x, y), [*x, *y], allow_unused=True)
         outer_x, outer_y = slopes[: len(x)], slopes[len(x) :]
         # What its engine would hand to its own rule, and no more.
@@ -202,13 +204,14 @@ def _module_of(y0):
 
 
 def _torchopt_unrolled(problem, x, y, num_steps, step_size):
+    import _torch
     import torch
     import torchopt
 
     outer, inner, x0, y0 = _torch_objectives(problem, x, y)
 
     def run():
-        x = [u.detach().clone().requires_grad_() for u in x0]
+        x = _torch.variables(x0)
         module = _module_of(y0)
         optimiser = torchopt.MetaSGD(module, lr=step_size)
         for _ in range(num_steps):
@@ -219,13 +222,14 @@ def _torchopt_unrolled(problem, x, y, num_steps, step_size):
 
 
 def _higher_unrolled(problem, x, y, num_steps, step_size):
+    import _torch
     import higher
     import torch
 
     outer, inner, x0, y0 = _torch_objectives(problem, x, y)
 
     def run():
-        x = [u.detach().clone().requires_grad_() for u in x0]
+        x = _torch.variables(x0)
         module = _module_of(y0)
         optimiser = torch.optim.SGD(module.parameters(), lr=step_size)
         context = higher.innerloop_ctx(module, optimiser, copy_initial_weights=False)

@@ -64,11 +64,11 @@ def as_arrays(tensors: list[torch.Tensor]) -> list[Any]:
     return [u.detach().cpu().numpy() for u in tensors]
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def tensors(tree: Any) -> list[torch.Tensor]:
     return [torch.from_dlpack(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def _variables(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def variables(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [u.detach().clone().requires_grad_() for u in tensors]
 
 
@@ -91,11 +91,11 @@ def _network(y, inputs):
     return inputs @ matrix + bias
 
 
-def _objectives(problem: Any) -> tuple[Objective, Objective]:
+def objectives(problem: Any) -> tuple[Objective, Objective]:
     """F and f."""
     if isinstance(problem, PenalisedRegression):
-        features, signs = _tensors((problem.features, problem.signs))
-        validation = _tensors((problem.validation_features, problem.validation_signs))
+        features, signs = tensors((problem.features, problem.signs))
+        validation = tensors((problem.validation_features, problem.validation_signs))
 
         def logistic(y, features, signs):
             return functional.softplus(-signs * (features @ y[0])).mean()
@@ -105,8 +105,8 @@ def _objectives(problem: Any) -> tuple[Objective, Objective]:
             lambda x, y: logistic(y, features, signs) + _penalty(x, y),
         )
     if isinstance(problem, PenalisedNetwork):
-        inputs, labels = _tensors((problem.inputs, problem.labels))
-        validation = _tensors((problem.validation_inputs, problem.validation_labels))
+        inputs, labels = tensors((problem.inputs, problem.labels))
+        validation = tensors((problem.validation_inputs, problem.validation_labels))
 
         def loss(y, inputs, labels):
             return functional.cross_entropy(_network(y, inputs), labels.long())
@@ -115,7 +115,7 @@ def _objectives(problem: Any) -> tuple[Objective, Objective]:
             lambda x, y: loss(y, *validation),
             lambda x, y: loss(y, inputs, labels) + _penalty(x, y),
         )
-    points, labels, own_labels = _tensors(
+    points, labels, own_labels = tensors(
         (problem.points, problem.labels, problem.distilled_labels)
     )
 
@@ -136,8 +136,8 @@ def _objectives(problem: Any) -> tuple[Objective, Objective]:
 @_call
 def hypergradient(problem: Any, x: Any, y: Any, num_steps: int) -> Run:
     """With so many steps of conjugate gradients."""
-    outer, inner = _objectives(problem)
-    x0, y0 = _tensors(x), _tensors(y)
+    outer, inner = objectives(problem)
+    x0, y0 = tensors(x), tensors(y)
 
     def dot(a, b):
         return sum((u * v).sum() for u, v in zip(a, b))
@@ -146,7 +146,7 @@ def hypergradient(problem: Any, x: Any, y: Any, num_steps: int) -> Run:
         return [scale * u + v for u, v in zip(a, b)]
 
     def run():
-        x, y = _variables(x0), _variables(y0)
+        x, y = variables(x0), variables(y0)
         outer_y = grad(outer(x, y), y)
         gradient = grad(inner(x, y), y, create_graph=True)
 
@@ -184,11 +184,11 @@ def _descend(inner, x, y, rate, *, create_graph):
 @_call
 def unrolled(problem: Any, x: Any, y: Any, num_steps: int, rate: float) -> Run:
     """Through so many steps of gradient descent."""
-    outer, inner = _objectives(problem)
-    x0, y0 = _tensors(x), _tensors(y)
+    outer, inner = objectives(problem)
+    x0, y0 = tensors(x), tensors(y)
 
     def run():
-        x, y = _variables(x0), _variables(y0)
+        x, y = variables(x0), variables(y0)
         for _ in range(num_steps):
             y = _descend(inner, x, y, rate, create_graph=True)
         return list(grad(outer(x, y), x))
@@ -208,8 +208,8 @@ def warm_start(
     with_inner_update: bool,
 ) -> Run:
     """The run of D, with its history of values, which stay on the device."""
-    outer, inner = _objectives(problem)
-    x0, y0 = _tensors(x), _tensors(y)
+    outer, inner = objectives(problem)
+    x0, y0 = tensors(x), tensors(y)
 
     def respond(x, y):
         answer = _descend(inner, x, y, inner_rate, create_graph=True)
@@ -219,7 +219,7 @@ def warm_start(
         return value.detach(), [u.detach().requires_grad_() for u in answer]
 
     def run():
-        x, y = _variables(x0), _variables(y0)
+        x, y = variables(x0), variables(y0)
         optimiser = torch.optim.Adam(x, lr=outer_rate, fused=x[0].is_cuda)
         _, answer = respond(x, y)
         y = y if with_inner_update else answer
@@ -243,7 +243,7 @@ def warm_start(
 
 @_call
 def dual_cholesky(features: Any, targets: Any) -> Run:
-    A, t = _tensors((features, targets))
+    A, t = tensors((features, targets))
 
     def run():
         factor = torch.linalg.cholesky(A @ A.T)
@@ -255,7 +255,7 @@ def dual_cholesky(features: Any, targets: Any) -> Run:
 @_call
 def qr(features: Any, targets: Any) -> Run:
     """Of the transpose."""
-    A, t = _tensors((features, targets))
+    A, t = tensors((features, targets))
 
     def run():
         orthogonal, triangular = torch.linalg.qr(A.T)

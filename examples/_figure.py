@@ -86,8 +86,8 @@ class Figure:
         print(f"\n{claims_table(claims)}", flush=True)
 
 
-def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all scripts have, to which each adds its own."""
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all scripts have, also those of the gallery."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,11 +95,17 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
         "--output",
         type=pathlib.Path,
         default=pathlib.Path("outputs"),
-        help="the folder for the figure, as PDF and PNG, and its claims (outputs)",
+        help="the folder for what is written (outputs)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="smaller, for a check: seconds, not minutes"
     )
+    return parser
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """The options of a script that is computed in parts, to which each adds its own."""
+    parser = options(doc)
     parser.add_argument(
         "--fresh", action="store_true", help="compute anew what the last run has kept"
     )

@@ -11,14 +11,13 @@ Each script has
 and ends with `main(__file__, __doc__, run, check, draw)`. The data of several are here.
 """
 
-import argparse
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib
 import numpy as np
+from _figure import options
 from PIL import Image
 
 from bilevel_eqx import plot
@@ -36,9 +35,7 @@ def main(
 ) -> None:
     """Runs a script: prints its numbers, checks its claim, and saves its picture."""
     name = pathlib.Path(file).stem
-    args = _arguments(doc)
-    # Pictures are saved and not shown.
-    matplotlib.use("agg")
+    args = options(doc).parse_args()
     start = time.perf_counter()
     results = run(args.quick)
     seconds = time.perf_counter() - start
@@ -66,19 +63,3 @@ def digits(seed: int, *ends: int) -> list[tuple[np.ndarray, np.ndarray]]:
     order = np.random.default_rng(seed).permutation(len(labels))
     images = np.asarray(images[order] / 16, "float32")
     return list(zip(np.split(images, ends), np.split(labels[order], ends)))
-
-
-def _arguments(doc: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=pathlib.Path("outputs"),
-        help="the folder for the picture (outputs)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller, for a check: a few seconds"
-    )
-    return parser.parse_args()

@@ -112,7 +112,7 @@ def draw(results):
     for path, kind in zip(results["path"].T, kinds):
         ax.plot(np.linspace(0, 1, len(path)), path, label=kind)
     ax.set(xlabel="share of the run", ylabel="strength", ylim=(0, None))
-    ax.legend(ncols=2)
+    picture.legend(ncols=3, loc="outside upper center")
     return picture
 
 

@@ -44,7 +44,7 @@ def nothing_carried(solver: Any, problem, y: PyTree[Array]) -> Carried:
         identity = lx.FunctionLinearOperator(
             lambda v: v, jax.eval_shape(lambda: flat), lx.positive_semidefinite_tag
         )
-        prepared = jax.eval_shape(lambda: solver.prepare(identity))  # pyright: ignore
+        prepared = jax.eval_shape(lambda: solver.prepare(identity))
         prepared = tree_zeros_like(prepared)
     return Carried(tree_zeros_like(flat), prepared, jnp.array(0))
 

@@ -145,10 +145,7 @@ class Checkpoint:
         self.every = every
         real = pathlib.Path(os.path.realpath(path))
         call = f"`solve(checkpoint={str(path)!r})`"
-        if not real.parent.is_dir():
-            raise FileNotFoundError(
-                f"{call}: there is no folder `{real.parent}`. Create it first."
-            )
+        check_folder(real, call)
         if real.is_dir():
             raise IsADirectoryError(f"{call}: that is a folder. Name a file in it.")
         try:
@@ -256,6 +253,14 @@ class Checkpoint:
     def _read(self, like: Callable[[dict[str, Any]], T]) -> tuple[T, dict[str, Any]]:
         self._known = _token(pathlib.Path(os.path.realpath(self.path)))
         return read(self.path, like)
+
+
+def check_folder(path: pathlib.Path, call: str) -> None:
+    """Refuses a checkpoint whose folder does not exist. `call` is what the user wrote."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{call}: there is no folder `{path.parent}`. Create it first."
+        )
 
 
 def _token(path: pathlib.Path) -> tuple | None:

@@ -13,7 +13,15 @@ from jaxtyping import Array, PyTree
 
 from .._compat import of_all_processes
 from .._mesh import spans_processes
-from .checkpoint import Checkpoint, compare, described, is_saved, key_like, struct_of
+from .checkpoint import (
+    check_folder,
+    Checkpoint,
+    compare,
+    described,
+    is_saved,
+    key_like,
+    struct_of,
+)
 from .digest import is_key
 from .identity import Identity
 from .loop import Progress
@@ -93,10 +101,7 @@ class SharedCheckpoint(Checkpoint):
         self.every = every
         call = f"`solve(checkpoint={str(path)!r})`"
         _orbax(self.path)
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(
-                f"{call}: there is no folder `{self.path.parent}`. Create it first."
-            )
+        check_folder(self.path, call)
         if self.path.is_file():
             raise FileExistsError(
                 f"{call}: that is a file, and several processes save in a folder. Give "
