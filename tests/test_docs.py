@@ -184,7 +184,7 @@ def test_dead_links_are_found(tmp_path, monkeypatch):
 
 
 def test_signatures_are_as_written(monkeypatch):
-    """And not as Python sees them: such a default is a line of thousands of characters."""
+    """And not as Python sees them: such a default has thousands of characters."""
     pytest.importorskip("griffe", reason="This needs the extra `docs`.")
     monkeypatch.syspath_prepend(str(DOCS))
     written = importlib.import_module("signatures")._Written(DOCS.parent, "bilevel_eqx")
