@@ -27,7 +27,6 @@ import jaxtyping
 import lineax as lx
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Array, PyTree, Shaped
 
 
@@ -100,14 +99,30 @@ def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array],
     return safe
 
 
-def placed_as(array: Array, like: Array) -> Array:
-    """`array`, of which the compiler puts on each device the part that it has there of
-    `like`, an array of the same shape.
+# What XLA puts into CUDA graphs by itself, and loops and branches.
+LOOPS_IN_GRAPHS: dict[str, Any] = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    )
+}
 
-    With Auto axes no program knows how its arguments lie, so that it cannot say
-    `jax.lax.with_sharding_constraint`. This is public, but labelled experimental.
+
+@ft.cache
+def loops_in_graphs() -> dict[str, Any] | None:
+    """The options with which XLA runs a loop on a GPU as one CUDA graph, if there is a
+    GPU and this XLA knows the options.
+
+    Otherwise a loop that ends by a condition copies it to the host in each step, and
+    waits: with small operations that is a third of the time. JAX allows options only
+    where no other program is being traced. XLA may rename them in any release.
     """
-    return shard_alike(array, like)[0]
+    if jax.default_backend() != "gpu":
+        return None
+    try:
+        jax.jit(jnp.negative, compiler_options=LOOPS_IN_GRAPHS)(jnp.zeros(()))
+    except jax.errors.JaxRuntimeError:
+        return None
+    return LOOPS_IN_GRAPHS
 
 
 def manual_axes(array: Array) -> frozenset:

@@ -57,16 +57,6 @@ def test_what_is_pinned_has_an_upper_bound():
 #
 
 
-def test_placed_as():
-    # That a batch then lies as the data do is tested in `on_four_devices.py`.
-    one, other = jnp.arange(3.0), jnp.ones(3)
-    assert tree_allclose(jax.jit(_compat.placed_as)(one, other), one, rtol=0)
-    gradient = jax.grad(lambda u: jnp.sum(_compat.placed_as(u, other) ** 2))(one)
-    assert tree_allclose(gradient, 2 * one, rtol=0)
-    mapped = jax.vmap(_compat.placed_as, in_axes=(0, None))(one[None], other)
-    assert tree_allclose(mapped, one[None], rtol=0)
-
-
 def test_manual_axes():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
