@@ -10,7 +10,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, cast, Literal, TypeVar
 
 import beartype
 import equinox as eqx
@@ -19,6 +19,7 @@ import equinox._jit
 import equinox.internal as eqxi
 import equinox.internal._primitive
 import jax
+import jax._src.core
 import jax.core
 import jax.extend.core
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ import lineax as lx
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, PyTree, Shaped
+
+
+Fn = TypeVar("Fn", bound=Callable)
 
 
 #
@@ -99,30 +103,57 @@ def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array],
     return safe
 
 
-# What XLA puts into CUDA graphs by itself, and loops and branches.
+# Options of XLA for a GPU. XLA may rename them in any release.
+
+# A loop is one CUDA graph, as is what was one by default. Otherwise a loop that ends by a
+# condition copies it to the host in each step, and waits.
 LOOPS_IN_GRAPHS: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": (
         "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    )
+    ),
 }
 
 
-@ft.cache
-def loops_in_graphs() -> dict[str, Any] | None:
-    """The options with which XLA runs a loop on a GPU as one CUDA graph, if there is a
-    GPU and this XLA knows the options.
+# For what is called once. Products of matrices are those of cuBLAS: to try Triton's too,
+# which can be faster in small networks, is nearly all of the time of a first call.
+QUICK_TO_COMPILE: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 
-    Otherwise a loop that ends by a condition copies it to the host in each step, and
-    waits: with small operations that is a third of the time. JAX allows options only
-    where no other program is being traced. XLA may rename them in any release.
-    """
-    if jax.default_backend() != "gpu":
-        return None
+
+def gpu_options(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that are not in the environment's `XLA_FLAGS`, if there is a
+    GPU and this XLA knows them."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    options = {k: v for k, v in wanted.items() if k not in flags}
+    if jax.default_backend() != "gpu" or not options:
+        return {}
     try:
-        jax.jit(jnp.negative, compiler_options=LOOPS_IN_GRAPHS)(jnp.zeros(()))
+        jax.jit(jnp.negative, compiler_options=options)(jnp.zeros(()))
     except jax.errors.JaxRuntimeError:
-        return None
-    return LOOPS_IN_GRAPHS
+        return {}
+    return options
+
+
+def program(fn: Fn, on_gpu: dict[str, Any], **kwargs: Any) -> Fn:
+    """`eqx.filter_jit(fn, **kwargs)`, on a GPU with these options.
+
+    JAX refuses options within another program, which has its own, and has no public
+    function that says whether one is being traced.
+    """
+    jit: Any = eqx.filter_jit
+    plain = jit(fn, **kwargs)
+
+    @ft.cache
+    def alone() -> Any:
+        options = gpu_options(on_gpu)
+        return jit(fn, compiler_options=options, **kwargs) if options else plain
+
+    @ft.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        within = not jax._src.core.trace_state_clean()
+        return (plain if within else alone())(*args, **kwargs)
+
+    call.__dict__["plain"] = plain
+    return cast(Fn, call)
 
 
 def manual_axes(array: Array) -> frozenset:
