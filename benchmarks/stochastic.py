@@ -475,7 +475,7 @@ def _problem(losses, truth, size, label, rng):
     )
 
 
-def _regression(size, dim):
+def regression(size, dim):
     """Logistic regression, and where its runs begin."""
     rng = np.random.default_rng(0)
     truth = np.asarray(rng.normal(size=dim), np.float32)
@@ -483,7 +483,7 @@ def _regression(size, dim):
     return problem, jnp.full(dim, -7.0), jnp.zeros(dim)
 
 
-def _network(size, widths):
+def network(size, widths):
     """A network, and where its runs begin."""
     rng = np.random.default_rng(1)
     truth = np.asarray(rng.normal(size=(widths[0], widths[-1])), np.float32)
@@ -500,12 +500,12 @@ def _network(size, widths):
 def measure_steps(args) -> dict[str, Any]:
     if args.quick:
         cases = {
-            "logistic regression, 1,000 x 20": (_regression(1_000, 20), 500),
+            "logistic regression, 1,000 x 20": (regression(1_000, 20), 500),
         }
     else:
         cases = {
-            "logistic regression, 20,000 x 200": (_regression(20_000, 200), 10_000),
-            "a network of 2e5 weights": (_network(5_000, (784, 256, 10)), 100),
+            "logistic regression, 20,000 x 200": (regression(20_000, 200), 10_000),
+            "a network of 2e5 weights": (network(5_000, (784, 256, 10)), 100),
         }
     figures = {}
     for name, ((problem, x, y), num_steps) in cases.items():
@@ -523,7 +523,7 @@ def measure_steps(args) -> dict[str, Any]:
 def measure_peer(args) -> dict[str, Any]:
     """Whole calls of ours beside its programs, of which the ratio is to its time."""
     num_steps, rate = 5_000, 0.1
-    problem, x, y = _regression(20_000, 200)
+    problem, x, y = regression(20_000, 200)
     figures = {}
     for name in ("SOBA", "SABA"):
         theirs = _peer.steps(

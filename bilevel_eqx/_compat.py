@@ -10,7 +10,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, cast, Literal, TypeVar
 
 import beartype
 import equinox as eqx
@@ -19,6 +19,7 @@ import equinox._jit
 import equinox.internal as eqxi
 import equinox.internal._primitive
 import jax
+import jax._src.core
 import jax.core
 import jax.extend.core
 import jax.numpy as jnp
@@ -28,8 +29,10 @@ import lineax as lx
 import numpy as np
 import optimistix as optx
 from jax.experimental.multihost_utils import process_allgather
-from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Array, PyTree, Shaped
+
+
+Fn = TypeVar("Fn", bound=Callable)
 
 
 #
@@ -101,14 +104,57 @@ def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array],
     return safe
 
 
-def placed_as(array: Array, like: Array) -> Array:
-    """`array`, of which the compiler puts on each device the part that it has there of
-    `like`, an array of the same shape.
+# Options of XLA for a GPU. XLA may rename them in any release.
 
-    With Auto axes no program knows how its arguments lie, so that it cannot say
-    `jax.lax.with_sharding_constraint`. This is public, but labelled experimental.
+# A loop is one CUDA graph, as is what was one by default. Otherwise a loop that ends by a
+# condition copies it to the host in each step, and waits.
+LOOPS_IN_GRAPHS: dict[str, Any] = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+}
+
+
+# For what is called once. Products of matrices are those of cuBLAS: to try Triton's too,
+# which can be faster in small networks, is nearly all of the time of a first call.
+QUICK_TO_COMPILE: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+
+
+def gpu_options(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that are not in the environment's `XLA_FLAGS`, if there is a
+    GPU and this XLA knows them."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    options = {k: v for k, v in wanted.items() if k not in flags}
+    if jax.default_backend() != "gpu" or not options:
+        return {}
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(jnp.zeros(()))
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+def program(fn: Fn, on_gpu: dict[str, Any], **kwargs: Any) -> Fn:
+    """`eqx.filter_jit(fn, **kwargs)`, on a GPU with these options.
+
+    JAX refuses options within another program, which has its own, and has no public
+    function that says whether one is being traced.
     """
-    return shard_alike(array, like)[0]
+    jit: Any = eqx.filter_jit
+    plain = jit(fn, **kwargs)
+
+    @ft.cache
+    def alone() -> Any:
+        options = gpu_options(on_gpu)
+        return jit(fn, compiler_options=options, **kwargs) if options else plain
+
+    @ft.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        within = not jax._src.core.trace_state_clean()
+        return (plain if within else alone())(*args, **kwargs)
+
+    call.__dict__["plain"] = plain
+    return cast(Fn, call)
 
 
 def manual_axes(array: Array) -> frozenset:

@@ -59,16 +59,6 @@ def test_what_is_pinned_has_an_upper_bound():
 #
 
 
-def test_placed_as():
-    # That a batch then lies as the data do is tested in `on_four_devices.py`.
-    one, other = jnp.arange(3.0), jnp.ones(3)
-    assert tree_allclose(jax.jit(_compat.placed_as)(one, other), one, rtol=0)
-    gradient = jax.grad(lambda u: jnp.sum(_compat.placed_as(u, other) ** 2))(one)
-    assert tree_allclose(gradient, 2 * one, rtol=0)
-    mapped = jax.vmap(_compat.placed_as, in_axes=(0, None))(one[None], other)
-    assert tree_allclose(mapped, one[None], rtol=0)
-
-
 def test_manual_axes():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
@@ -195,6 +185,46 @@ def test_closure_to_pytree():
 
     with pytest.raises((RecursionError, ValueError)):
         _compat.closure_to_pytree(recursive)
+
+
+def test_program(monkeypatch):
+    """With the options of a GPU, which a CPU takes without effect: alone, within another
+    program, where JAX refuses options, and under a transformation."""
+    seen = []
+
+    def double(u, v=0.0):
+        seen.append(jax.typeof(u).shape)
+        return 2 * u + v
+
+    options = _compat.LOOPS_IN_GRAPHS | _compat.QUICK_TO_COMPILE
+    assert _compat.gpu_options(options) == {}
+    for found in ({}, options):
+        monkeypatch.setattr(_compat, "gpu_options", lambda _, found=found: found)
+        doubled = _compat.program(double, options, donate="none")
+        assert doubled.__name__ == "double"
+        seen.clear()
+        for _ in range(2):
+            assert doubled(jnp.array(2.0), v=jnp.array(1.0)) == 5
+        assert len(seen) == 1
+        within = jax.jit(lambda: doubled(jnp.array(3.0)))
+        assert within() == 6
+        assert jax.jit(doubled)(jnp.array(3.0)) == 6
+        assert jax.grad(doubled)(3.0) == 2
+        np.testing.assert_array_equal(jax.vmap(doubled)(jnp.arange(3.0)), [0, 2, 4])
+    # XLA refuses what it does not know, and all of these are known.
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(double, compiler_options={"xla_of_no_such_name": True})(jnp.array(1.0))
+
+
+def test_gpu_options(monkeypatch):
+    options = _compat.LOOPS_IN_GRAPHS | _compat.QUICK_TO_COMPILE
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert _compat.gpu_options(options) == options
+    assert _compat.gpu_options({"xla_of_no_such_name": True}) == {}
+    # The user's own flags have the last word.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert _compat.gpu_options(options) == _compat.LOOPS_IN_GRAPHS
 
 
 def _equations(program):

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from .._compat import placed_as
 from .._custom_types import X, Y
-from .._mesh import check_mesh
+from .._mesh import check_mesh, laid_as
 from .._tree import tree_dot, tree_zeros_like
 from .base import AbstractBilevelProblem
 from .sampling import subset
@@ -297,8 +296,10 @@ def rows(data: PyTree[Array], indices: Int[Array, " batch"]) -> PyTree[Array]:
     """Some of the samples. If the data lie on several devices, they lie as the data do:
     each device computes on its share of a batch."""
     check_mesh(data)
+    # False, but the compiler does not know it.
+    never = indices[0] < 0
     size = indices.shape[0]
-    return jtu.tree_map(lambda u: placed_as(u[indices], u[:size]), data)
+    return jtu.tree_map(lambda u: laid_as(u[indices], u[:size], never), data)
 
 
 def _plus(mean: Scalar, penalty: Scalar) -> Scalar:
