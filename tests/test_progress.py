@@ -239,3 +239,21 @@ def test_recipes(module, monkeypatch):
     for at, metrics in writer.written.items():
         assert set(metrics) == {"value", "outer_residual", "inner_residual"}
         assert np.isclose(metrics["value"], -0.1 * at, rtol=1e-12)
+
+
+def test_a_notebook_has_a_bar(monkeypatch, capsys):
+    """Its output is no terminal, and a bar of text can be seen there all the same."""
+
+    class IPython:  # what the package and its shell have in a notebook
+        config = {"IPKernelApp": {}}
+
+        @classmethod
+        def get_ipython(cls):
+            return cls
+
+    monkeypatch.setattr(bar.importlib.util, "find_spec", lambda name: None)
+    for module, disabled in ((None, True), (IPython, False)):
+        monkeypatch.setitem(sys.modules, "IPython", module)
+        with bar._tqdm(total=2) as made:
+            assert made.disable is disabled
+    assert "0/2" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """The bar of `solve(..., progress=True)`."""
 
 import contextlib
+import importlib.util
+import sys
 from typing import Any
 
 import numpy as np
@@ -104,9 +106,19 @@ _SHORT = {"value": "F", "outer_residual": "outer", "inner_residual": "inner"}
 
 
 def _tqdm(**options: Any) -> Any:
-    # Imported now, and not by all who do not ask for it: in a notebook it looks for
-    # widgets, and warns if there are none.
-    from tqdm.auto import tqdm
+    # `disable=None`: silent where the output is no terminal. That of a notebook says that
+    # it is none, and can show a bar.
+    in_notebook = _in_notebook()
+    # Not `tqdm.auto`, which warns in a notebook without widgets. A bar of text does there.
+    if in_notebook and importlib.util.find_spec("ipywidgets") is not None:
+        from tqdm.notebook import tqdm
+    else:
+        from tqdm import tqdm
+    return tqdm(disable=False if in_notebook else None, dynamic_ncols=True, **options)
 
-    # `disable=None`: silent where the output is no terminal.
-    return tqdm(disable=None, dynamic_ncols=True, **options)
+
+def _in_notebook() -> bool:
+    """Whether this is the kernel of a notebook. A test of tqdm's is the same."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
