@@ -109,12 +109,13 @@ def _tqdm(**options: Any) -> Any:
     # `disable=None`: silent where the output is no terminal. That of a notebook says that
     # it is none, and can show a bar.
     in_notebook = _in_notebook()
-    # Not `tqdm.auto`, which warns in a notebook without widgets. A bar of text does there.
+    # Not `tqdm.auto`, which warns in a notebook without widgets. Text does there.
     if in_notebook and importlib.util.find_spec("ipywidgets") is not None:
         from tqdm.notebook import tqdm
     else:
         from tqdm import tqdm
-    return tqdm(disable=False if in_notebook else None, dynamic_ncols=True, **options)
+    disable: Any = False if in_notebook else None
+    return tqdm(disable=disable, dynamic_ncols=True, **options)
 
 
 def _in_notebook() -> bool:
