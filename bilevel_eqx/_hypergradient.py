@@ -1,6 +1,5 @@
 """The hypergradient, and the best response as a differentiable function."""
 
-import functools as ft
 from collections.abc import Callable
 from typing import Any, Generic
 
@@ -10,7 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
 from ._arguments import as_variables, check_type
-from ._compat import LOOPS_IN_GRAPHS, program
+from ._compat import looping
 from ._custom_types import typechecked, X, Y
 from ._depends_on import depends_on
 from ._derivatives.first import inner_gradient, outer_gradients
@@ -87,7 +86,7 @@ def answered(
     return out, state, answer.slope
 
 
-@ft.partial(program, on_gpu=LOOPS_IN_GRAPHS)
+@looping
 @typechecked
 def _hypergradient(
     problem: AbstractBilevelProblem,
@@ -173,7 +172,7 @@ def _figures(x: PyTree, out: Hypergradient) -> dict[str, Array]:
     return figures_of(as_variables(x, "x"), out.stats, **parts)
 
 
-@ft.partial(program, on_gpu=LOOPS_IN_GRAPHS)
+@looping
 @typechecked
 def _best_response(
     problem: AbstractBilevelProblem,

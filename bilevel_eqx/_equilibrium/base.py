@@ -1,7 +1,6 @@
 """What an equilibrium is, and what certifies one."""
 
 import abc
-import functools as ft
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from .._arguments import as_variables, check_count, says
-from .._compat import is_traced, program, QUICK_TO_COMPILE
+from .._compat import called_once, is_traced
 from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import least_clear
@@ -231,7 +230,7 @@ class AbstractEquilibrium(eqx.Module):
 
 
 @on_auto_axes
-@ft.partial(program, on_gpu=QUICK_TO_COMPILE)
+@called_once
 @typechecked
 def certify(
     problem: AbstractBilevelProblem,
