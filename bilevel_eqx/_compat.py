@@ -119,7 +119,7 @@ LOOPS_IN_GRAPHS: dict[str, dict[str, Any]] = {
 
 
 # For what is called once. On a CPU, the older code generator for fused loops: it takes
-# half of the time, and what it generates up to a tenth more. On a GPU, cuBLAS for products
+# 60 % of the time, and its code up to a tenth more. On a GPU, cuBLAS for products
 # of matrices: to try Triton too, which can be faster in small networks, is nearly all of
 # the time of a first call.
 QUICK_TO_COMPILE: dict[str, dict[str, Any]] = {
