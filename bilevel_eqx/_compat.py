@@ -28,6 +28,7 @@ import jax.tree_util as jtu
 import jaxtyping
 import lineax as lx
 import numpy as np
+import optimistix as optx
 from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, PyTree, Shaped
 
@@ -323,6 +324,43 @@ def say_instead(item: Any, message: str) -> None:
     """
     messages = item._enumeration._index_to_message
     messages[int(item._value)] = message
+
+
+_Item: Any = type(optx.RESULTS.successful)
+
+
+class _Said(_Item):
+    """An item of an enumeration that prints as its message alone."""
+
+    def __str__(self):
+        return self._enumeration[self]
+
+    def __repr__(self):
+        return f"{self._enumeration.__name__}<{self}>"
+
+
+def said(enumeration: Any) -> Any:
+    """A decorator: the items of this enumeration print as their messages.
+
+    Equinox puts the path of the module in front, and makes all items itself: those that
+    have names when the class is made, and the others in `promote` and `where`.
+    """
+    items = enumeration._name_to_item
+    items.update({name: _Said(item._value, enumeration) for name, item in items.items()})
+
+    def again(method):
+        def made(cls, *args):
+            item = method.__func__(cls, *args)
+            # A subclass that is no such enumeration has plain items. All items of one
+            # must be of one class, or they are different pytrees.
+            kind: Any = type(next(iter(cls._name_to_item.values())))
+            return kind(item._value, cls)
+
+        return classmethod(ft.wraps(method.__func__)(made))
+
+    enumeration.promote = again(eqx.Enumeration.promote)
+    enumeration.where = again(eqx.Enumeration.where)
+    return enumeration
 
 
 def on_error() -> Literal["raise", "breakpoint", "nan", "off"]:

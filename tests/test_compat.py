@@ -15,9 +15,11 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 from helpers import tree_allclose
 
@@ -432,3 +434,33 @@ def test_say_instead():
     # The base class keeps its own, and its items are still taken.
     assert Base[Base.good] == ""
     assert Derived[Derived.promote(Base.good)] == "fine"
+
+
+def test_said():
+    @_compat.said
+    class Said(optx.RESULTS):  # pyright: ignore
+        odd = "It is odd."
+
+    class More(Said):  # pyright: ignore
+        odder = "It is odder."
+
+    # By its name, from a base class, chosen, and out of a program.
+    promoted = Said.promote(optx.RESULTS.max_steps_reached)
+    chosen = Said.where(jnp.asarray(True), Said.odd, promoted)
+    out = jax.jit(lambda item: Said.where(item == Said.odd, item, promoted))(Said.odd)
+    assert [str(item) for item in (Said.odd, chosen, out)] == ["It is odd."] * 3
+    assert repr(chosen) == "Said<It is odd.>"
+    assert str(promoted) == optx.RESULTS[optx.RESULTS.max_steps_reached]
+    several = jax.vmap(lambda flag: Said.where(flag, Said.odd, promoted))
+    assert str(several(jnp.array([True, False]))).count("It is odd.") == 1
+    # All are one kind of pytree, so that branches of a program can return them.
+    kinds = {jtu.tree_structure(item) for item in (Said.odd, promoted, chosen, out)}
+    assert len(kinds) == 1
+    # An enumeration that is derived from it is one of Equinox, with its own kind.
+    kinds = {jtu.tree_structure(item) for item in (More.odder, More.promote(chosen))}
+    assert len(kinds) == 1 and isinstance(More.promote(chosen), More)
+    assert "It is odd." in str(More.where(jnp.asarray(False), More.odder, More.odd))
+    # The base class is untouched.
+    assert type(optx.RESULTS.successful) is not type(Said.odd)
+    with pytest.raises(ValueError, match="must be members"):
+        Said.where(True, Said.odd, optx.RESULTS.successful)

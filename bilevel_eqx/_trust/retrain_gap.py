@@ -1,5 +1,6 @@
 """The test for leakage: train the inner variables again from scratch."""
 
+import textwrap
 from collections.abc import Callable
 
 import equinox as eqx
@@ -57,15 +58,18 @@ class RetrainGap(eqx.Module):
 
     def __str__(self):
         n = self.retrained.shape[0]
-        return (
+        gap = (
             f"F is {float(self.value):.4g} with the inner variables of the solution, and "
             f"{float(jnp.mean(self.retrained)):.4g} +- {float(self.spread):.2g} with "
             f"ones trained from scratch at the same x ({n} initialisation"
-            f"{'s' * (n > 1)}): a gap of {float(self.gap):.4g}.\nThe inner objective is "
-            f"{float(self.inner_value):.3g} and "
+            f"{'s' * (n > 1)}): a gap of {float(self.gap):.4g}."
+        )
+        inner = (
+            f"The inner objective is {float(self.inner_value):.3g} and "
             f"{float(jnp.mean(self.inner_values)):.3g}; inner gradients are at most "
             f"{float(jnp.max(self.inner_residuals)):.1e} after training."
         )
+        return "\n".join(textwrap.wrap(gap, 88) + textwrap.wrap(inner, 88))
 
 
 @on_auto_axes
