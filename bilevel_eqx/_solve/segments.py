@@ -90,9 +90,7 @@ def _segment_in_graphs():
     options = loops_in_graphs()
     if options is None:
         return _segment_program
-    return eqx.filter_jit(
-        _segment, donate="all-except-first", compiler_options=options
-    )
+    return eqx.filter_jit(_segment, donate="all-except-first", compiler_options=options)
 
 
 class _Rest:
