@@ -45,6 +45,12 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
     differentiation in x, y and the other fields. Derivatives with respect to the data
     themselves are taken on all samples at once.
 
+    If the samples lie in a random order already, say so: `shuffled = True`. A mini-batch
+    is then of neighbouring samples, and only the order of the batches is drawn. That
+    reads memory in one piece, where a batch of samples from anywhere costs a read for
+    each of them, but the batches of each epoch are the same. The library does not
+    shuffle the data: if they are sorted by label, say, such batches are no fair samples.
+
     !!! Example
 
         ```python
@@ -72,6 +78,7 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
     inner_data: eqx.AbstractVar[PyTree[Array]]
     outer_data: eqx.AbstractVar[PyTree[Array]]
     block_size: ClassVar[int | None] = None
+    shuffled: ClassVar[bool] = False
 
     @abc.abstractmethod
     def inner_losses(
@@ -168,6 +175,7 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
     outer_penalty_fn: Callable | None
     inner_penalty_fn: Callable | None
     block_size: int | None = eqx.field(static=True)
+    shuffled: bool = eqx.field(static=True)
     project_x: Callable[[X], X] | None
     project_y: Callable[[Y], Y] | None
 
@@ -182,6 +190,7 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
         outer_penalty: Callable[[Any, Any], Any] | None = None,
         inner_penalty: Callable[[Any, Any], Any] | None = None,
         block_size: int | None = None,
+        shuffled: bool = False,
         project_x: Callable[[Any], Any] | None = None,
         project_y: Callable[[Any], Any] | None = None,
     ):
@@ -195,6 +204,8 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
             means. Keyword only arguments.
         - `block_size`: how many samples are used at once where all data are used; `None`,
             the default, is all of them. Keyword only argument.
+        - `shuffled`: whether the samples lie in a random order already, so that
+            neighbouring ones may be a mini-batch. Keyword only argument.
         - `project_x`, `project_y`: as for [`bilevel_eqx.BilevelProblem`][].
         """
         self.outer_losses_fn = outer_losses
@@ -204,6 +215,7 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
         self.outer_penalty_fn = outer_penalty
         self.inner_penalty_fn = inner_penalty
         self.block_size = block_size
+        self.shuffled = shuffled
         self.project_x = project_x
         self.project_y = project_y
 
@@ -300,6 +312,18 @@ def rows(data: PyTree[Array], indices: Int[Array, " batch"]) -> PyTree[Array]:
     never = indices[0] < 0
     size = indices.shape[0]
     return jtu.tree_map(lambda u: laid_as(u[indices], u[:size], never), data)
+
+
+def neighbours(data: PyTree[Array], start: Int[Array, ""], size: int) -> PyTree[Array]:
+    """So many samples from `start` on. They lie as the data do, like those of `rows`."""
+    check_mesh(data)
+    never = start < 0
+
+    def read(u):
+        batch = jax.lax.dynamic_slice_in_dim(u, start, size)
+        return laid_as(batch, u[:size], never)
+
+    return jtu.tree_map(read, data)
 
 
 def _plus(mean: Scalar, penalty: Scalar) -> Scalar:
