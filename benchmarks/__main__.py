@@ -75,6 +75,7 @@ def _are_tables(figures: dict[str, Any]) -> bool:
 
 BOUNDS = (
     Bound("hypergradient", "^A", "^ours", "ratio", 1.05),
+    Bound("hypergradient", "^A", "^in blocks", "ratio", 0.6),
     Bound("hypergradient", "^B", "^ours", "ratio", 1.04),
     Bound("unroll", "1000", "^Unrolled, (reverse|memory)", "ratio", 1.1),
     Bound("warm_start", "^D", "^ours", "ratio", 0.97, at_least=True),

@@ -59,6 +59,29 @@ def penalised_regression(key, num_samples, num_features):
     return problem, x, y
 
 
+def _logistic(x, y, batch, key):
+    features, signs = batch
+    return jax.nn.softplus(-signs * (features @ y))
+
+
+def _penalty(x, y):
+    return 0.5 * jnp.sum(jnp.exp(x) * y**2)
+
+
+def in_blocks(problem: PenalisedRegression) -> blx.FiniteSumProblem:
+    """The same problem, as means over data that are read in blocks."""
+    validation = problem.validation_features, problem.validation_signs
+    train = problem.features, problem.signs
+    return blx.FiniteSumProblem(
+        _logistic,
+        _logistic,
+        validation,
+        train,
+        inner_penalty=_penalty,
+        block_size="auto",
+    )
+
+
 class PenalisedNetwork(blx.AbstractBilevelProblem):
     """A network whose outer variables are a log-penalty for each of its weights.
 
