@@ -25,6 +25,9 @@ SCRIPTS = (
     "unroll",
     "warm_start",
     "minimum_norm",
+    "adjoints",
+    "plan",
+    "growth",
     "compile_cost",
     "peers",
     "stochastic",
@@ -80,6 +83,8 @@ BOUNDS = (
     Bound("unroll", "1000", "^Unrolled, (reverse|memory)", "ratio", 1.1),
     Bound("warm_start", "^D", "^ours", "ratio", 0.97, at_least=True),
     Bound("minimum_norm", "", "^response_jacobian, dense", "ratio", 8.0),
+    Bound("adjoints", "", "^(from the last|and)", "fewer", 3.0, at_least=True),
+    Bound("plan", "", "^plan", "ratio", 1.5),
     Bound("peers", "^[AB]", "^ours", "ratio", 1.05),
     Bound("peers", "^D", "certify=False", "ratio", 1.05),
 )
