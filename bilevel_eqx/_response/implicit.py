@@ -116,7 +116,8 @@ class Implicit(AbstractResponse):
 
     def __call__(self, problem, x, anchor, state=None):
         # In one vector, which makes the program shorter.
-        problem, layout = flat_if_uniform(problem, anchor)
+        shaped = says(self.linear_solver, "keeps_shapes", False)
+        problem, layout = flat_if_uniform(problem, anchor, shaped)
         anchor = layout.ravel(anchor)
         v, result, stats = self.minimum(problem, x, anchor)
         at, cross_transposed = self._expansion(problem, x, v)
@@ -147,7 +148,8 @@ class Implicit(AbstractResponse):
 
     def best_response(self, problem, x, anchor):
         # In one vector, as where the hypergradient is computed: H is then the same.
-        problem, layout = flat_if_uniform(problem, anchor)
+        shaped = says(self.linear_solver, "keeps_shapes", False)
+        problem, layout = flat_if_uniform(problem, anchor, shaped)
         anchor = jax.lax.stop_gradient(layout.ravel(anchor))
         problem = closure_converted(problem, x, anchor)
         response = nondifferentiable(
