@@ -13,7 +13,9 @@ import pytest
 from helpers import tree_allclose
 
 import bilevel_eqx as blx
+from bilevel_eqx._equilibrium import stackelberg
 from bilevel_eqx._problem.batches import Batches
+from bilevel_eqx._problem.finite_sum import OnBatches
 from bilevel_eqx._problem.sampling import Epochs, shuffled
 
 
@@ -360,3 +362,44 @@ def test_a_batch_larger_than_the_data_is_refused():
     plain = blx.BilevelProblem(lambda x, y: y, lambda x, y: y**2)
     with pytest.raises(ValueError, match="FiniteSumProblem"):
         Batches(1, None).check(plain, "Pipeline")
+
+
+class Columns(blx.AbstractFiniteSumProblem):
+    """Least squares, in which each sample has only some of the columns."""
+
+    inner_data: jax.Array
+    outer_data: jax.Array
+
+    def inner_losses(self, x, y, batch, key):
+        return 0.5 * (batch @ y - jnp.sum(x)) ** 2
+
+    def outer_losses(self, x, y, batch, key):
+        return 0.5 * (batch @ y) ** 2
+
+
+def test_a_unique_minimum_is_seen_on_some_of_the_data(monkeypatch):
+    seen = []
+    extremes = stackelberg._extremes
+
+    def spied(problem, x, y):
+        seen.append(type(problem))
+        return extremes(problem, x, y)
+
+    monkeypatch.setattr(stackelberg, "_extremes", spied)
+    size, dim = 768, 3
+
+    def check(data):
+        seen.clear()
+        problem = Columns(data, data)
+        blx.Stackelberg().check(problem, jnp.zeros(1), jnp.zeros(dim))
+
+    mixed = jr.normal(jr.key(0), (size, dim))
+    check(mixed)
+    assert seen == [OnBatches]
+    # Every third sample is of the first column: all columns are seen on all data only.
+    alternating = jnp.tile(jnp.eye(dim), (size // dim, 1))
+    check(alternating)
+    assert seen == [OnBatches, Columns]
+    with pytest.raises(ValueError, match="needs a unique inner minimum"):
+        check(mixed.at[:, 0].set(0.0))
+    assert seen == [OnBatches, Columns]
