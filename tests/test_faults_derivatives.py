@@ -154,6 +154,7 @@ def test_jacobians_and_nearest_minima_check_too():
         blx.hypergradient(problem, x, jnp.zeros(5), nearest)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_checked_solves():
     # y = x / (1 + s), with s a leaf: d2y / ds2 = 2 x / (1 + s)^3.
     class Ridge(blx.AbstractBilevelProblem):
@@ -189,6 +190,7 @@ def _bda():
     return problem, jnp.asarray(0.3 * rs.randn(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "response",
     (
@@ -358,6 +360,7 @@ def test_x_in_a_kink_alone():
         blx.hypergradient(problem, _x, _x, blx.Unrolled(optax.sgd(0.1), 5))
 
 
+@pytest.mark.slow
 def test_newton_steps_that_meet_a_kink():
     # On each piece it is a quadratic.
     with pytest.raises(eqx.EquinoxRuntimeError, match="met a kink"):
@@ -690,6 +693,7 @@ def test_solve_is_not_differentiated():
     assert np.isfinite(jax.vmap(value)(_x[None])).all()
 
 
+@pytest.mark.slow
 def test_least_squares_solvers():
     A = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)))
 

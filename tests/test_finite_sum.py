@@ -91,6 +91,7 @@ def _derivatives(problem):
 
 
 # That divide the data and that do not; one of more than there are.
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", (10, 36, 50))
 def test_blocks_change_nothing(block_size):
     derivatives = eqx.filter_jit(_derivatives)
@@ -117,6 +118,7 @@ def _temporary_bytes(num_samples, block_size):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data():
     # Several products with one linearisation, of a network: what is usually stored.
     small, large = (_temporary_bytes(n, 100) for n in (1_050, 8_050))
@@ -196,6 +198,7 @@ class Indexed(blx.AbstractFiniteSumProblem):
         return (y - target) ** 2
 
 
+@pytest.mark.slow
 def test_x_has_an_entry_for_each_sample():
     target = jnp.arange(10.0)
     problem = Indexed((target, jnp.arange(10)), (jnp.array([2.0, 3.0]),))
