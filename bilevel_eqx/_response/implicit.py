@@ -11,7 +11,7 @@ import lineax as lx
 import optimistix as optx
 
 from .._arguments import check_count, check_positive, check_type, says
-from .._compat import nondifferentiable
+from .._compat import batched_as, nondifferentiable
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
 from .._derivatives.second import (
@@ -346,9 +346,10 @@ def _argmin_jvp(primals, tangents):
         return inner_gradient(problem, x, y)
 
     def solve(vector):
+        structure = (at.hessian if K is None else K).in_structure()
+        vector = batched_as(tree_materialised(vector, structure), at.residual)
         if K is None:
             return lx.linear_solve(at.hessian, vector, solver, throw=False).value
-        vector = tree_materialised(vector, K.in_structure())
         return lx.linear_solve(K, vector, solver, throw=False).value[1]
 
     gradient = plain
