@@ -364,6 +364,63 @@ def test_a_kink_within_a_program():
         value(jnp.zeros(1))
 
 
+_descending = blx.GradientDescent(0.0123, 301)
+_to_and_fro = {
+    "sgd": blx.Unrolled(optax.sgd(0.0123), 300),
+    "adam": blx.Unrolled(optax.adam(0.02), 301),
+    "implicit": blx.Implicit(_descending, blx.Pseudoinverse(), tolerance=None),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype, name, steps",
+    [
+        (jnp.float32, "lasso", "sgd"),
+        *(
+            pytest.param(jnp.float64, *case, marks=pytest.mark.slow)
+            for case in (
+                *(("lasso", steps) for steps in _to_and_fro),
+                *((name, "sgd") for name in _KINKED if name != "lasso"),
+            )
+        ),
+    ],
+)
+def test_steps_to_and_fro_across_a_kink(dtype, name, steps):
+    """Also within a program, where nothing can be found out after a failure."""
+    x, y0, response = jnp.zeros(1, dtype), jnp.ones(5, dtype), _to_and_fro[steps]
+
+    @eqx.filter_jit
+    def result(x):
+        return blx.hypergradient(_KINKED[name], x, y0, response, throw=False).result
+
+    with jax.numpy_dtype_promotion("standard"):
+        assert result(x) == blx.RESULTS.at_kink
+
+
+class _Bowl(blx.AbstractBilevelProblem):
+    """f = sqrt(width^2 + |y - x|^2), which is nearly a kink; or |y - x|^2 / 2."""
+
+    width: jax.Array
+    square: jax.Array
+
+    def outer(self, x, y):
+        return jnp.sum((y - 1) ** 2)
+
+    def inner(self, x, y):
+        nearly = jnp.sum(jnp.sqrt(self.width + (y - x[0]) ** 2))
+        return nearly + self.square * jnp.sum((y - x[0]) ** 2)
+
+
+@pytest.mark.parametrize("num_steps", (1, 64))
+def test_no_kink_where_f_is_smooth(num_steps):
+    # Steps that go to and fro for ever: twice one over the curvature, or more.
+    response = blx.Unrolled(optax.sgd(jnp.asarray(0.1)), num_steps)
+    for width, square in ((1e-4, 0.0), (1e-8, 0.0), (1.0, 9.5), (1e4, 10.0)):
+        problem = _Bowl(jnp.asarray(width), jnp.asarray(square))
+        out = blx.hypergradient(problem, jnp.full(1, 0.3), jnp.ones(5), response)
+        assert out.result == blx.RESULTS.successful
+
+
 def test_x_in_a_kink_alone():
     problem = blx.BilevelProblem(
         lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum(jnp.abs(y - x))
