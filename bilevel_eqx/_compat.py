@@ -4,13 +4,14 @@ Each function says why it is needed, and has a test in `tests/test_compat.py` th
 if a new release changes it. The upper bounds in `pyproject.toml` are there for this file.
 """
 
+import contextlib
 import functools as ft
 import os
 import sys
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, cast, Literal, TypeVar
 
 import beartype
 import equinox as eqx
@@ -19,6 +20,7 @@ import equinox._jit
 import equinox.internal as eqxi
 import equinox.internal._primitive
 import jax
+import jax._src.core
 import jax.core
 import jax.extend.core
 import jax.numpy as jnp
@@ -26,9 +28,12 @@ import jax.tree_util as jtu
 import jaxtyping
 import lineax as lx
 import numpy as np
+import optimistix as optx
 from jax.experimental.multihost_utils import process_allgather
-from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Array, PyTree, Shaped
+
+
+Fn = TypeVar("Fn", bound=Callable)
 
 
 #
@@ -100,14 +105,75 @@ def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array],
     return safe
 
 
-def placed_as(array: Array, like: Array) -> Array:
-    """`array`, of which the compiler puts on each device the part that it has there of
-    `like`, an array of the same shape.
+# Options of XLA, by the kind of device. XLA may rename them in any release.
 
-    With Auto axes no program knows how its arguments lie, so that it cannot say
-    `jax.lax.with_sharding_constraint`. This is public, but labelled experimental.
+# A loop is one CUDA graph, as is what was one by default. Otherwise a loop that ends by a
+# condition copies it to the host in each step, and waits.
+LOOPS_IN_GRAPHS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        "xla_gpu_enable_command_buffer": (
+            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,"
+            "CONDITIONAL,WHILE"
+        ),
+    },
+}
+
+
+# For what is called once. On a CPU, the older code generator for fused loops: it takes
+# 60 % of the time, and its code up to a tenth more. On a GPU, cuBLAS for products
+# of matrices: to try Triton too, which can be faster in small networks, is nearly all of
+# the time of a first call.
+QUICK_TO_COMPILE: dict[str, dict[str, Any]] = {
+    "cpu": {"xla_cpu_use_fusion_emitters": False},
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
+
+
+def compiler_options(wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Those of the options for the devices at hand that this XLA knows and that are not
+    in the environment's `XLA_FLAGS`."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    options = {}
+    for name, value in wanted.get(jax.default_backend(), {}).items():
+        if name in flags:
+            continue
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(jnp.negative, compiler_options={name: value})(jnp.zeros(()))
+            options[name] = value
+    return options
+
+
+def program(fn: Fn, wanted: dict[str, dict[str, Any]], **kwargs: Any) -> Fn:
+    """`eqx.filter_jit(fn, **kwargs)`, compiled with these options.
+
+    JAX refuses options within another program, which has its own, and has no public
+    function that says whether one is being traced.
     """
-    return shard_alike(array, like)[0]
+    jit: Any = eqx.filter_jit
+    plain = jit(fn, **kwargs)
+
+    @ft.cache
+    def alone() -> Any:
+        options = compiler_options(wanted)
+        return jit(fn, compiler_options=options, **kwargs) if options else plain
+
+    @ft.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        within = not jax._src.core.trace_state_clean()
+        return (plain if within else alone())(*args, **kwargs)
+
+    call.__dict__["plain"] = plain
+    return cast(Fn, call)
+
+
+def looping(fn: Fn, **kwargs: Any) -> Fn:
+    """A program that is mostly loops, and that may be called often."""
+    return program(fn, LOOPS_IN_GRAPHS, **kwargs)
+
+
+def called_once(fn: Fn) -> Fn:
+    """A program of which the first call matters most."""
+    return program(fn, QUICK_TO_COMPILE)
 
 
 def manual_axes(array: Array) -> frozenset:
@@ -258,6 +324,43 @@ def say_instead(item: Any, message: str) -> None:
     """
     messages = item._enumeration._index_to_message
     messages[int(item._value)] = message
+
+
+_Item: Any = type(optx.RESULTS.successful)
+
+
+class _Said(_Item):
+    """An item of an enumeration that prints as its message alone."""
+
+    def __str__(self):
+        return self._enumeration[self]
+
+    def __repr__(self):
+        return f"{self._enumeration.__name__}<{self}>"
+
+
+def said(enumeration: Any) -> Any:
+    """A decorator: the items of this enumeration print as their messages.
+
+    Equinox puts the path of the module in front, and makes all items itself: those that
+    have names when the class is made, and the others in `promote` and `where`.
+    """
+    items = enumeration._name_to_item
+    items.update({name: _Said(item._value, enumeration) for name, item in items.items()})
+
+    def again(method):
+        def made(cls, *args):
+            item = method.__func__(cls, *args)
+            # A subclass that is no such enumeration has plain items. All items of one
+            # must be of one class, or they are different pytrees.
+            kind: Any = type(next(iter(cls._name_to_item.values())))
+            return kind(item._value, cls)
+
+        return classmethod(ft.wraps(method.__func__)(made))
+
+    enumeration.promote = again(eqx.Enumeration.promote)
+    enumeration.where = again(eqx.Enumeration.where)
+    return enumeration
 
 
 def on_error() -> Literal["raise", "breakpoint", "nan", "off"]:

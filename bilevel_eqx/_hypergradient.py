@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
 from ._arguments import as_variables, check_type
+from ._compat import looping
 from ._custom_types import typechecked, X, Y
 from ._depends_on import depends_on
 from ._derivatives.first import inner_gradient, outer_gradients
@@ -85,7 +86,7 @@ def answered(
     return out, state, answer.slope
 
 
-@eqx.filter_jit
+@looping
 @typechecked
 def _hypergradient(
     problem: AbstractBilevelProblem,
@@ -171,7 +172,7 @@ def _figures(x: PyTree, out: Hypergradient) -> dict[str, Array]:
     return figures_of(as_variables(x, "x"), out.stats, **parts)
 
 
-@eqx.filter_jit
+@looping
 @typechecked
 def _best_response(
     problem: AbstractBilevelProblem,

@@ -12,7 +12,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ._compat import is_traced, manual_axes
 
@@ -188,6 +188,19 @@ def on_devices_of(
         return jax.make_array_from_callback(batch.shape, sharding, lambda i: batch[i])
 
     return jtu.tree_map(put, batches, data)
+
+
+def laid_as(array: Array, like: Array, never: Bool[Array, ""]) -> Array:
+    """`array`, of which the compiler puts on each device the part that it has there of
+    `like`, an array of the same shape. `never` is false, which only shows at runtime.
+
+    With Auto axes no program knows how its arguments lie, and so it cannot say
+    `jax.lax.with_sharding_constraint`. But what an elementwise operation takes lies as
+    what it returns.
+    """
+    if jax.device_count() == 1:
+        return array
+    return jnp.where(never, jax.lax.stop_gradient(like), array)
 
 
 def tree_placed(tree: PyTree[Array], like: PyTree | None) -> PyTree[Array]:

@@ -51,7 +51,10 @@ def test_compare():
     table = str(out)
     for cell in ("Optimistic()", "WarmStart(1)", "|y - y0|", "0.2778", "Stackelberg(): "):
         assert cell in table
-    assert len({len(line.rstrip()) for line in table.splitlines()[1:4]}) == 1
+    lines = table.splitlines()
+    for rows in (lines[:3], lines[5:8]):
+        assert len({len(line) for line in rows}) == 1
+    assert max(map(len, lines[:8])) <= 88
 
 
 def test_compare_takes_pipelines_by_name():
@@ -130,6 +133,7 @@ def test_retrain_gap():
     assert tree_allclose(out.spread, expected.std(), rtol=1e-8)
     assert jnp.max(out.inner_residuals) < 1e-10 and out.y.shape == (4, 3)
     assert "4 initialisations" in str(out)
+    assert max(map(len, str(out).splitlines())) <= 88
     # From where the run started, without being told.
     one = blx.retrain_gap(problem, solution)
     assert tree_allclose(one.retrained[0], _retrained(problem, solution.x, y0), rtol=1e-8)

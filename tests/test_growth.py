@@ -140,7 +140,7 @@ def test_segments_are_one_program(monkeypatch):
         monkeypatch.setattr(
             segments._Pace, "end", lambda self, done, save_every: done + length
         )
-        before = segments._segment._cached._cache_size()
+        before = segments._segment.plain._cached._cache_size()
         blx.solve(
             problem,
             blx.WarmStart(),
@@ -151,7 +151,7 @@ def test_segments_are_one_program(monkeypatch):
             certify=False,
             **options,
         )
-        return segments._segment._cached._cache_size() - before
+        return segments._segment.plain._cached._cache_size() - before
 
     assert run(2, 9) == 1
     # `state` is of the same types as at the start.

@@ -1095,6 +1095,7 @@ def test_certificate_not_asked_for():
         assert "certificate: not asked for" in text
         assert re.search(r"F +-0\.5\n", text) and re.search(r"steps +5\n", text)
         assert re.search(r"result +successful\n", text)
+        assert f"{solution.result}" == "successful"
         assert re.search(r"outer_residual +1\n", text)
     text = str(asked)
     assert str(asked.certificate) in text and "not asked for" not in text

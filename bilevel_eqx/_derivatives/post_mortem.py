@@ -1,10 +1,10 @@
 """What can be found out about a failure, after it: at the point where it happened."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
+from .._compat import called_once
 from .._linalg.power_iteration import largest_curvature
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
@@ -24,7 +24,7 @@ from .second import gradient_and_hessian, hessian_depends_on_y
 
 
 # A program of its own, which is compiled only after a failure.
-@eqx.filter_jit
+@called_once
 def post_mortem(
     problem: AbstractBilevelProblem,
     x: PyTree[Array],
@@ -54,7 +54,7 @@ def post_mortem(
 _BISECTIONS = 60
 
 
-@eqx.filter_jit
+@called_once
 def kink_met(
     problem: AbstractBilevelProblem,
     x: PyTree[Array],

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from .._arguments import as_variables, check_count, says
-from .._compat import is_traced
+from .._compat import called_once, is_traced
 from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import least_clear
@@ -230,7 +230,7 @@ class AbstractEquilibrium(eqx.Module):
 
 
 @on_auto_axes
-@eqx.filter_jit
+@called_once
 @typechecked
 def certify(
     problem: AbstractBilevelProblem,

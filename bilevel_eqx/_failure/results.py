@@ -8,12 +8,13 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._compat import say_instead
+from .._compat import said, say_instead
 from .._tree import all_finite, tree_dtype, tree_where
 
 
 # This extends `optimistix.RESULTS`, which extends `lineax.RESULTS`, so that their
 # failures can be passed on.
+@said
 class RESULTS(optx.RESULTS):  # pyright: ignore
     successful = ""
     inner_not_converged = (

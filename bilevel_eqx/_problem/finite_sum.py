@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from .._compat import placed_as
 from .._custom_types import X, Y
-from .._mesh import check_mesh
+from .._mesh import check_mesh, laid_as
 from .._tree import tree_bytes, tree_dot, tree_zeros_like
 from .base import AbstractBilevelProblem
 from .sampling import subset
@@ -45,10 +44,15 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
     stored on the way is that of one block, for any number of samples and any order of
     differentiation in x, y and the other fields; and of the results of matrix products
     those with at most a sixteenth of the entries of the data, which would otherwise be
-    computed again and again.
-    Derivatives with respect to the data themselves are taken on all samples at once. With
-    `block_size="auto"` blocks are such that they fit into the cache of a CPU, if the data
-    do not; on a GPU there are none.
+    computed again and again. Derivatives with respect to the data themselves are taken on
+    all samples at once. With `block_size="auto"` blocks are such that they fit into the
+    cache of a CPU, if the data do not; on a GPU there are none.
+
+    If the samples lie in a random order already, say so: `shuffled = True`. A mini-batch
+    is then of neighbouring samples, and only the order of the batches is drawn. That
+    reads memory in one piece, where a batch of samples from anywhere costs a read for
+    each of them, but the batches of each epoch are the same. The library does not
+    shuffle the data: if they are sorted by label, say, such batches are no fair samples.
 
     !!! Example
 
@@ -77,6 +81,7 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
     inner_data: eqx.AbstractVar[PyTree[Array]]
     outer_data: eqx.AbstractVar[PyTree[Array]]
     block_size: ClassVar[int | Literal["auto"] | None] = None
+    shuffled: ClassVar[bool] = False
 
     @abc.abstractmethod
     def inner_losses(
@@ -173,6 +178,7 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
     outer_penalty_fn: Callable | None
     inner_penalty_fn: Callable | None
     block_size: int | Literal["auto"] | None = eqx.field(static=True)
+    shuffled: bool = eqx.field(static=True)
     project_x: Callable[[X], X] | None
     project_y: Callable[[Y], Y] | None
 
@@ -187,6 +193,7 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
         outer_penalty: Callable[[Any, Any], Any] | None = None,
         inner_penalty: Callable[[Any, Any], Any] | None = None,
         block_size: int | Literal["auto"] | None = None,
+        shuffled: bool = False,
         project_x: Callable[[Any], Any] | None = None,
         project_y: Callable[[Any], Any] | None = None,
     ):
@@ -201,6 +208,8 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
         - `block_size`: how many samples are used at once where all data are used; `None`,
             the default, is all of them, and `"auto"` as many as fit into the cache.
             Keyword only argument.
+        - `shuffled`: whether the samples lie in a random order already, so that
+            neighbouring ones may be a mini-batch. Keyword only argument.
         - `project_x`, `project_y`: as for [`bilevel_eqx.BilevelProblem`][].
         """
         self.outer_losses_fn = outer_losses
@@ -210,6 +219,7 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
         self.outer_penalty_fn = outer_penalty
         self.inner_penalty_fn = inner_penalty
         self.block_size = block_size
+        self.shuffled = shuffled
         self.project_x = project_x
         self.project_y = project_y
 
@@ -302,8 +312,22 @@ def rows(data: PyTree[Array], indices: Int[Array, " batch"]) -> PyTree[Array]:
     """Some of the samples. If the data lie on several devices, they lie as the data do:
     each device computes on its share of a batch."""
     check_mesh(data)
+    # False, but the compiler does not know it.
+    never = indices[0] < 0
     size = indices.shape[0]
-    return jtu.tree_map(lambda u: placed_as(u[indices], u[:size]), data)
+    return jtu.tree_map(lambda u: laid_as(u[indices], u[:size], never), data)
+
+
+def neighbours(data: PyTree[Array], start: Int[Array, ""], size: int) -> PyTree[Array]:
+    """So many samples from `start` on. They lie as the data do, like those of `rows`."""
+    check_mesh(data)
+    never = start < 0
+
+    def read(u):
+        batch = jax.lax.dynamic_slice_in_dim(u, start, size)
+        return laid_as(batch, u[:size], never)
+
+    return jtu.tree_map(read, data)
 
 
 def _plus(mean: Scalar, penalty: Scalar) -> Scalar:
