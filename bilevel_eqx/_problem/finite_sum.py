@@ -44,10 +44,9 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
     stored on the way is that of one block, for any number of samples and any order of
     differentiation in x, y and the other fields; and of the results of matrix products
     those with at most a sixteenth of the entries of the data, which would otherwise be
-    computed again and again.
-    Derivatives with respect to the data themselves are taken on all samples at once. With
-    `block_size="auto"` blocks are such that they fit into the cache of a CPU, if the data
-    do not; on a GPU there are none.
+    computed again and again. Derivatives with respect to the data themselves are taken on
+    all samples at once. With `block_size="auto"` blocks are such that they fit into the
+    cache of a CPU, if the data do not; on a GPU there are none.
 
     If the samples lie in a random order already, say so: `shuffled = True`. A mini-batch
     is then of neighbouring samples, and only the order of the batches is drawn. That
