@@ -2,12 +2,11 @@
 
 from typing import ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Scalar
 
-from .._compat import is_traced
+from .._compat import called_once, is_traced
 from .._linalg.eigenbasis import extreme_eigenvalues
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linear_solver.pseudoinverse import Pseudoinverse
@@ -169,7 +168,7 @@ def _on_some_samples(problem, y) -> OnBatches | None:
     return OnBatches(problem, Batch(samples, jnp.full((count,), 1 / count), None), None)
 
 
-@eqx.filter_jit
+@called_once
 def _extremes(problem, x, y):
     """The lowest clearance, and for a root the extreme singular values."""
     here, _ = picture(problem, x, y)
