@@ -355,7 +355,7 @@ def bare_step(problem, key, a, b):
     def step(carry, count):
         x, y, v = carry
         # Only the sampling is ours.
-        drawn = batches(problem, key, count, count)
+        drawn: Any = batches(problem, key, count, count)
         inner, outer = drawn.inner_batch, drawn.outer_batch
 
         def f(x, y):

@@ -304,6 +304,18 @@ def not_differentiable(tree: PyTree, sentence: str) -> PyTree:
     return eqxi.nondifferentiable(tree, msg=sentence)
 
 
+def batched_as(tree: PyTree[Array], other: PyTree[Array]) -> PyTree[Array]:
+    """`tree`. Under `jax.vmap` it is batched wherever `other` is.
+
+    Equinox cannot transpose a primitive, such as the linear solve of lineax, of which a
+    linear input is not batched and another input is.
+    """
+    # True of all numbers; `vmap` does not know that.
+    numbers = [jnp.sum(jnp.isnan(leaf)) for leaf in jtu.tree_leaves(other)]
+    true = ft.reduce(jnp.add, numbers) >= 0
+    return jtu.tree_map(lambda u: jnp.where(true, u, jnp.zeros_like(u)), tree)
+
+
 def static(value: Any) -> PyTree:
     """`value` as a pytree without leaves, for the state of a lineax solver, which must be
     a pytree.

@@ -464,3 +464,24 @@ def test_said():
     assert type(optx.RESULTS.successful) is not type(Said.odd)
     with pytest.raises(ValueError, match="must be members"):
         Said.where(True, Said.odd, optx.RESULTS.successful)
+
+
+def _solved(x, scales, vector):
+    """The sum over a batch of matrices of a solve with a vector that is not batched."""
+
+    def one(scale):
+        operator = lx.MatrixLinearOperator(scale * jnp.eye(2))
+        return jnp.sum(lx.linear_solve(operator, vector(x, scale), lx.LU()).value)
+
+    return jnp.sum(jax.vmap(one)(scales))
+
+
+def test_batched_as():
+    scales, x = jnp.array([1.0, 2.0, 4.0]), jnp.ones(2)
+    # The fault that is worked around. When it is mended this fails.
+    with pytest.raises(ValueError, match="out_axes"):
+        jax.grad(_solved)(x, scales, lambda x, scale: x)
+    mended = jax.grad(_solved)(x, scales, _compat.batched_as)
+    assert tree_allclose(mended, jnp.full(2, 1.75), rtol=1e-6)
+    infinite = jnp.array([jnp.nan, jnp.inf])
+    assert tree_allclose(_compat.batched_as({"u": x}, infinite), {"u": x}, rtol=0)

@@ -13,7 +13,9 @@ import pytest
 from helpers import tree_allclose
 
 import bilevel_eqx as blx
+from bilevel_eqx._equilibrium import stackelberg
 from bilevel_eqx._problem.batches import Batches
+from bilevel_eqx._problem.finite_sum import OnBatches
 from bilevel_eqx._problem.sampling import Epochs, shuffled
 
 
@@ -89,6 +91,7 @@ def _derivatives(problem):
 
 
 # That divide the data and that do not; one of more than there are.
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", (10, 36, 50))
 def test_blocks_change_nothing(block_size):
     derivatives = eqx.filter_jit(_derivatives)
@@ -115,6 +118,7 @@ def _temporary_bytes(num_samples, block_size):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data():
     # Several products with one linearisation, of a network: what is usually stored.
     small, large = (_temporary_bytes(n, 100) for n in (1_050, 8_050))
@@ -194,6 +198,7 @@ class Indexed(blx.AbstractFiniteSumProblem):
         return (y - target) ** 2
 
 
+@pytest.mark.slow
 def test_x_has_an_entry_for_each_sample():
     target = jnp.arange(10.0)
     problem = Indexed((target, jnp.arange(10)), (jnp.array([2.0, 3.0]),))
@@ -360,3 +365,44 @@ def test_a_batch_larger_than_the_data_is_refused():
     plain = blx.BilevelProblem(lambda x, y: y, lambda x, y: y**2)
     with pytest.raises(ValueError, match="FiniteSumProblem"):
         Batches(1, None).check(plain, "Pipeline")
+
+
+class Columns(blx.AbstractFiniteSumProblem):
+    """Least squares, in which each sample has only some of the columns."""
+
+    inner_data: jax.Array
+    outer_data: jax.Array
+
+    def inner_losses(self, x, y, batch, key):
+        return 0.5 * (batch @ y - jnp.sum(x)) ** 2
+
+    def outer_losses(self, x, y, batch, key):
+        return 0.5 * (batch @ y) ** 2
+
+
+def test_a_unique_minimum_is_seen_on_some_of_the_data(monkeypatch):
+    seen = []
+    extremes = stackelberg._extremes
+
+    def spied(problem, x, y):
+        seen.append(type(problem))
+        return extremes(problem, x, y)
+
+    monkeypatch.setattr(stackelberg, "_extremes", spied)
+    size, dim = 768, 3
+
+    def check(data):
+        seen.clear()
+        problem = Columns(data, data)
+        blx.Stackelberg().check(problem, jnp.zeros(1), jnp.zeros(dim))
+
+    mixed = jr.normal(jr.key(0), (size, dim))
+    check(mixed)
+    assert seen == [OnBatches]
+    # Every third sample is of the first column: all columns are seen on all data only.
+    alternating = jnp.tile(jnp.eye(dim), (size // dim, 1))
+    check(alternating)
+    assert seen == [OnBatches, Columns]
+    with pytest.raises(ValueError, match="needs a unique inner minimum"):
+        check(mixed.at[:, 0].set(0.0))
+    assert seen == [OnBatches, Columns]

@@ -1,5 +1,7 @@
 """How much of a sampled hypergradient is noise."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from bilevel_eqx.pipelines import (
 
 SIZE, DIM = 2_000, 40
 STILL = optax.sgd(0.0)
-SIZES = {"inner_batch": 1, "outer_batch": 8}
+SIZES: dict[str, Any] = {"inner_batch": 1, "outer_batch": 8}
 
 
 class Targets(blx.AbstractFiniteSumProblem):
