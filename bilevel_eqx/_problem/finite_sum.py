@@ -42,9 +42,9 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
     With a `block_size`, the means, their gradients and products with their second
     derivatives run over blocks of that many samples. Each block is read once, and what is
     stored on the way is that of one block, for any number of samples and any order of
-    differentiation in x, y and the other fields; and of the results of matrix products
-    those with at most a sixteenth of the entries of the data, which would otherwise be
-    computed again and again. Derivatives with respect to the data themselves are taken on
+    differentiation in x, y and the other fields; and of the intermediate results those
+    with at most a sixteenth of the entries of the data, which would otherwise be computed
+    again and again. Derivatives with respect to the data themselves are taken on
     all samples at once. With `block_size="auto"` blocks are such that they fit into the
     cache of a CPU, if the data do not; on a GPU there are none.
 
@@ -479,16 +479,17 @@ def _over_blocks(
         return fn((samples, jnp.where(is_new, 1 / size, 0)))
 
     # Recomputed where it is differentiated once more, so that no block is stored. What is
-    # small beside the data is kept: the margins of a linear model, say, without which
-    # each product with the Hessian would be one more pass over the data.
+    # small beside the data is kept: the slopes of a linear model, say, without which each
+    # product with the Hessian would be one more pass over the data.
     entries = sum(u.size for u in jtu.tree_leaves(data)) // size
     most = block_size * max(1, entries // _SMALL_SHARE)
 
     def is_kept(primitive, *args, **params):
-        if primitive is not jax.lax.dot_general_p:
+        if primitive.multiple_results:
+            # A call, whose parts are asked for one by one.
             return False
-        outputs, _ = primitive.abstract_eval(*args, **params)
-        return outputs.size <= most
+        output, _ = primitive.abstract_eval(*args, **params)
+        return output.size <= most
 
     at = jax.checkpoint(at, prevent_cse=False, policy=is_kept)  # pyright: ignore
 
