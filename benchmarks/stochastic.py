@@ -474,7 +474,7 @@ def _problem(losses, truth, size, label, rng, shuffled=False):
     )
 
 
-def _regression(size, dim, shuffled=False):
+def regression(size, dim, shuffled=False):
     """Logistic regression, and where its runs begin."""
     rng = np.random.default_rng(0)
     truth = np.asarray(rng.normal(size=dim), np.float32)
@@ -482,7 +482,7 @@ def _regression(size, dim, shuffled=False):
     return problem, jnp.full(dim, -7.0), jnp.zeros(dim)
 
 
-def _network(size, widths):
+def network(size, widths):
     """A network, and where its runs begin."""
     rng = np.random.default_rng(1)
     truth = np.asarray(rng.normal(size=(widths[0], widths[-1])), np.float32)
@@ -499,16 +499,16 @@ def _network(size, widths):
 def measure_steps(args) -> dict[str, Any]:
     if args.quick:
         cases = {
-            "logistic regression, 1,000 x 20": (_regression(1_000, 20), 500),
+            "logistic regression, 1,000 x 20": (regression(1_000, 20), 500),
         }
     else:
         cases = {
-            "logistic regression, 20,000 x 200": (_regression(20_000, 200), 10_000),
+            "logistic regression, 20,000 x 200": (regression(20_000, 200), 10_000),
             "the same, batches of neighbours": (
-                _regression(20_000, 200, shuffled=True),
+                regression(20_000, 200, shuffled=True),
                 10_000,
             ),
-            "a network of 2e5 weights": (_network(5_000, (784, 256, 10)), 100),
+            "a network of 2e5 weights": (network(5_000, (784, 256, 10)), 100),
         }
     figures = {}
     for name, ((problem, x, y), num_steps) in cases.items():
@@ -526,8 +526,8 @@ def measure_steps(args) -> dict[str, Any]:
 def measure_peer(args) -> dict[str, Any]:
     """Whole calls of ours beside its programs, of which the ratio is to its time."""
     num_steps, rate = 5_000, 0.1
-    problem, x, y = _regression(20_000, 200)
-    shuffled, *_ = _regression(20_000, 200, shuffled=True)
+    problem, x, y = regression(20_000, 200)
+    shuffled, *_ = regression(20_000, 200, shuffled=True)
     figures = {}
     for name in ("SOBA", "SABA"):
         theirs = _peer.steps(

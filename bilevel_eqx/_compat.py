@@ -4,13 +4,14 @@ Each function says why it is needed, and has a test in `tests/test_compat.py` th
 if a new release changes it. The upper bounds in `pyproject.toml` are there for this file.
 """
 
+import contextlib
 import functools as ft
 import os
 import sys
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, cast, Literal, TypeVar
 
 import beartype
 import equinox as eqx
@@ -19,6 +20,7 @@ import equinox._jit
 import equinox.internal as eqxi
 import equinox.internal._primitive
 import jax
+import jax._src.core
 import jax.core
 import jax.extend.core
 import jax.numpy as jnp
@@ -26,8 +28,12 @@ import jax.tree_util as jtu
 import jaxtyping
 import lineax as lx
 import numpy as np
+import optimistix as optx
 from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, PyTree, Shaped
+
+
+Fn = TypeVar("Fn", bound=Callable)
 
 
 #
@@ -99,30 +105,75 @@ def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array],
     return safe
 
 
-# What XLA puts into CUDA graphs by itself, and loops and branches.
-LOOPS_IN_GRAPHS: dict[str, Any] = {
-    "xla_gpu_enable_command_buffer": (
-        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    )
+# Options of XLA, by the kind of device. XLA may rename them in any release.
+
+# A loop is one CUDA graph, as is what was one by default. Otherwise a loop that ends by a
+# condition copies it to the host in each step, and waits.
+LOOPS_IN_GRAPHS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        "xla_gpu_enable_command_buffer": (
+            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,"
+            "CONDITIONAL,WHILE"
+        ),
+    },
 }
 
 
-@ft.cache
-def loops_in_graphs() -> dict[str, Any] | None:
-    """The options with which XLA runs a loop on a GPU as one CUDA graph, if there is a
-    GPU and this XLA knows the options.
+# For what is called once. On a CPU, the older code generator for fused loops: it takes
+# 60 % of the time, and its code up to a tenth more. On a GPU, cuBLAS for products
+# of matrices: to try Triton too, which can be faster in small networks, is nearly all of
+# the time of a first call.
+QUICK_TO_COMPILE: dict[str, dict[str, Any]] = {
+    "cpu": {"xla_cpu_use_fusion_emitters": False},
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
 
-    Otherwise a loop that ends by a condition copies it to the host in each step, and
-    waits: with small operations that is a third of the time. JAX allows options only
-    where no other program is being traced. XLA may rename them in any release.
+
+def compiler_options(wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Those of the options for the devices at hand that this XLA knows and that are not
+    in the environment's `XLA_FLAGS`."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    options = {}
+    for name, value in wanted.get(jax.default_backend(), {}).items():
+        if name in flags:
+            continue
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(jnp.negative, compiler_options={name: value})(jnp.zeros(()))
+            options[name] = value
+    return options
+
+
+def program(fn: Fn, wanted: dict[str, dict[str, Any]], **kwargs: Any) -> Fn:
+    """`eqx.filter_jit(fn, **kwargs)`, compiled with these options.
+
+    JAX refuses options within another program, which has its own, and has no public
+    function that says whether one is being traced.
     """
-    if jax.default_backend() != "gpu":
-        return None
-    try:
-        jax.jit(jnp.negative, compiler_options=LOOPS_IN_GRAPHS)(jnp.zeros(()))
-    except jax.errors.JaxRuntimeError:
-        return None
-    return LOOPS_IN_GRAPHS
+    jit: Any = eqx.filter_jit
+    plain = jit(fn, **kwargs)
+
+    @ft.cache
+    def alone() -> Any:
+        options = compiler_options(wanted)
+        return jit(fn, compiler_options=options, **kwargs) if options else plain
+
+    @ft.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        within = not jax._src.core.trace_state_clean()
+        return (plain if within else alone())(*args, **kwargs)
+
+    call.__dict__["plain"] = plain
+    return cast(Fn, call)
+
+
+def looping(fn: Fn, **kwargs: Any) -> Fn:
+    """A program that is mostly loops, and that may be called often."""
+    return program(fn, LOOPS_IN_GRAPHS, **kwargs)
+
+
+def called_once(fn: Fn) -> Fn:
+    """A program of which the first call matters most."""
+    return program(fn, QUICK_TO_COMPILE)
 
 
 def manual_axes(array: Array) -> frozenset:
@@ -253,6 +304,18 @@ def not_differentiable(tree: PyTree, sentence: str) -> PyTree:
     return eqxi.nondifferentiable(tree, msg=sentence)
 
 
+def batched_as(tree: PyTree[Array], other: PyTree[Array]) -> PyTree[Array]:
+    """`tree`. Under `jax.vmap` it is batched wherever `other` is.
+
+    Equinox cannot transpose a primitive, such as the linear solve of lineax, of which a
+    linear input is not batched and another input is.
+    """
+    # True of all numbers; `vmap` does not know that.
+    numbers = [jnp.sum(jnp.isnan(leaf)) for leaf in jtu.tree_leaves(other)]
+    true = ft.reduce(jnp.add, numbers) >= 0
+    return jtu.tree_map(lambda u: jnp.where(true, u, jnp.zeros_like(u)), tree)
+
+
 def static(value: Any) -> PyTree:
     """`value` as a pytree without leaves, for the state of a lineax solver, which must be
     a pytree.
@@ -273,6 +336,43 @@ def say_instead(item: Any, message: str) -> None:
     """
     messages = item._enumeration._index_to_message
     messages[int(item._value)] = message
+
+
+_Item: Any = type(optx.RESULTS.successful)
+
+
+class _Said(_Item):
+    """An item of an enumeration that prints as its message alone."""
+
+    def __str__(self):
+        return self._enumeration[self]
+
+    def __repr__(self):
+        return f"{self._enumeration.__name__}<{self}>"
+
+
+def said(enumeration: Any) -> Any:
+    """A decorator: the items of this enumeration print as their messages.
+
+    Equinox puts the path of the module in front, and makes all items itself: those that
+    have names when the class is made, and the others in `promote` and `where`.
+    """
+    items = enumeration._name_to_item
+    items.update({name: _Said(item._value, enumeration) for name, item in items.items()})
+
+    def again(method):
+        def made(cls, *args):
+            item = method.__func__(cls, *args)
+            # A subclass that is no such enumeration has plain items. All items of one
+            # must be of one class, or they are different pytrees.
+            kind: Any = type(next(iter(cls._name_to_item.values())))
+            return kind(item._value, cls)
+
+        return classmethod(ft.wraps(method.__func__)(made))
+
+    enumeration.promote = again(eqx.Enumeration.promote)
+    enumeration.where = again(eqx.Enumeration.where)
+    return enumeration
 
 
 def on_error() -> Literal["raise", "breakpoint", "nan", "off"]:

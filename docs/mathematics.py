@@ -42,7 +42,9 @@ const formulas = JSON.parse(require("fs").readFileSync(0, "utf8"));
 const failures = [];
 const set = formulas.map(({ tex, displayMode }) => {
   try {
-    return katex.renderToString(tex, { displayMode, strict: "error" });
+    // A wide formula may break after a space, as after a relation.
+    const breakable = tex.replace(/\\\\q?quad(?![a-z])/g, "$&\\\\allowbreak ");
+    return katex.renderToString(breakable, { displayMode, strict: "error" });
   } catch (error) {
     failures.push(`${tex}\\n  ${error.message}`);
     return "";

@@ -1,8 +1,9 @@
 """A Griffe extension: signatures as they were written, and not as Python sees them.
 
 The API pages are made by importing the package, since the docstrings of `__init__` are
-set at run time. But there `ScalarLike` is a union of eight types, `X` is `~X`, and a
-field with a converter has forgotten its type. So annotations come from the source.
+set at run time. But there `ScalarLike` is a union of eight types, `X` is `~X`, a field
+with a converter has forgotten its type, and a default such as `LBFGS()` is everything
+that it holds. So annotations and defaults come from the source.
 """
 
 import ast
@@ -15,7 +16,7 @@ _package = "bilevel_eqx"
 
 
 class Signatures(griffe.Extension):
-    """Replaces the annotations of what was inspected by those in the source."""
+    """Replaces annotations and defaults of what was inspected by those in the source."""
 
     def __init__(self) -> None:
         root = Path(__file__).parent.parent
@@ -23,24 +24,31 @@ class Signatures(griffe.Extension):
 
     def on_function(self, *, func: griffe.Function, **kwargs) -> None:
         del kwargs
-        annotations = self.written.annotations(func.path)
+        written = self.written.of(func.path)
         for parameter in func.parameters:
-            if parameter.name in annotations:
-                parameter.annotation = annotations[parameter.name]
+            annotation, default = written.get(parameter.name, (None, None))
+            if annotation is not None:
+                parameter.annotation = annotation
+            if parameter.default is not None and default is not None:
+                parameter.default = default
             if parameter.name == "self":
                 parameter.annotation = None
         if func.name == "__init__":
             func.returns = None
-        elif "return" in annotations:
-            func.returns = annotations["return"]
+        elif "return" in written:
+            func.returns = written["return"][0]
+
+
+# The annotation and the default of each parameter or field.
+Signature = dict[str, tuple[str | None, str | None]]
 
 
 class _Written:
-    """The annotations of a package's functions, and of its classes' fields."""
+    """The functions of a package, and its classes, whose fields are their signatures."""
 
     def __init__(self, root: Path, package: str) -> None:
-        self.functions: dict[str, dict[str, str]] = {}
-        self.fields: dict[str, dict[str, str]] = {}
+        self.functions: dict[str, Signature] = {}
+        self.classes: dict[str, ast.ClassDef] = {}
         for file in sorted((root / package).rglob("*.py")):
             parts = file.relative_to(root).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
@@ -49,25 +57,54 @@ class _Written:
     def _read(self, tree: ast.AST, path: str) -> None:
         for node in ast.iter_child_nodes(tree):
             if isinstance(node, ast.FunctionDef):
-                arguments = node.args
-                found = {
-                    a.arg: ast.unparse(a.annotation)
-                    for a in [*arguments.args, *arguments.kwonlyargs]
-                    if a.annotation is not None
-                }
-                if node.returns is not None:
-                    found["return"] = ast.unparse(node.returns)
-                self.functions[f"{path}.{node.name}"] = found
+                self.functions[f"{path}.{node.name}"] = _signature(node)
             elif isinstance(node, ast.ClassDef):
-                self.fields[f"{path}.{node.name}"] = {
-                    child.target.id: ast.unparse(child.annotation)
-                    for child in node.body
-                    if isinstance(child, ast.AnnAssign)
-                    and isinstance(child.target, ast.Name)
-                }
+                self.classes[f"{path}.{node.name}"] = node
                 self._read(node, f"{path}.{node.name}")
 
-    def annotations(self, path: str) -> dict[str, str]:
-        """Those of the function at `path`, or of the fields that it is made from."""
-        owner = path.removesuffix(".__init__")
-        return self.functions.get(path, self.fields.get(owner, {}))
+    def of(self, path: str) -> Signature:
+        """That of the function at `path`, or the fields that it is made from."""
+        if path in self.functions:
+            return self.functions[path]
+        owner = self.classes.get(path.removesuffix(".__init__"))
+        return {} if owner is None else self._fields(owner)
+
+    def _fields(self, owner: ast.ClassDef) -> Signature:
+        """The fields of a class, and those that it inherits within the package."""
+        named = {node.name: node for node in self.classes.values()}
+        found: Signature = {}
+        for base in owner.bases:
+            name = ast.unparse(base).partition("[")[0]
+            found |= self._fields(named[name]) if name in named else {}
+        for child in owner.body:
+            if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
+                annotation = ast.unparse(child.annotation)
+                found[child.target.id] = annotation, _default(child.value)
+        return found
+
+
+def _signature(function: ast.FunctionDef) -> Signature:
+    arguments = function.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    # The last ones have the defaults.
+    missing = [None] * (len(positional) - len(arguments.defaults))
+    defaults = [*missing, *arguments.defaults, *arguments.kw_defaults]
+    found: Signature = {
+        argument.arg: (_text(argument.annotation), _text(default))
+        for argument, default in zip([*positional, *arguments.kwonlyargs], defaults)
+    }
+    if function.returns is not None:
+        found["return"] = ast.unparse(function.returns), None
+    return found
+
+
+def _default(value: ast.expr | None) -> str | None:
+    """The default of a field: what it is set to, or the `default` of an `eqx.field`."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
+        given = [key.value for key in value.keywords if key.arg == "default"]
+        value = given[0] if given else None
+    return _text(value)
+
+
+def _text(node: ast.expr | None) -> str | None:
+    return None if node is None else ast.unparse(node)

@@ -17,8 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from _figure import options
-from PIL import Image
+from _figure import lighten, options
 
 from bilevel_eqx import plot
 
@@ -48,9 +47,7 @@ def main(
     picture = args.output / f"gallery_{name}.png"
     with plot.house_style():
         draw(results).savefig(picture, dpi=150)
-    # A third of the bytes, for the documentation.
-    with Image.open(picture) as image:
-        image.convert("RGB").quantize(128).save(picture, optimize=True)
+    lighten(picture)
     print(f"The claim holds. The picture is {picture}")
 
 

@@ -78,7 +78,7 @@ def run(quick):
 
     def search(price):
         problem = Search(train, held_out, jnp.array(price))
-        concept, num_steps = blx.WarmStart(), 200 if quick else 600
+        concept, num_steps = blx.WarmStart(), 100 if quick else 600
         x0, y0 = jnp.zeros((LAYERS, len(OPERATIONS))), initial_weights(jr.key(0))
         how = {"pipeline": pipeline, "num_steps": num_steps, "certify": False}
         return np.argmax(blx.solve(problem, concept, x0, y0, **how).x, axis=1)
@@ -98,7 +98,7 @@ def run(quick):
         return size, share
 
     prices = [1e-4] if quick else [0.0, 5e-5, 2e-4, 5e-4]
-    others = np.random.default_rng(1).integers(0, 4, (4 if quick else 12, LAYERS))
+    others = np.random.default_rng(1).integers(0, 4, (2 if quick else 12, LAYERS))
     found = np.array([tried(search(price)) for price in prices])
     return {"found": found.T, "others": np.array([tried(ops) for ops in others]).T}
 

@@ -62,7 +62,7 @@ def tuned(seed, num_steps):
 
 
 def run(quick):
-    num_splits, num_steps = (2, 50) if quick else (20, 200)
+    num_splits, num_steps = (2, 30) if quick else (20, 200)
     tables, residuals, x = zip(*(tuned(seed, num_steps) for seed in range(num_splits)))
     tables = np.array(tables)
     grid, each = tables.mean(axis=0)

@@ -54,7 +54,8 @@ def run(quick):
     )
     x0, y0 = {"A": 0.5 * jnp.eye(2), "b": jnp.zeros(2)}, jnp.zeros(num_features)
 
-    concepts = [blx.Stackelberg(), blx.ProximalEquilibrium(1.0), blx.Nash()]
+    concepts = [blx.Stackelberg(), blx.Nash()]
+    concepts[1:1] = [] if quick else [blx.ProximalEquilibrium(1.0)]
     num_steps = 150 if quick else 400
     comparison = blx.compare(problem, x0, y0, concepts, num_steps=num_steps)
     print(comparison)
@@ -72,8 +73,8 @@ def run(quick):
     spread = jnp.stack([s.value for s in comparison.solutions.values()])
     numbers = {
         f"{of}, as {kind}": comparison.certificates[of][kind].largest
-        for of in ("Stackelberg()", "Nash()")
-        for kind in ("Stackelberg()", "ProximalEquilibrium(1)", "Nash()")
+        for of, kinds in comparison.certificates.items()
+        for kind in kinds
     }
     numbers["F"] = solution.value
     numbers["F, largest less smallest"] = jnp.ptp(spread)
@@ -92,7 +93,7 @@ def run(quick):
 def check(results):
     for of in ("Stackelberg()", "Nash()"):
         assert results[f"{of}, as Stackelberg()"] < 1e-3
-        assert results[f"{of}, as ProximalEquilibrium(1)"] < 1e-3
+        assert results.get(f"{of}, as ProximalEquilibrium(1)", 0.0) < 1e-3
         assert results[f"{of}, as Nash()"] > 5e-3
     assert results["F, largest less smallest"] < 1e-3
     up_to = results["a proximal equilibrium up to the weight"]

@@ -15,9 +15,11 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 from helpers import tree_allclose
 
@@ -183,6 +185,48 @@ def test_closure_to_pytree():
 
     with pytest.raises((RecursionError, ValueError)):
         _compat.closure_to_pytree(recursive)
+
+
+def test_program(monkeypatch):
+    """With options that a CPU takes: alone, within another program, where JAX refuses
+    options, and under a transformation."""
+    seen = []
+
+    def double(u, v=0.0):
+        seen.append(jax.typeof(u).shape)
+        return 2 * u + v
+
+    options = _compat.LOOPS_IN_GRAPHS["gpu"] | _compat.QUICK_TO_COMPILE["gpu"]
+    for wanted in ({}, {"cpu": options}):
+        assert _compat.compiler_options(wanted) == wanted.get("cpu", {})
+        doubled = _compat.program(double, wanted, donate="none")
+        assert doubled.__name__ == "double"
+        seen.clear()
+        for _ in range(2):
+            assert doubled(jnp.array(2.0), v=jnp.array(1.0)) == 5
+        assert len(seen) == 1
+        within = jax.jit(lambda: doubled(jnp.array(3.0)))
+        assert within() == 6
+        assert jax.jit(doubled)(jnp.array(3.0)) == 6
+        assert jax.grad(doubled)(3.0) == 2
+        np.testing.assert_array_equal(jax.vmap(doubled)(jnp.arange(3.0)), [0, 2, 4])
+
+
+def test_compiler_options(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    for wanted in (_compat.LOOPS_IN_GRAPHS, _compat.QUICK_TO_COMPILE):
+        for device, options in wanted.items():
+            monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
+            # Known to this XLA, all of them.
+            assert _compat.compiler_options(wanted) == options
+            # What nobody knows is left out, and is no error.
+            unknown = {device: options | {"xla_of_no_such_name": True}}
+            assert _compat.compiler_options(unknown) == options
+    # The user's own flags have the last word.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _compat.compiler_options(_compat.QUICK_TO_COMPILE) == {}
+    assert _compat.compiler_options(_compat.LOOPS_IN_GRAPHS) != {}
 
 
 def _equations(program):
@@ -390,3 +434,54 @@ def test_say_instead():
     # The base class keeps its own, and its items are still taken.
     assert Base[Base.good] == ""
     assert Derived[Derived.promote(Base.good)] == "fine"
+
+
+def test_said():
+    @_compat.said
+    class Said(optx.RESULTS):  # pyright: ignore
+        odd = "It is odd."
+
+    class More(Said):  # pyright: ignore
+        odder = "It is odder."
+
+    # By its name, from a base class, chosen, and out of a program.
+    promoted = Said.promote(optx.RESULTS.max_steps_reached)
+    chosen = Said.where(jnp.asarray(True), Said.odd, promoted)
+    out = jax.jit(lambda item: Said.where(item == Said.odd, item, promoted))(Said.odd)
+    assert [str(item) for item in (Said.odd, chosen, out)] == ["It is odd."] * 3
+    assert repr(chosen) == "Said<It is odd.>"
+    assert str(promoted) == optx.RESULTS[optx.RESULTS.max_steps_reached]
+    several = jax.vmap(lambda flag: Said.where(flag, Said.odd, promoted))
+    assert str(several(jnp.array([True, False]))).count("It is odd.") == 1
+    # All are one kind of pytree, so that branches of a program can return them.
+    kinds = {jtu.tree_structure(item) for item in (Said.odd, promoted, chosen, out)}
+    assert len(kinds) == 1
+    # An enumeration that is derived from it is one of Equinox, with its own kind.
+    kinds = {jtu.tree_structure(item) for item in (More.odder, More.promote(chosen))}
+    assert len(kinds) == 1 and isinstance(More.promote(chosen), More)
+    assert "It is odd." in str(More.where(jnp.asarray(False), More.odder, More.odd))
+    # The base class is untouched.
+    assert type(optx.RESULTS.successful) is not type(Said.odd)
+    with pytest.raises(ValueError, match="must be members"):
+        Said.where(True, Said.odd, optx.RESULTS.successful)
+
+
+def _solved(x, scales, vector):
+    """The sum over a batch of matrices of a solve with a vector that is not batched."""
+
+    def one(scale):
+        operator = lx.MatrixLinearOperator(scale * jnp.eye(2))
+        return jnp.sum(lx.linear_solve(operator, vector(x, scale), lx.LU()).value)
+
+    return jnp.sum(jax.vmap(one)(scales))
+
+
+def test_batched_as():
+    scales, x = jnp.array([1.0, 2.0, 4.0]), jnp.ones(2)
+    # The fault that is worked around. When it is mended this fails.
+    with pytest.raises(ValueError, match="out_axes"):
+        jax.grad(_solved)(x, scales, lambda x, scale: x)
+    mended = jax.grad(_solved)(x, scales, _compat.batched_as)
+    assert tree_allclose(mended, jnp.full(2, 1.75), rtol=1e-6)
+    infinite = jnp.array([jnp.nan, jnp.inf])
+    assert tree_allclose(_compat.batched_as({"u": x}, infinite), {"u": x}, rtol=0)

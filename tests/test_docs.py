@@ -181,3 +181,17 @@ def test_dead_links_are_found(tmp_path, monkeypatch):
         "sub/index.html links to ../#off: no anchor",
         "sub/index.html links to no.png: no such file",
     ]
+
+
+def test_signatures_are_as_written(monkeypatch):
+    """And not as Python sees them: such a default has thousands of characters."""
+    pytest.importorskip("griffe", reason="This needs the extra `docs`.")
+    monkeypatch.syspath_prepend(str(DOCS))
+    written = importlib.import_module("signatures")._Written(DOCS.parent, "bilevel_eqx")
+    descent = written.of("bilevel_eqx._pipeline.null_space.NullSpaceDescent.__init__")
+    kinds = "optax.GradientTransformation | AbstractDescent"
+    assert descent["optimiser"] == (kinds, "LBFGS()")  # a field of its base class
+    solve = written.of("bilevel_eqx._solve.solve.solve")
+    assert solve["num_steps"] == ("int", None)
+    assert solve["throw"] == ("bool", "True")
+    assert solve["return"] == ("Solution[X, Y]", None)

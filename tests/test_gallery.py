@@ -51,7 +51,8 @@ def test_page(name):
 
 @pytest.fixture
 def script(request, monkeypatch):
-    """A script as a module, in the settings of a user and not those of the tests."""
+    """A script as a module, in the settings of a user and not those of the tests. Most
+    of the time of a quick form is the compiler's, so that optimises little."""
     for needed in ("matplotlib", "mlxtend", "sklearn"):
         pytest.importorskip(needed, reason="This needs the extra `examples`.")
     if request.param == "flax_model":
@@ -63,7 +64,9 @@ def script(request, monkeypatch):
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
+        jax.config.update("jax_disable_most_optimizations", True)
         yield importlib.import_module(request.param)
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.slow

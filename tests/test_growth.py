@@ -131,6 +131,7 @@ def test_compilations(call, name):
         assert not np.allclose(first, other, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_segments_are_one_program(monkeypatch):
     """Neither how a run is cut nor its length is part of the program."""
     problem, x, y, _ = _arguments(0)
@@ -140,7 +141,7 @@ def test_segments_are_one_program(monkeypatch):
         monkeypatch.setattr(
             segments._Pace, "end", lambda self, done, save_every: done + length
         )
-        before = segments._segment_program._cached._cache_size()
+        before = segments._segment.plain._cached._cache_size()
         blx.solve(
             problem,
             blx.WarmStart(),
@@ -151,7 +152,7 @@ def test_segments_are_one_program(monkeypatch):
             certify=False,
             **options,
         )
-        return segments._segment_program._cached._cache_size() - before
+        return segments._segment.plain._cached._cache_size() - before
 
     assert run(2, 9) == 1
     # `state` is of the same types as at the start.

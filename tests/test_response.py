@@ -119,6 +119,7 @@ def _push(problem, x, anchor, response):
     return answer.y, answer.jacobian.mv(ones)
 
 
+@pytest.mark.slow
 def test_t1_needs_a_quadratic(getkey):
     # On a nonlinear problem K steps and K terms agree only at a minimum.
     problem, x, y0 = make_softmax()
@@ -584,3 +585,35 @@ def test_jacobian_pullback_and_best_response_agree(name, getkey):
 def test_abstract_response_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         blx.AbstractResponse()  # pyright: ignore
+
+
+class _Task(blx.AbstractBilevelProblem):
+    curvature: jax.Array
+    target: jax.Array
+
+    def inner(self, x, y):
+        return 0.5 * self.curvature * jnp.sum((y - self.target) ** 2)
+
+    def outer(self, x, y):
+        return 0.5 * jnp.sum((y - self.target) ** 2)
+
+
+def test_tasks_that_share_x():
+    """iMAML: x is the same for all tasks, and the Hessian is another for each."""
+    a, t, epsilon = jnp.array([1.0, 2.0, 5.0]), jnp.array([0.0, 1.0, 2.0]), 0.5
+    tasks, x = _Task(a, jnp.stack([t, -t], axis=1)), jnp.array([0.3, -0.2])
+
+    def loss(x, response):
+        respond = lambda task: blx.best_response(task, x, x, response)  # noqa: E731
+        ys = jax.vmap(respond)(tasks)
+        return jnp.sum(jax.vmap(lambda task, y: task.outer(x, y))(tasks, ys))
+
+    # y = (a t + epsilon x) / (a + epsilon)
+    share = (epsilon / (a + epsilon))[:, None]
+    gradient = jnp.sum(share**2 * (x[None] - tasks.target), axis=0)
+    solvers = blx.Projection(), blx.Pseudoinverse()
+    found = jax.grad(loss)(x, blx.Proximal(epsilon, *solvers))
+    assert tree_allclose(found, gradient, rtol=1e-9)
+    # Without the pull x is in no inner objective, and the derivative zero.
+    found = jax.grad(loss)(x, blx.Implicit(*solvers))
+    assert tree_allclose(found, jnp.zeros(2), rtol=1e-9)

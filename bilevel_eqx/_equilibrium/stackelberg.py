@@ -94,10 +94,13 @@ class Stackelberg(AbstractEquilibrium):
         share = 1.0 if isinstance(problem, AbstractRootProblem) else 0.5
         here, _ = picture(problem, x, y, max_products=max_products, share=share)
         at = measure(here, slopes_of(here))
-        notes = (*at.notes, NOT_A_MINIMUM)
+        notes, decisions = (*at.notes, NOT_A_MINIMUM), at.decisions
         if here.y.size <= DENSE_SIZE or here.is_root:
             # Zero if no eigenvalue counts as zero, and none is negative.
-            missing = jnp.where(jnp.min(here.clearance()) > 1, 0.0, 1.0)
+            clearance = here.clearance()
+            missing = jnp.where(jnp.min(clearance) > 1, 0.0, 1.0)
+            if decisions is None and not here.is_root:
+                decisions = clearance, None, "an eigenvalue of H in the set"
         else:
             num_products = _share_of(max_products)
             missing, resolved = _missing_uniqueness(here, num_products)
@@ -119,7 +122,7 @@ class Stackelberg(AbstractEquilibrium):
                 **at.stationary(f"x is stationary: F_x - {through} F_y = 0"),
             },
             accuracy=at.accuracy,
-            decisions=at.decisions,
+            decisions=decisions,
             notes=notes,
         )
 

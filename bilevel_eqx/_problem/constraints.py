@@ -30,6 +30,7 @@ from .._tree import (
     tree_axpy,
     tree_cast,
     tree_dot,
+    tree_materialised,
     tree_scale,
     tree_struct,
     tree_sub,
@@ -189,6 +190,7 @@ class Convex(AbstractSet):
 
         # The set may depend on the leaves of the problem, and then y moves with it.
         _, moved = eqx.filter_jvp(step, primals, tangents)
+        moved = tree_materialised(moved, y)
         left = tree_axpy(-1, at.free_hessian.mv(moved), tree_scale(1 / t, moved))
         return tree_axpy(1, at.along(solve(at.along(left))), moved)
 

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import lineax as lx
 
 from .._arguments import check_count, check_positive
-from .._compat import nondifferentiable
+from .._compat import batched_as, nondifferentiable
 from .._derivatives.first import inner_gradient
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.minimum import InnerSolver
@@ -222,7 +222,8 @@ def _nearest_point_jvp(primals, tangents):
     like, t_condition = eqx.filter_jvp(condition, (problem, x), (t_problem, t_x))
     primals, tangents = (problem, x, anchor), (t_problem, t_x, t_anchor)
     _, t_pull = eqx.filter_jvp(stationarity, primals, tangents)
-    t_v = displacement.push(
-        tree_materialised(t_condition, like), tree_materialised(t_pull, v)
+    t_condition, t_pull = batched_as(
+        (tree_materialised(t_condition, like), tree_materialised(t_pull, v)), like
     )
+    t_v = displacement.push(t_condition, t_pull)
     return (y, result), (layout.unravel(t_v), jtu.tree_map(lambda _: None, result))

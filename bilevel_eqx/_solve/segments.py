@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._compat import is_traced, loops_in_graphs, of_all_processes
+from .._compat import is_traced, looping, of_all_processes
 from .._mesh import placement, spans_processes, state_placed, tree_placed
 from .._problem.batches import GivenBatches
 from .._tree import tree_struct
@@ -67,6 +66,9 @@ def _begin(
     return progress, blank, programs_of(run, start, progress, step) if identified else {}
 
 
+# A segment writes over the progress and the history that it is given. They are the run's
+# own: see `begin`.
+@ft.partial(looping, donate="all-except-first")
 def _segment(given, carry, room: int | None):
     (run_arrays, until, batches), run_rest, progress_rest, place = given
     run = _whole(run_arrays, run_rest)
@@ -77,20 +79,6 @@ def _segment(given, carry, room: int | None):
     # Or the next segment would be another program.
     arrays = tree_placed(_arrays(progress), place)
     return (arrays, history), kept, progress.stopped, progress.num_steps
-
-
-# A segment writes over the progress and the history that it is given. They are the run's
-# own: see `begin`.
-_segment_program = eqx.filter_jit(_segment, donate="all-except-first")
-
-
-@ft.cache
-def _segment_in_graphs():
-    """The same, for a GPU: see `loops_in_graphs`."""
-    options = loops_in_graphs()
-    if options is None:
-        return _segment_program
-    return eqx.filter_jit(_segment, donate="all-except-first", compiler_options=options)
 
 
 class _Rest:
@@ -180,9 +168,6 @@ def run_in_segments(
     arrays, progress_rest = _arrays(progress), _rest(progress)
     place = placement(arrays)
     pace = _Pace()
-    # Within another program, what it computes is not known even if nothing is its.
-    within = is_traced(jnp.zeros(()))
-    segment = _segment_program if within else _segment_in_graphs()
 
     def metrics() -> dict[str, Any]:
         return jax.device_get(_whole(arrays, progress_rest).metrics)
@@ -213,7 +198,7 @@ def run_in_segments(
                 fetching = stream.fetching(until)
             spent_on = "compile" if compiles else "run"
             with compiling(), fetching, _timed(seconds, spent_on):
-                (arrays, history), kept, stopped, num_steps_now = segment(
+                (arrays, history), kept, stopped, num_steps_now = _segment(
                     (
                         (run_arrays, np.asarray(until), batches),
                         run_rest,

@@ -6,6 +6,7 @@ import equinox as eqx
 from jaxtyping import PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._arguments import as_variables
+from .._compat import called_once
 from .._equilibrium.base import AbstractEquilibrium, Certificate, certify
 from .._equilibrium.cold_start import ColdStart
 from .._equilibrium.optimistic import Optimistic
@@ -49,21 +50,16 @@ class Comparison(eqx.Module):
         certified = [
             n for n in self.names if any(n in c for c in self.certificates.values())
         ]
-        header = ["", *columns, *certified]
-        rows = []
+        figures, residuals = [["", *columns]], [["", *certified]]
         for name in answered:
-            figures = [_short(self.figures[name][column]) for column in columns]
-            residuals = [
-                f"{float(self.certificates[name][other].largest):.0e}"
-                if other in self.certificates[name]
-                else "-"
-                for other in certified
-            ]
-            rows.append([name, *figures, *residuals])
-        figures = [row[: 1 + len(columns)] for row in [header, *rows]]
-        split = len(aligned(figures)[0])
-        title = " " * (split + 2) + "largest residual of a certificate for"
-        lines = [title, *aligned([header, *rows])]
+            own, checks = self.figures[name], self.certificates[name]
+            figures.append([name, *(_short(own[column]) for column in columns)])
+            largest = (checks[c].largest if c in checks else None for c in certified)
+            cells = ("-" if r is None else f"{float(r):.0e}" for r in largest)
+            residuals.append([name, *cells])
+        # Two tables: one beside the other is wider than a terminal.
+        lines = [*aligned(figures), "", "largest residual of a certificate for"]
+        lines += aligned(residuals)
         lines += [f"{name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
@@ -161,7 +157,7 @@ def compare(
     return Comparison(tuple(concepts), solutions, figures, certificates, refused)
 
 
-@eqx.filter_jit
+@called_once
 def _figures(problem, x, y, y0) -> dict[str, Scalar]:
     return {
         "F": problem.outer(x, y),

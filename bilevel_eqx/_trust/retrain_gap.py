@@ -1,5 +1,6 @@
 """The test for leakage: train the inner variables again from scratch."""
 
+import textwrap
 from collections.abc import Callable
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._arguments import as_variables, check_count, check_type
+from .._compat import called_once
 from .._derivatives.first import inner_gradient
 from .._inner_solver.projection import Projection
 from .._linear_solver.pseudoinverse import Pseudoinverse
@@ -56,15 +58,18 @@ class RetrainGap(eqx.Module):
 
     def __str__(self):
         n = self.retrained.shape[0]
-        return (
+        gap = (
             f"F is {float(self.value):.4g} with the inner variables of the solution, and "
             f"{float(jnp.mean(self.retrained)):.4g} +- {float(self.spread):.2g} with "
             f"ones trained from scratch at the same x ({n} initialisation"
-            f"{'s' * (n > 1)}): a gap of {float(self.gap):.4g}.\nThe inner objective is "
-            f"{float(self.inner_value):.3g} and "
+            f"{'s' * (n > 1)}): a gap of {float(self.gap):.4g}."
+        )
+        inner = (
+            f"The inner objective is {float(self.inner_value):.3g} and "
             f"{float(jnp.mean(self.inner_values)):.3g}; inner gradients are at most "
             f"{float(jnp.max(self.inner_residuals)):.1e} after training."
         )
+        return "\n".join(textwrap.wrap(gap, 88) + textwrap.wrap(inner, 88))
 
 
 @on_auto_axes
@@ -121,7 +126,7 @@ def retrain_gap(
     return _retrain_gap(problem, solution.x, solution.y, starts, response)
 
 
-@eqx.filter_jit
+@called_once
 def _retrain_gap(problem, x, y, starts, response: AbstractResponse) -> RetrainGap:
     def retrain(y0):
         y, _ = response.best_response(problem, x, y0)
