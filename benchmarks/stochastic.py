@@ -527,6 +527,7 @@ def measure_peer(args) -> dict[str, Any]:
     """Whole calls of ours beside its programs, of which the ratio is to its time."""
     num_steps, rate = 5_000, 0.1
     problem, x, y = regression(20_000, 200)
+    shuffled, *_ = regression(20_000, 200, shuffled=True)
     figures = {}
     for name in ("SOBA", "SABA"):
         theirs = _peer.steps(
@@ -534,8 +535,13 @@ def measure_peer(args) -> dict[str, Any]:
         )
         pair = Rates(jnp.asarray(rate), jnp.asarray(rate), num_steps)
         pipeline = METHODS[name].make(problem, pair)
-        ours = _whole_call(problem, x, y, pipeline, num_steps)
-        contenders = {"benchmark_bilevel": theirs, "ours": ours}
+        contenders = {
+            "benchmark_bilevel": theirs,
+            "ours": _whole_call(problem, x, y, pipeline, num_steps),
+            "ours, batches of neighbours as theirs": _whole_call(
+                shuffled, x, y, pipeline, num_steps
+            ),
+        }
         rows, _ = _timing.compare(contenders, args, "benchmark_bilevel")
         for row in rows.values():
             row["microseconds_a_step"] = 1e6 * row["seconds"] / num_steps

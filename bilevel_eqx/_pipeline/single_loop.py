@@ -110,6 +110,8 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
     The metrics are of the step: $F$ on the batch, and the norms of the directions
     (`inner_residual`, `adjoint_residual`, `outer_residual`). With batches that is a noisy
     measure; a tolerance is for full batches and for estimators whose noise vanishes.
+    `outer_noise` is the share of noise in the mean square of the directions of x, over
+    about two hundred steps: if it is near one, the steps of x are noise.
 
     ??? cite "References"
 

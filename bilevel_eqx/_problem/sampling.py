@@ -6,17 +6,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
 def shuffled(
     key: PRNGKeyArray,
     positions: Int[Array, " batch"],
     size: int,
-    count: Int[ArrayLike, ""] = 0,
+    count: Int[Array, ""] | None = None,
 ) -> Int[Array, " batch"]:
-    """Where a random permutation of `size` numbers takes some of them. It is number
-    `count` of the permutations of the key.
+    """Where a random permutation of `size` numbers takes some of them. With a `count` it
+    is number `count` of the permutations of the key.
 
     `jax.random.permutation` sorts all of them. This needs only those that are asked for:
     it is a Feistel network, a bijection of the pairs (left, right) for any round
@@ -29,10 +29,11 @@ def shuffled(
     # So many that all orders of five numbers are as likely, as far as 120,000 draws show.
     # In a large range fewer hide the pairs of positions as well.
     num_rounds = 6 if size < 256 else 3
-    # The bits do not change in a loop over counts, and XLA computes them before it. To
-    # draw them anew for each count would take longer than a step of a single loop.
     keys = jr.bits(key, (num_rounds, 2), jnp.uint32)
-    keys = _hash(keys, jnp.asarray(count).astype(jnp.uint32))
+    if count is not None:
+        # The bits do not change in a loop over counts, and XLA draws them before it. To
+        # draw others for each count would take longer than a step of a single loop.
+        keys = _hash(keys, count.astype(jnp.uint32))
 
     def encrypt(position):
         left, right = position // num_right, position % num_right
