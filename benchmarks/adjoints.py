@@ -97,7 +97,7 @@ def errors(problem, points, response, damping):
     return jax.lax.scan(step, state, points)[1]
 
 
-def products(problem, points, damping, make, extra, first=FIRST):
+def products(problem, points, damping, make, extra, first=FIRST) -> dict[str, Any]:
     """The fewest products with which the error is small enough, and the errors."""
     for num_steps in (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 180, 256):
         response = make(jnp.asarray(num_steps))
@@ -164,8 +164,8 @@ def measure(title, problem, points, damping, preconditioners, refresh_every):
         )
     base = rows["from zero"]["products"]
     for row in rows.values():
-        known = base is not None and row["products"] is not None
-        row["fewer"] = base / row["products"] if known else None
+        taken = row["products"]
+        row["fewer"] = None if base is None or taken is None else base / taken
     _timing.print_table(title, rows)
     return rows
 

@@ -14,6 +14,7 @@ The samples a device are the same each time.
 
 import argparse
 import re
+from typing import Any
 
 import _timing
 import equinox as eqx
@@ -51,7 +52,7 @@ def implicit(num_steps):
     return blx.Implicit(None, blx.TruncatedCG(num_steps))
 
 
-def unrolled(num_steps, mode="checkpointed", memory=None):
+def unrolled(num_steps, mode: Any = "checkpointed", memory=None):
     return blx.Unrolled(optax.sgd(0.01), num_steps, mode, memory=memory)
 
 
@@ -121,7 +122,8 @@ def measured(curve, args):
 def slope(points, figure):
     half = points[(len(points) - 1) // 2 :]
     values = np.log([[p["size"], max(p[figure] or 0, 1e-9)] for p in half])
-    return float(np.polyfit(*values.T, 1)[0])
+    logarithms_of_size, logarithms = values.T
+    return float(np.polyfit(logarithms_of_size, logarithms, 1)[0])
 
 
 def bytes_moved(quick):

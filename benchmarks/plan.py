@@ -56,8 +56,8 @@ def grid(solver, step_size, away):
 
 
 @eqx.filter_jit
-def gradient(problem, x, y, response):
-    return answered(problem, x, y, response)[0].gradient
+def gradient(at, response):
+    return answered(*at, response)[0].gradient
 
 
 def first_accurate(make, at, exact, error):
@@ -66,7 +66,7 @@ def first_accurate(make, at, exact, error):
         response = make(count)
         # One program for all numbers, but for the one whose stored iterates they count.
         known = isinstance(response, blx.Unrolled)
-        found = gradient(*at, response if known else make(jnp.asarray(count)))
+        found = gradient(at, response if known else make(jnp.asarray(count)))
         if _timing.relative_difference(found, exact) <= error:
             return response
     return None
@@ -74,7 +74,7 @@ def first_accurate(make, at, exact, error):
 
 def measure(title, at, error, args, away=False):
     exact_response = blx.Implicit(blx.Projection() if away else None, blx.Pseudoinverse())
-    exact = gradient(*at, exact_response)
+    exact = gradient(at, exact_response)
     found = blx.reports.plan(*at, error=error)
     step_size = float(f"{blx.diagnose(*at).step_size:.2g}")
     responses = {"plan": found.response}
@@ -86,7 +86,7 @@ def measure(title, at, error, args, away=False):
             responses[name] = response
 
     def runner(response):
-        return _timing.Jitted(lambda *at: gradient(*at, response), *at)
+        return _timing.Jitted(lambda *at: gradient(at, response), *at)
 
     runners = {name: runner(response) for name, response in responses.items()}
     rows, _ = _timing.compare(runners, args, "plan")
