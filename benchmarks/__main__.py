@@ -25,6 +25,9 @@ SCRIPTS = (
     "unroll",
     "warm_start",
     "minimum_norm",
+    "adjoints",
+    "plan",
+    "growth",
     "compile_cost",
     "peers",
     "stochastic",
@@ -75,10 +78,13 @@ def _are_tables(figures: dict[str, Any]) -> bool:
 
 BOUNDS = (
     Bound("hypergradient", "^A", "^ours", "ratio", 1.05),
+    Bound("hypergradient", "^A", "^in blocks", "ratio", 0.6),
     Bound("hypergradient", "^B", "^ours", "ratio", 1.04),
     Bound("unroll", "1000", "^Unrolled, (reverse|memory)", "ratio", 1.1),
     Bound("warm_start", "^D", "^ours", "ratio", 0.97, at_least=True),
     Bound("minimum_norm", "", "^response_jacobian, dense", "ratio", 8.0),
+    Bound("adjoints", "", "^(from the last|and)", "fewer", 3.0, at_least=True),
+    Bound("plan", "", "^plan", "ratio", 1.5),
     Bound("peers", "^[AB]", "^ours", "ratio", 1.05),
     Bound("peers", "^D", "certify=False", "ratio", 1.05),
 )

@@ -1,5 +1,8 @@
 """The problems that more than one benchmark is about."""
 
+from collections.abc import Callable
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -56,6 +59,29 @@ def penalised_regression(key, num_samples, num_features):
     return problem, x, y
 
 
+def _logistic(x, y, batch, key):
+    features, signs = batch
+    return jax.nn.softplus(-signs * (features @ y))
+
+
+def _penalty(x, y):
+    return 0.5 * jnp.sum(jnp.exp(x) * y**2)
+
+
+def in_blocks(problem: PenalisedRegression) -> blx.FiniteSumProblem:
+    """The same problem, as means over data that are read in blocks."""
+    validation = problem.validation_features, problem.validation_signs
+    train = problem.features, problem.signs
+    return blx.FiniteSumProblem(
+        _logistic,
+        _logistic,
+        validation,
+        train,
+        inner_penalty=_penalty,
+        block_size="auto",
+    )
+
+
 class PenalisedNetwork(blx.AbstractBilevelProblem):
     """A network whose outer variables are a log-penalty for each of its weights.
 
@@ -66,26 +92,29 @@ class PenalisedNetwork(blx.AbstractBilevelProblem):
     labels: Int[Array, " n"]
     validation_inputs: Float[Array, "v d"]
     validation_labels: Int[Array, " v"]
+    activation: Callable[[Array], Array] = eqx.field(static=True, default=jax.nn.relu)
 
     def outer(self, x, y):
-        return _cross_entropy(y, self.validation_inputs, self.validation_labels)
+        at = self.validation_inputs, self.validation_labels
+        return _cross_entropy(y, *at, self.activation)
 
     def inner(self, x, y):
         squares = jax.tree.map(lambda u, v: jnp.sum(jnp.exp(u) * v**2), x, y)
         penalty = 0.5 * sum(jax.tree.leaves(squares))
-        return _cross_entropy(y, self.inputs, self.labels) + penalty
+        at = self.inputs, self.labels
+        return _cross_entropy(y, *at, self.activation) + penalty
 
 
-def _cross_entropy(weights, inputs, labels):
+def _cross_entropy(weights, inputs, labels, activation):
     activations = inputs
     for matrix, bias in weights[:-1]:
-        activations = jax.nn.relu(activations @ matrix + bias)
+        activations = activation(activations @ matrix + bias)
     matrix, bias = weights[-1]
     log_probabilities = jax.nn.log_softmax(activations @ matrix + bias)
     return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
 
 
-def penalised_network(key, batch_size, sizes, *, num_steps):
+def penalised_network(key, batch_size, sizes, *, num_steps, activation=jax.nn.relu):
     """The problem, its outer variables, and weights after some steps of training."""
     keys = jr.split(key, 3)
     truth = jr.normal(keys[0], (sizes[0], sizes[-1]))
@@ -94,7 +123,7 @@ def penalised_network(key, batch_size, sizes, *, num_steps):
         inputs = jr.normal(key, (batch_size, sizes[0]))
         return inputs, jnp.argmax(inputs @ truth, axis=1)
 
-    problem = PenalisedNetwork(*draw(keys[1]), *draw(keys[2]))
+    problem = PenalisedNetwork(*draw(keys[1]), *draw(keys[2]), activation)
     shapes = list(zip(sizes, sizes[1:]))
     y = [
         (jr.normal(k, (m, n)) * (2 / m) ** 0.5, jnp.zeros(n))

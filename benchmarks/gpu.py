@@ -577,9 +577,8 @@ def measure_graphs(report: Report) -> None:
 
 
 def _compare_graphs(report: Report, title: str, plain: dict[str, Any]) -> None:
-    graphs = {
-        f"{k}, as a graph": v.with_options(LOOPS_IN_GRAPHS) for k, v in plain.items()
-    }
+    options = LOOPS_IN_GRAPHS["gpu"]
+    graphs = {f"{k}, as a graph": v.with_options(options) for k, v in plain.items()}
     with report.table(title) as rows:
         figures, values = report.compare(plain | graphs, "bare scan")
         rows |= figures

@@ -4,6 +4,7 @@ Each function says why it is needed, and has a test in `tests/test_compat.py` th
 if a new release changes it. The upper bounds in `pyproject.toml` are there for this file.
 """
 
+import contextlib
 import functools as ft
 import os
 import sys
@@ -104,38 +105,46 @@ def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array],
     return safe
 
 
-# Options of XLA for a GPU. XLA may rename them in any release.
+# Options of XLA, by the kind of device. XLA may rename them in any release.
 
 # A loop is one CUDA graph, as is what was one by default. Otherwise a loop that ends by a
 # condition copies it to the host in each step, and waits.
-LOOPS_IN_GRAPHS: dict[str, Any] = {
-    "xla_gpu_enable_command_buffer": (
-        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    ),
+LOOPS_IN_GRAPHS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        "xla_gpu_enable_command_buffer": (
+            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,"
+            "CONDITIONAL,WHILE"
+        ),
+    },
 }
 
 
-# For what is called once. Products of matrices are those of cuBLAS: to try Triton's too,
-# which can be faster in small networks, is nearly all of the time of a first call.
-QUICK_TO_COMPILE: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+# For what is called once. On a CPU, the older code generator for fused loops: it takes
+# 60 % of the time, and its code up to a tenth more. On a GPU, cuBLAS for products
+# of matrices: to try Triton too, which can be faster in small networks, is nearly all of
+# the time of a first call.
+QUICK_TO_COMPILE: dict[str, dict[str, Any]] = {
+    "cpu": {"xla_cpu_use_fusion_emitters": False},
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
 
 
-def gpu_options(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that are not in the environment's `XLA_FLAGS`, if there is a
-    GPU and this XLA knows them."""
+def compiler_options(wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Those of the options for the devices at hand that this XLA knows and that are not
+    in the environment's `XLA_FLAGS`."""
     flags = os.environ.get("XLA_FLAGS", "")
-    options = {k: v for k, v in wanted.items() if k not in flags}
-    if jax.default_backend() != "gpu" or not options:
-        return {}
-    try:
-        jax.jit(jnp.negative, compiler_options=options)(jnp.zeros(()))
-    except jax.errors.JaxRuntimeError:
-        return {}
+    options = {}
+    for name, value in wanted.get(jax.default_backend(), {}).items():
+        if name in flags:
+            continue
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(jnp.negative, compiler_options={name: value})(jnp.zeros(()))
+            options[name] = value
     return options
 
 
-def program(fn: Fn, on_gpu: dict[str, Any], **kwargs: Any) -> Fn:
-    """`eqx.filter_jit(fn, **kwargs)`, on a GPU with these options.
+def program(fn: Fn, wanted: dict[str, dict[str, Any]], **kwargs: Any) -> Fn:
+    """`eqx.filter_jit(fn, **kwargs)`, compiled with these options.
 
     JAX refuses options within another program, which has its own, and has no public
     function that says whether one is being traced.
@@ -145,7 +154,7 @@ def program(fn: Fn, on_gpu: dict[str, Any], **kwargs: Any) -> Fn:
 
     @ft.cache
     def alone() -> Any:
-        options = gpu_options(on_gpu)
+        options = compiler_options(wanted)
         return jit(fn, compiler_options=options, **kwargs) if options else plain
 
     @ft.wraps(fn)
@@ -155,6 +164,16 @@ def program(fn: Fn, on_gpu: dict[str, Any], **kwargs: Any) -> Fn:
 
     call.__dict__["plain"] = plain
     return cast(Fn, call)
+
+
+def looping(fn: Fn, **kwargs: Any) -> Fn:
+    """A program that is mostly loops, and that may be called often."""
+    return program(fn, LOOPS_IN_GRAPHS, **kwargs)
+
+
+def called_once(fn: Fn) -> Fn:
+    """A program of which the first call matters most."""
+    return program(fn, QUICK_TO_COMPILE)
 
 
 def manual_axes(array: Array) -> frozenset:

@@ -1,6 +1,5 @@
 """The hypergradient, and the best response as a differentiable function."""
 
-import functools as ft
 from collections.abc import Callable
 from typing import Any, Generic
 
@@ -10,11 +9,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
 from ._arguments import as_variables, check_type
-from ._compat import LOOPS_IN_GRAPHS, program
+from ._compat import looping
 from ._custom_types import typechecked, X, Y
 from ._depends_on import depends_on
 from ._derivatives.first import inner_gradient, outer_gradients
-from ._derivatives.post_mortem import kink_met, post_mortem
+from ._derivatives.post_mortem import kink_met, post_mortem, rests_at_kink
 from ._failure.results import figures_of, finite_or_not, first_failure, RESULTS
 from ._failure.throw import throw_if_failed
 from ._mesh import on_auto_axes
@@ -87,7 +86,7 @@ def answered(
     return out, state, answer.slope
 
 
-@ft.partial(program, on_gpu=LOOPS_IN_GRAPHS)
+@looping
 @typechecked
 def _hypergradient(
     problem: AbstractBilevelProblem,
@@ -98,8 +97,13 @@ def _hypergradient(
     """The hypergradient, and whether it can be other than zero."""
     x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
     check_problem(problem, x, anchor)
-    out, *_ = answered(problem, x, anchor, response)
+    out, state, _ = answered(problem, x, anchor, response)
     result = first_failure(out.result, finite_or_not(out.y))
+    trail = response.trail(problem, x, out.y, state)
+    if trail is not None:
+        at_kink = rests_at_kink(problem, x, trail)
+        failure = RESULTS.where(at_kink, RESULTS.at_kink, RESULTS.successful)
+        result = first_failure(result, failure)
     reaches = reaches_outer(problem, x, anchor, response)
     if not reaches:
         result = first_failure(result, RESULTS.zero_hypergradient)
@@ -173,7 +177,7 @@ def _figures(x: PyTree, out: Hypergradient) -> dict[str, Array]:
     return figures_of(as_variables(x, "x"), out.stats, **parts)
 
 
-@ft.partial(program, on_gpu=LOOPS_IN_GRAPHS)
+@looping
 @typechecked
 def _best_response(
     problem: AbstractBilevelProblem,

@@ -5,7 +5,12 @@ settings. [`bilevel_eqx.GradientPipeline`][], which serves most concepts, is in 
 top-level package.
 """
 
+from ._linear_solver.diagonal import Diagonal as Diagonal
+from ._linear_solver.kronecker import Kronecker as Kronecker
 from ._linear_solver.nystrom import Nystrom as Nystrom
+from ._linear_solver.preconditioner import (
+    AbstractPreconditioner as AbstractPreconditioner,
+)
 from ._optimiser.lbfgs import LBFGS as LBFGS
 from ._optimiser.spectral_projected_gradient import (
     SpectralProjectedGradient as SpectralProjectedGradient,

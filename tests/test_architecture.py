@@ -94,6 +94,7 @@ def test_faults_are_found(tmp_path):
     assert drawing.count('class="back"') == 2
 
 
+@pytest.mark.slow
 def test_picture_is_in_the_page():
     page = tool.on_page_markdown(PAGE, page=None, config=None, files=None)
     drawing = ElementTree.fromstring(re.search("<svg.*</svg>", page).group())

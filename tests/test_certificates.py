@@ -2,6 +2,7 @@
 units, to second order too."""
 
 import dataclasses
+import re
 
 import equinox as eqx
 import jax
@@ -255,6 +256,11 @@ def _factors():
     yield from ((1.0, 1e6, 1.0, 1e6), (1.0, 0.0, 1e-8, 0.0), (1.0, 0.0, 1e8, 0.0))
 
 
+def _drowned():
+    """Constants so large that the values of the objectives have no digits left."""
+    yield from ((1e-8, 1e6, 1.0, 0.0), (1.0, 0.0, 1e-8, 1e6), (1e-8, -1e8, 1e-8, 1e8))
+
+
 class Separable(blx.AbstractBilevelProblem):
     """Sums of terms whose coefficients are data, so that each concept is one program.
 
@@ -312,7 +318,7 @@ def test_factors_and_constants(equilibrium):
 
     expected = largest(1.0, 0.0, 1.0, 0.0)
     assert expected > 0.05
-    for factors in _factors():
+    for factors in (*_factors(), *_drowned()):
         assert largest(*factors) == pytest.approx(expected, rel=1e-6)
 
 
@@ -581,6 +587,14 @@ def test_optimistic_and_pessimistic_on_a_circle():
     assert blx.certify(problem, wide, x, worst, y0=y0).largest < 1e-10
     residuals = blx.certify(problem, wide, x, best, y0=y0).residuals
     assert residuals["selection"] < 1e-10 and residuals["curvature"] == 1
+    # Off the circle H is nonsingular, and the ball cannot press along S(x).
+    for size in (1.0, 3.0, 1e-5, 7e6):
+        scaled = Ellipse(jnp.full(2, size), problem.slope / size)
+        ball = blx.Pessimistic(jnp.asarray(0.5 * size))
+        off = size * jnp.array([-0.66, 0.88])
+        assert blx.certify(scaled, ball, x, off, y0=size * y0).residuals["ball"] > 0.1
+        out = blx.certify(Plain(scaled), ball, x, off, y0=size * y0).residuals
+        assert out["ball"] > 0.1 and out["selection"] < 1e-10
 
 
 #
@@ -906,6 +920,50 @@ def test_curvature_between_noise_and_signal(kind):
         assert found.unclear is not None
         assert np.isclose(found.unclear, unclear, rtol=1e-6, atol=0)
         assert ("between noise and signal" in str(found)) == (unclear > 0)
+
+
+def test_uniqueness_is_denied_by_number():
+    class Pair(blx.AbstractBilevelProblem):
+        """With u and v both positive, only their difference is determined."""
+
+        w: jax.Array
+
+        def outer(self, x, y):
+            return jnp.sum((y - 1) ** 2)
+
+        def inner(self, x, y):
+            return (y[0] - y[1] - x[0]) ** 2 / 2 + self.w / 2 * jnp.sum(y**2)
+
+    class Bounded(Pair):
+        def project_y(self, y):
+            return jnp.maximum(y, 0)
+
+    dtype = jnp.float32
+    x, y = jnp.zeros(1, dtype), jnp.zeros(2, dtype) + 1
+    # The rule is 1.9e-6 in single precision, and the eigenvalues are w and 2 + w.
+    for cls, what in ((Pair, "H"), (Bounded, "H in the set")):
+        sentence = rf"an eigenvalue of {what} is (.*) of the largest, and up to 1.91e-06"
+        for w, size in ((0.0, 0.0), (2e-6, 1e-6), (2e-5, None)):
+            problem = cls(jnp.asarray(w, dtype))
+            found = re.search(
+                sentence, str(blx.certify(problem, blx.Stackelberg(), x, y))
+            )
+            assert (found is None) == (size is None)
+            if found is not None:
+                assert float(found[1]) == pytest.approx(size, abs=2e-7)
+
+
+@pytest.mark.slow
+def test_real_curvature_of_many_variables_counts():
+    """650 variables in single precision: rounding is 6e-6 of the largest, not 8e-5."""
+    dtype, size = jnp.float32, 650
+    weights = jnp.ones(size, dtype).at[7].set(4e-5)
+    problem = Separable.make(about_one=1.0, weights=weights, wells=jnp.zeros(size))
+    problem = jax.tree.map(lambda u: u.astype(dtype), problem)
+    x = jnp.full(size, 0.5, dtype)
+    certificate = blx.certify(problem, blx.Stackelberg(), x, x)
+    assert certificate.residuals["uniqueness"] == 0
+    assert np.isclose(float(certificate.unclear), 4e-5, rtol=1e-2)
 
 
 @pytest.mark.parametrize("squares", (pytest.param(True, marks=pytest.mark.slow), False))

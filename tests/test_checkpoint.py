@@ -87,6 +87,7 @@ def test_saved_is_loaded(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow
 def test_goes_on_from_a_loaded_state(tmp_path):
     whole, first = _solve(10), _solve(4)
     blx.save(tmp_path / "state", first.state)

@@ -57,6 +57,7 @@ def test_compare():
     assert max(map(len, lines[:8])) <= 88
 
 
+@pytest.mark.slow
 def test_compare_takes_pipelines_by_name():
     with pytest.raises(ValueError, match="Nonsense"):
         blx.compare(
@@ -79,6 +80,7 @@ def test_compare_takes_pipelines_by_name():
     assert "stopped after step 2" in out.refused["WarmStart()"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pressed", (0, 1))
 def test_ctrl_c_ends_the_comparison(monkeypatch, pressed):
     """Ctrl-C in the first run, or in the second; none comes after it."""
@@ -152,6 +154,7 @@ def test_retrain_gap():
     assert tree_allclose(drawn.retrained, np.array(expected), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_no_gap_after_a_cold_start():
     problem, x, y0 = make_moving()
     solution = blx.solve(problem, blx.ColdStart(), x, y0, num_steps=10)
@@ -171,6 +174,7 @@ class _Model(blx.AbstractBilevelProblem):
         return jnp.mean((jax.vmap(y)(self.data) - x) ** 2) + 0.1 * penalty
 
 
+@pytest.mark.slow
 def test_a_model_is_inner_variables():
     problem = _Model(jr.normal(jr.key(0), (5, 2)))
     x = jnp.array(0.5)
@@ -191,6 +195,7 @@ def test_a_model_is_inner_variables():
         blx.retrain_gap(problem, solution, eqx.nn.Linear(2, 1, False, key=jr.key(0)))
 
 
+@pytest.mark.slow
 def test_what_retrain_gap_cannot_start_from():
     problem, _, solution = _warm_solution()
     with pytest.raises(ValueError, match="shapes of the inner variables"):

@@ -188,19 +188,18 @@ def test_closure_to_pytree():
 
 
 def test_program(monkeypatch):
-    """With the options of a GPU, which a CPU takes without effect: alone, within another
-    program, where JAX refuses options, and under a transformation."""
+    """With options that a CPU takes: alone, within another program, where JAX refuses
+    options, and under a transformation."""
     seen = []
 
     def double(u, v=0.0):
         seen.append(jax.typeof(u).shape)
         return 2 * u + v
 
-    options = _compat.LOOPS_IN_GRAPHS | _compat.QUICK_TO_COMPILE
-    assert _compat.gpu_options(options) == {}
-    for found in ({}, options):
-        monkeypatch.setattr(_compat, "gpu_options", lambda _, found=found: found)
-        doubled = _compat.program(double, options, donate="none")
+    options = _compat.LOOPS_IN_GRAPHS["gpu"] | _compat.QUICK_TO_COMPILE["gpu"]
+    for wanted in ({}, {"cpu": options}):
+        assert _compat.compiler_options(wanted) == wanted.get("cpu", {})
+        doubled = _compat.program(double, wanted, donate="none")
         assert doubled.__name__ == "double"
         seen.clear()
         for _ in range(2):
@@ -211,20 +210,23 @@ def test_program(monkeypatch):
         assert jax.jit(doubled)(jnp.array(3.0)) == 6
         assert jax.grad(doubled)(3.0) == 2
         np.testing.assert_array_equal(jax.vmap(doubled)(jnp.arange(3.0)), [0, 2, 4])
-    # XLA refuses what it does not know, and all of these are known.
-    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
-        jax.jit(double, compiler_options={"xla_of_no_such_name": True})(jnp.array(1.0))
 
 
-def test_gpu_options(monkeypatch):
-    options = _compat.LOOPS_IN_GRAPHS | _compat.QUICK_TO_COMPILE
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_compiler_options(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    assert _compat.gpu_options(options) == options
-    assert _compat.gpu_options({"xla_of_no_such_name": True}) == {}
+    for wanted in (_compat.LOOPS_IN_GRAPHS, _compat.QUICK_TO_COMPILE):
+        for device, options in wanted.items():
+            monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
+            # Known to this XLA, all of them.
+            assert _compat.compiler_options(wanted) == options
+            # What nobody knows is left out, and is no error.
+            unknown = {device: options | {"xla_of_no_such_name": True}}
+            assert _compat.compiler_options(unknown) == options
     # The user's own flags have the last word.
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
-    assert _compat.gpu_options(options) == _compat.LOOPS_IN_GRAPHS
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _compat.compiler_options(_compat.QUICK_TO_COMPILE) == {}
+    assert _compat.compiler_options(_compat.LOOPS_IN_GRAPHS) != {}
 
 
 def _equations(program):

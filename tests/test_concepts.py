@@ -110,6 +110,7 @@ def test_a_partial_warm_start_needs_damping():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "concept",
     (
@@ -233,6 +234,7 @@ def test_toy_c_is_reached(weight):
     assert solution.certificate.largest < 1e-6
 
 
+@pytest.mark.slow
 def test_stackelberg_of_toy_c_is_reached():
     solution = blx.solve(
         _toy_c(), blx.Stackelberg(), jnp.array(0.5), jnp.array(0.3), num_steps=20

@@ -148,6 +148,7 @@ def test_nearest_point(name, kind):
 two = "simplex", "ball"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,", grid(lambda name: name in two, SETS))
 def test_best_response_in_both_modes(name):
     problem, x = nearest(name)
@@ -166,6 +167,7 @@ def test_best_response_in_both_modes(name):
     assert np.allclose(total, gradient, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_general_quadratic_on_its_face():
     """With an H that is not the identity: the free variables solve a smaller system."""
     keys = jr.split(jr.key(0), 3)
@@ -204,6 +206,7 @@ class Bounded(blx.AbstractBilevelProblem):
         return jnp.minimum(y, self.bound)
 
 
+@pytest.mark.slow
 def test_moves_with_a_moving_bound():
     problem = Bounded(jnp.array([1.0, 1.0, 9.0]))
     x = jnp.array([2.0, 0.5, 3.0])
@@ -370,6 +373,7 @@ def test_solve_with_x_in_a_set(name, concept):
     assert elsewhere.residuals["outer"] > 1e-2
 
 
+@pytest.mark.slow
 def test_tolerance_is_of_the_projected_gradient():
     problem = ridge("box")
     solution = blx.solve(
@@ -385,6 +389,7 @@ def test_tolerance_is_of_the_projected_gradient():
     assert solution.certificate.largest < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, optimiser",
     [
@@ -460,6 +465,7 @@ def test_every_pipeline_keeps_x_in_its_set(equilibrium, name):
     assert size[0] == 0.5 and np.all(size <= 0.5)
 
 
+@pytest.mark.slow
 def test_nash_with_both_in_sets():
     """F = x y and f = -x y, on boxes that do not have zero inside: a corner."""
     problem = blx.BilevelProblem(

@@ -139,6 +139,7 @@ KINDS = ("squares", "noisy squares", "quadratic")
 
 
 # The quadratics are among the slow ones.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_no_wrong_gradient_is_a_success(kind):
     _check_random(kind, 100)

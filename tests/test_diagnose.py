@@ -225,6 +225,7 @@ def _large_reference(problem, y):
     return outer_y, means, as_numpy(problem.singular_values) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_products", (None, 40))
 def test_matrix_free(num_products):
     problem, x, y = _large()
@@ -273,6 +274,7 @@ def test_damping_matrix_free():
     assert np.isclose(error, 0.1, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_decomposition_is_not_forced():
     # Few products where there could be as many as variables: the same, matrix-free.
     rng = np.random.default_rng(0)
@@ -366,6 +368,7 @@ def test_unique():
     assert np.allclose([found.smallest, found.largest], values[[0, -1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ridge", (0.5, 1e-3))
 def test_unique_and_large(ridge):
     problem, x, y = _large(ridge)

@@ -455,6 +455,7 @@ def test_wrong_arguments(bad, match):
         blx.certify(equilibrium=blx.ColdStart(), **{**good, **bad})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "concept, num_products",
     # The latter has to show that the minimum is unique, with half of the products.

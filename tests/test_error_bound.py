@@ -116,6 +116,7 @@ def vouched(problem, x):
 _slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, linear",
     (
@@ -182,6 +183,7 @@ def test_formula():
     assert np.isclose(error.curvature, mu, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_holds_where_all_is_solved():
     # There rounding is all that is left, and the bound has to know of it.
     for seed in range(20):
@@ -192,6 +194,7 @@ def test_holds_where_all_is_solved():
         assert error <= blx.error_bound(problem, x, out, "dense").bound
 
 
+@pytest.mark.slow
 def test_proximal_is_bounded_as_what_it_is():
     problem, x = Quadratic.draw(jr.key(3))
     anchor, epsilon = jr.normal(jr.key(4), (N,)), 0.2
@@ -278,6 +281,7 @@ def test_a_hypergradient_holds_no_data(response):
         assert np.isclose(found[i], expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_says_what_it_knows():
     problem, x = Quadratic.draw(jr.key(0))
     response = blx.Implicit(None, blx.TruncatedCG(30))
@@ -294,6 +298,7 @@ def test_says_what_it_knows():
     assert "No bound" in str(error) and "Proximal" in str(error)
 
 
+@pytest.mark.slow
 def test_refusals():
     problem, x = Quadratic.draw(jr.key(0))
     y = jnp.zeros(N)
@@ -336,6 +341,7 @@ class NoisyRidge(blx.AbstractBilevelProblem):
         return 0.5 * jnp.sum((y - self.t) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows, noise",
     (

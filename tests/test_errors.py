@@ -458,6 +458,7 @@ def _quartic():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,", grid(lambda name: name != "bfgs", _slow_responses()))
 def test_inner_solve_did_not_converge(name):
     response = _slow_responses()[name]
@@ -478,6 +479,7 @@ def test_inner_solve_did_not_converge(name):
     assert np.all(np.isfinite(y))
 
 
+@pytest.mark.slow
 def test_the_size_of_the_residual_is_said():
     problem, x, anchor = make_ridge()
     response = blx.Implicit(blx.GradientDescent(1e-6, 1), lx.Cholesky())
@@ -534,6 +536,7 @@ def test_least_squares_without_a_solution():
 #
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "linear_solver",
     (

@@ -234,6 +234,7 @@ _EXPECTED = {
 
 
 # An interpreter each. What raises is above, in this one.
+@pytest.mark.slow
 @pytest.mark.parametrize("on_error,", grid(lambda name: name == "nan", _EXPECTED))
 def test_on_error(on_error):
     expected = [line.strip() for line in _EXPECTED[on_error].strip().splitlines()]
@@ -254,6 +255,7 @@ def test_on_error_breakpoint():
     assert said["well"][1] == "1.0"
 
 
+@pytest.mark.slow
 def test_adam_that_is_unrolled_where_a_gradient_is_zero():
     # A unit that never fires: the second moment of y[1] is zero, where a square root has
     # no slope.

@@ -52,36 +52,48 @@ def _rows(singular_values, num_columns, dtype=jnp.float64):
 # Linear solvers of other libraries
 #
 
+# Of two shapes only, so that there are two programs for each solver and derivative.
 _KINDS = {
     "regular": ((1.4, 1.0, 0.6), 3),
-    "singular": ((1.4, 1.0, 0.6), 5),
-    "very singular": ((1.4, 1.0), 8),
     "ill-conditioned": ((1.0, 1e-2, 1e-7), 3),
-    "scaled": ((1e-6, 2e-6), 4),
+    "singular": ((1.4, 1.0, 0.6), 5),
+    "very singular": ((1.4, 1.0, 0.0), 5),
+    "scaled": ((1e-6, 2e-6, 0.0), 5),
 }
+
+
+def _answer(problem, response, x):
+    y0 = jnp.zeros(problem.rows.shape[1], x.dtype)
+    return blx.best_response(problem, x, y0, response)
+
+
+@eqx.filter_jit
+def _pulled(problem, response, x):
+    return jax.grad(lambda x: problem.outer(x, _answer(problem, response, x)))(x)
+
+
+@eqx.filter_jit
+def _pulled_in_a_batch(problem, response, xs):
+    return jax.vmap(lambda x: _pulled(problem, response, x))(xs)
+
+
+@eqx.filter_jit
+def _pushed(problem, response, x):
+    return jax.jvp(lambda x: _answer(problem, response, x), (x,), (x,))[1]
 
 
 def _derivatives(problem, x, solver):
     """In reverse and in forward mode, with and without `jit` and `vmap`."""
     response = blx.Implicit(blx.Projection(), solver)
     y0 = jnp.zeros(problem.rows.shape[1], x.dtype)
-
-    def answer(x):
-        return blx.best_response(problem, x, y0, response)
-
-    gradient = jax.grad(lambda x: problem.outer(x, answer(x)))
-
-    def push(x):
-        return jax.jvp(answer, (x,), (x,))[1]
-
     return {
         "hypergradient": lambda: (
             blx.hypergradient(problem, x, y0, response).gradient,
             "reverse",
         ),
-        "reverse": lambda: (eqx.filter_jit(gradient)(x), "reverse"),
-        "forward": lambda: (eqx.filter_jit(push)(x), "forward"),
-        "vmap": lambda: (eqx.filter_jit(jax.vmap(gradient))(x[None])[0], "reverse"),
+        "reverse": lambda: (_pulled(problem, response, x), "reverse"),
+        "forward": lambda: (_pushed(problem, response, x), "forward"),
+        "vmap": lambda: (_pulled_in_a_batch(problem, response, x[None])[0], "reverse"),
     }
 
 
@@ -154,6 +166,7 @@ def test_jacobians_and_nearest_minima_check_too():
         blx.hypergradient(problem, x, jnp.zeros(5), nearest)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_checked_solves():
     # y = x / (1 + s), with s a leaf: d2y / ds2 = 2 x / (1 + s)^3.
     class Ridge(blx.AbstractBilevelProblem):
@@ -189,6 +202,7 @@ def _bda():
     return problem, jnp.asarray(0.3 * rs.randn(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "response",
     (
@@ -350,6 +364,63 @@ def test_a_kink_within_a_program():
         value(jnp.zeros(1))
 
 
+_descending = blx.GradientDescent(0.0123, 301)
+_to_and_fro = {
+    "sgd": blx.Unrolled(optax.sgd(0.0123), 300),
+    "adam": blx.Unrolled(optax.adam(0.02), 301),
+    "implicit": blx.Implicit(_descending, blx.Pseudoinverse(), tolerance=None),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype, name, steps",
+    [
+        (jnp.float32, "lasso", "sgd"),
+        *(
+            pytest.param(jnp.float64, *case, marks=pytest.mark.slow)
+            for case in (
+                *(("lasso", steps) for steps in _to_and_fro),
+                *((name, "sgd") for name in _KINKED if name != "lasso"),
+            )
+        ),
+    ],
+)
+def test_steps_to_and_fro_across_a_kink(dtype, name, steps):
+    """Also within a program, where nothing can be found out after a failure."""
+    x, y0, response = jnp.zeros(1, dtype), jnp.ones(5, dtype), _to_and_fro[steps]
+
+    @eqx.filter_jit
+    def result(x):
+        return blx.hypergradient(_KINKED[name], x, y0, response, throw=False).result
+
+    with jax.numpy_dtype_promotion("standard"):
+        assert result(x) == blx.RESULTS.at_kink
+
+
+class _Bowl(blx.AbstractBilevelProblem):
+    """f = sqrt(width^2 + |y - x|^2), which is nearly a kink; or |y - x|^2 / 2."""
+
+    width: jax.Array
+    square: jax.Array
+
+    def outer(self, x, y):
+        return jnp.sum((y - 1) ** 2)
+
+    def inner(self, x, y):
+        nearly = jnp.sum(jnp.sqrt(self.width + (y - x[0]) ** 2))
+        return nearly + self.square * jnp.sum((y - x[0]) ** 2)
+
+
+@pytest.mark.parametrize("num_steps", (1, 64))
+def test_no_kink_where_f_is_smooth(num_steps):
+    # Steps that go to and fro for ever: twice one over the curvature, or more.
+    response = blx.Unrolled(optax.sgd(jnp.asarray(0.1)), num_steps)
+    for width, square in ((1e-4, 0.0), (1e-8, 0.0), (1.0, 9.5), (1e4, 10.0)):
+        problem = _Bowl(jnp.asarray(width), jnp.asarray(square))
+        out = blx.hypergradient(problem, jnp.full(1, 0.3), jnp.ones(5), response)
+        assert out.result == blx.RESULTS.successful
+
+
 def test_x_in_a_kink_alone():
     problem = blx.BilevelProblem(
         lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum(jnp.abs(y - x))
@@ -358,6 +429,7 @@ def test_x_in_a_kink_alone():
         blx.hypergradient(problem, _x, _x, blx.Unrolled(optax.sgd(0.1), 5))
 
 
+@pytest.mark.slow
 def test_newton_steps_that_meet_a_kink():
     # On each piece it is a quadratic.
     with pytest.raises(eqx.EquinoxRuntimeError, match="met a kink"):
@@ -690,6 +762,7 @@ def test_solve_is_not_differentiated():
     assert np.isfinite(jax.vmap(value)(_x[None])).all()
 
 
+@pytest.mark.slow
 def test_least_squares_solvers():
     A = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)))
 

@@ -131,6 +131,7 @@ def test_compilations(call, name):
         assert not np.allclose(first, other, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_segments_are_one_program(monkeypatch):
     """Neither how a run is cut nor its length is part of the program."""
     problem, x, y, _ = _arguments(0)

@@ -87,6 +87,7 @@ def run(batches, num_steps=7, **settings):
     )
 
 
+@pytest.mark.slow
 def test_each_step_has_its_batches():
     state = pipeline.init(problem, blx.WarmStart(), X0, Y0, KEY)
 
@@ -210,6 +211,7 @@ def test_not_under_a_transformation():
         )(X0)
 
 
+@pytest.mark.slow
 def test_a_single_loop_takes_one_batch_a_step():
     def loop(**settings):
         sgd = optax.sgd(0.05)

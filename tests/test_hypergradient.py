@@ -213,6 +213,7 @@ def test_best_response(name, getkey):
     assert tree_allclose(forward, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ((2, 3), pytest.param((), marks=slow)), ids=str)
 def test_best_response_of_an_array_of_any_shape(shape):
     r"""$f = \sum_i \cosh y_i - x_i y_i$, whose H depends on y, has its minimum at
@@ -341,6 +342,7 @@ class Seeded(blx.AbstractBilevelProblem):
         return jnp.sum((y - x * jax.random.uniform(self.key, (2,))) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make_key", (jax.random.key, pytest.param(jax.random.PRNGKey, marks=slow))
 )
@@ -378,6 +380,7 @@ def test_derivatives_of_ones_own():
     assert tree_allclose(out.gradient, 6 * x + 2 * 6 * 2 * x, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, structured",
     (
@@ -458,6 +461,7 @@ def test_closed_over_values_without_jit():
     assert tree_allclose(jax.grad(lambda c: jnp.sum(point(c)))(c), 3.0, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_hypergradient_of_closed_over_tracers():
     def gradient(c):
         problem = blx.BilevelProblem(
@@ -475,6 +479,7 @@ def test_hypergradient_of_closed_over_tracers():
         assert tree_allclose(gradient(c), one, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_derivative_with_respect_to_the_anchor():
     """iMAML: z(x) = argmin f(z) + epsilon/2 |z - x|^2, whose anchor is the outer
     variable; in both modes."""
@@ -518,6 +523,7 @@ def test_derivative_with_respect_to_the_anchor_of_the_others():
     assert tree_allclose(unrolled, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_derivative_with_respect_to_epsilon():
     problem, x, anchor = make_linear(LinearBilevel, jnp.float64)
 
@@ -567,6 +573,7 @@ def _twice(first, second):
 forward_over_reverse = _twice(jax.jacfwd, jax.jacrev)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, response, order",
     (
@@ -630,6 +637,7 @@ def test_hessian_of_an_unrolled_response():
     assert tree_allclose(jax.jit(jax.hessian(value))(x), expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_mixed_second_derivative():
     """How a datum moves the hypergradient."""
     problem, x, anchor = make_ridge()
@@ -648,6 +656,7 @@ def test_mixed_second_derivative():
     assert tree_allclose(found(*arguments), expected(*arguments), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_derivative_of_a_hypergradient():
     """`hypergradient` can be differentiated too, through the solution."""
     problem, x, anchor = make_ridge()
@@ -702,6 +711,7 @@ def test_trilevel():
     assert tree_allclose(out.gradient, gradient, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_trilevel_of_unrolled_steps():
     """The same composition of other responses: all of it is one Python loop."""
     bottom, x, anchor = make_ridge()

@@ -493,6 +493,7 @@ def test_pseudoinverse_of_a_factor(dense_size, dtype):
     assert error < (1e-5 if dtype == jnp.float64 else 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dense_size, dtype",
     (

@@ -107,6 +107,7 @@ def _record(x, y, metrics):
     return x, _weights(y)
 
 
+@pytest.mark.slow
 def test_a_single_loop_trains_with_dropout():
     problem, y = _dropout_problem()
     pipeline = SingleLoop(

@@ -86,6 +86,7 @@ def _products(H, b, solver, guess=None):
     return counter.read(), out.value, out.stats
 
 
+@pytest.mark.slow
 def test_preconditioned_and_guessed():
     """The same solution, in fewer steps."""
     low_rank, b = _low_rank()
@@ -129,6 +130,7 @@ class Quadratic(blx.AbstractBilevelProblem):
         return 0.5 * jnp.vdot(y, self.matrix @ y) - jnp.vdot(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "with_inner_update", (False, pytest.param(True, marks=pytest.mark.slow))
 )

@@ -180,6 +180,7 @@ def test_hypergradient_linearises_once(num_terms):
     assert counter.read() == 1
 
 
+@pytest.mark.slow
 def test_operators_under_jit_and_vmap(getkey):
     problem, x, y = _make_at(make_softmax, getkey(), jnp.float64)
 
@@ -449,6 +450,7 @@ def test_t5_neumann_against_damping(num_terms):
         assert tree_allclose(jnp.max(ratio), 1.2984, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_shapes_of_leaves_are_not_confused():
     # Leaves of equal sizes and different shapes, which a flat vector would mix up.
     def inner(x, y):

@@ -125,6 +125,7 @@ def test_toy_a(name, dtype):
             assert solution.certificate.largest > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "equilibrium, dtype",
     ((blx.ColdStart(), jnp.float32), (blx.WarmStart(), jnp.float64)),
@@ -190,6 +191,7 @@ def _points(x, y, metrics):
     return x, y
 
 
+@pytest.mark.slow
 def test_t6_full_warm_start_takes_kaczmarz_steps():
     problem, x0, y0 = _one_of_several()
     pipeline = blx.GradientPipeline(exact, in_turn)
@@ -241,6 +243,7 @@ def test_t7_partial_cycling_reaches_the_same_point():
     assert np.linalg.norm(third - second) > 1e-3
 
 
+@pytest.mark.slow
 def test_t7_a_cold_start_does_not_cycle():
     # It forgets every equation but the last.
     problem, x0, y0 = _one_of_several()
@@ -337,6 +340,7 @@ def _small_tasks(num_validation):
     return problems, x0, y0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("Algorithm 1", "Algorithm 3", "Neumann"))
 @pytest.mark.parametrize("num_validation", (pytest.param(1, marks=pytest.mark.slow), 2))
 def test_t9_all_reach_the_closed_form(name, num_validation):
@@ -518,6 +522,7 @@ def test_a_search_comes_back_from_where_the_evaluation_fails(descent):
     assert end.answer == 7 and not end.failed
 
 
+@pytest.mark.slow
 def test_a_search_takes_a_better_point_in_the_end():
     # The slope never flattens, so that the best point of those tried must do.
     def evaluate(x):

@@ -187,7 +187,7 @@ def test_seconds():
 
 
 def test_success_is_called_successful():
-    assert "<successful>" in str(blx.RESULTS.successful)
+    assert str(blx.RESULTS.successful) == "successful"
     assert blx.RESULTS[blx.RESULTS.successful] == "successful"
 
 

@@ -700,6 +700,7 @@ def _with_and_without_x64(fn):
 
 
 # The others are parts of these, or less.
+@pytest.mark.slow
 @_names(
     ("warm", "checkpointed"), ("cold", "proximal", "partial", "forward", "aggregated")
 )
@@ -726,6 +727,7 @@ def test_hypergradient(name, case):
     assert tree_identical(outs[0], gradient())
 
 
+@pytest.mark.slow
 @_names(("neumann_drawn", "svd"), ("cg", "matrix_free"))
 @given(data=st.data())
 def test_x64_solver(name, data):

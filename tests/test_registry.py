@@ -88,6 +88,7 @@ def _solve(num_steps=60, **kwargs):
     return blx.solve(toy, Simultaneous(), *START, num_steps=num_steps, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_concept_of_ones_own():
     with pytest.raises(ValueError, match="No pipeline is registered for `Simultaneous`"):
         _solve()
@@ -106,6 +107,7 @@ def test_a_concept_of_ones_own():
     assert blx.certify(toy, blx.WarmStart(), solution.x, solution.y).largest > 0.1
 
 
+@pytest.mark.slow
 def test_key():
     def run(**kwargs):
         pipeline = Descent(0.5, noise=0.1)

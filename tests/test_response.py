@@ -119,6 +119,7 @@ def _push(problem, x, anchor, response):
     return answer.y, answer.jacobian.mv(ones)
 
 
+@pytest.mark.slow
 def test_t1_needs_a_quadratic(getkey):
     # On a nonlinear problem K steps and K terms agree only at a minimum.
     problem, x, y0 = make_softmax()

@@ -492,6 +492,7 @@ def test_certificate_of_a_root_that_is_not_isolated():
     assert solution.certificate.largest < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "equilibrium", (blx.Stackelberg(), pytest.param(blx.WarmStart(), marks=slow))
 )
@@ -535,6 +536,7 @@ def test_solve_under_vmap():
     assert np.max(solutions.certificate.largest) < 1e-8
 
 
+@pytest.mark.slow
 def test_solve_confines_x():
     problem, x, _ = linear_game()
     bounded = blx.RootProblem(

@@ -48,6 +48,7 @@ def estimates(problem, x, y, keys, num_samples):
     return jax.vmap(one)(keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", (0.0, 0.3))
 def test_twice_the_standard_error_covers_the_value_on_all_data(off):
     problem = make()

@@ -459,6 +459,7 @@ def test_there_is_no_second_derivative_of_that():
         jax.jvp(slope, (jnp.ones(2),), (jnp.ones(2),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pipeline, equilibrium",
     (

@@ -80,6 +80,7 @@ def expected():
     return y, gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ("checkpointed", "reverse", "forward"))
 def test_steps_on_batches_and_their_derivative(mode, expected):
     out = blx.hypergradient(problem, X, Y, response(mode))
@@ -107,6 +108,7 @@ def test_many_steps_are_checkpointed_in_chunks():
     )
 
 
+@pytest.mark.slow
 def test_rates_are_outer_variables():
     # The last steps of the schedule count with what y has then.
     def with_rates(x):

@@ -262,6 +262,7 @@ def _one_minimum(kind):
     return problem, truth, jnp.asarray(rng.normal(size=5)), jnp.zeros(4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("squares", "bent"))
 def test_the_nearest_minimum_where_there_is_one(kind):
     problem, truth, x, y0 = _one_minimum(kind)
@@ -381,6 +382,7 @@ def test_trust_region_where_two_points_tie():
     assert model + float(out.lift) == pytest.approx(float(out.value), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_lanczos_where_there_are_too_many_to_decompose():
     n = 1500
     diagonal = jnp.asarray(np.r_[-0.5, np.linspace(0.0, 1.0, n - 2), 3.0])

@@ -436,6 +436,7 @@ def test_estimators_are_unbiased_over_an_epoch(name):
     assert tree_allclose(list(mean), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", (43, 501))
 def test_means_are_those_of_the_tables(num_steps):
     state = run(METHODS["SABA"][0], num_steps).state
@@ -452,6 +453,7 @@ def _stationarity(solution):
     return max(np.max(np.abs(d)) for d in directions)
 
 
+@pytest.mark.slow
 def test_noise_vanishes_with_saga_and_sarah():
     def end(name):
         pipeline = METHODS[name][0]
@@ -591,6 +593,7 @@ class Dropout(blx.AbstractFiniteSumProblem):
         return (y - batch) ** 2
 
 
+@pytest.mark.slow
 def test_random_losses_have_a_key_of_their_own_in_each_step():
     data = jnp.ones(6)
     problem = Dropout(data, data)
@@ -631,6 +634,7 @@ def _run_flat(problem, num_steps, rate=0.5, damping=0.0, dtype=jnp.float32):
     )
 
 
+@pytest.mark.slow
 def test_growth_along_the_null_space_is_named():
     # It takes a tenth of 1 / precision: a million steps.
     solution = _run_flat(_flat(), 4_000_000)
@@ -672,6 +676,7 @@ def _refused(sentence, make_pipeline, problem=None, **kwargs):
         run(make_pipeline(), 1, problem, **kwargs)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_right_is_refused():
     _refused("38 samples.*has 37", lambda: loop(inner_batch=NUM_INNER + 1))
     _refused("`SingleLoop\\(outer_batch=...\\)`", lambda: loop(outer_batch=0))

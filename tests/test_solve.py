@@ -171,6 +171,7 @@ class Mixed(blx.AbstractBilevelProblem):
         return {"matrix": jnp.stack([u, 2 * u]), "scalar": v / (1 + jnp.sum(u**2))}
 
 
+@pytest.mark.slow
 def test_pytrees_of_mixed_shapes():
     problem = Mixed()
     x = jnp.array([0.3, -0.2, 0.5]), {"v": jnp.array(0.7)}
@@ -399,6 +400,7 @@ def test_progress_is_reported():
 #
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("equilibrium", (blx.WarmStart(), blx.ColdStart()))
 def test_resumed_is_uninterrupted(equilibrium):
     problem, x0, y0 = make_ridge()
@@ -559,6 +561,7 @@ def test_failure_at_a_known_step(save_every):
     assert short.result == blx.RESULTS.successful
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_every", (1, pytest.param(7, marks=slow)))
 def test_one_failure_of_a_batch(save_every):
     edges = jnp.array([1.05, np.inf, 0.25])
@@ -699,6 +702,7 @@ def test_vmap_over_epsilon():
     assert np.all(solution.certificate.largest < 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("neumann", pytest.param("unrolled", marks=slow)))
 def test_vmap_over_the_number_of_steps(name):
     num_steps = jnp.array([1, 3, 20])
@@ -716,6 +720,7 @@ def test_vmap_over_the_number_of_steps(name):
     assert tree_allclose(solution.x, (C + m) / (1 + m), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_vmap_over_data_and_rates():
     targets = jnp.array([1.0, -2.0])
     rates = jnp.array([0.3, 0.5])
@@ -747,6 +752,7 @@ def test_jit():
     assert history.shape == (15,) and np.all(np.isnan(history[10:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ("sgd", pytest.param("momentum", marks=slow)))
 def test_float32_stays_float32(mode):
     # With 64-bit types on, and rates in float64.
@@ -1082,6 +1088,7 @@ def test_reports_of_a_failed_run(cut, traced):
 #
 
 
+@pytest.mark.slow
 def test_certificate_not_asked_for():
     asked = _march(np.inf, 5)
     for run in (
@@ -1188,6 +1195,7 @@ def test_each_part_is_in_the_program_once():
     assert tree_allclose(solution.history, np.cosh(np.sinh([-0.5, -1.0])), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_what_is_needed_later_is_computed_later():
     def fn(x):
         u = jnp.sin(x["a"])

@@ -227,6 +227,7 @@ def _losses(problem, x, y):
     return problem.outer(x, y), problem.inner(x, y), problem.accuracy(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_classes, num_distilled, learn_labels",
     (
@@ -308,6 +309,7 @@ def _numpy_log_softmax(logits):
     return logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn_labels", (False, True))
 def test_losses_of_rings(learn_labels):
     problem, x0, y0 = rings(
@@ -381,6 +383,7 @@ def test_a_short_run_learns(num_distilled, learn_labels):
 #
 
 
+@pytest.mark.slow
 def test_kaczmarz_is_the_response():
     """T6: projections and proximal steps in closed form, and where all sets meet."""
     rng, num_weights = np.random.default_rng(0), 5
@@ -470,6 +473,7 @@ def test_images(dtype):
 #
 
 
+@pytest.mark.slow
 def test_anti_distillation_network(getkey):
     make = eqx.filter_jit(tasks.anti_distillation_network)
     problem, x0, y0 = make(getkey())

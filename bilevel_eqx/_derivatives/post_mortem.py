@@ -1,15 +1,17 @@
 """What can be found out about a failure, after it: at the point where it happened."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree, Scalar
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._compat import called_once
 from .._linalg.power_iteration import largest_curvature
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
 from .._tree import (
     all_finite,
+    Layout,
     nonzero,
     tree_axpy,
     tree_dot,
@@ -18,13 +20,15 @@ from .._tree import (
     tree_scale,
     tree_sub,
     tree_where,
+    vector_norm,
+    where,
 )
 from .first import inner_gradient, outer_gradients
 from .second import gradient_and_hessian, hessian_depends_on_y
 
 
 # A program of its own, which is compiled only after a failure.
-@eqx.filter_jit
+@called_once
 def post_mortem(
     problem: AbstractBilevelProblem,
     x: PyTree[Array],
@@ -54,7 +58,7 @@ def post_mortem(
 _BISECTIONS = 60
 
 
-@eqx.filter_jit
+@called_once
 def kink_met(
     problem: AbstractBilevelProblem,
     x: PyTree[Array],
@@ -100,3 +104,60 @@ def kink_met(
     # Below this, gradients are of the order of their rounding.
     rounding = 1e3 * eps * scale * largest_curvature(lambda y: problem.inner(x, y), y)
     return jump / nonzero(jnp.maximum(size, rounding))
+
+
+def rests_at_kink(
+    problem: AbstractBilevelProblem, x: PyTree[Array], trail: PyTree[Array]
+) -> Bool[Array, ""]:
+    """Whether an inner solve goes to and fro across a kink, by the points where its next
+    steps lead, which have a leading axis.
+
+    Only if these lead nowhere is there anything to pay: for a bisection between the two
+    points next to each other where a step turns the most. A smooth gradient does not
+    jump there, however long the steps are.
+    """
+    layout = Layout(jtu.tree_map(lambda u: u[0], trail))
+    points = jax.vmap(layout.ravel)(trail)
+    steps = jnp.diff(points, axis=0)
+    lengths = jnp.sqrt(jnp.sum(steps**2, axis=1))
+    net, path = vector_norm(points[-1] - points[0]), jnp.sum(lengths)
+    eps = float(jnp.finfo(points.dtype).eps)
+    moves = jnp.max(lengths) > eps**0.5 * vector_norm(points[-1])
+    turns = jnp.sum(jnp.diff(steps, axis=0) ** 2, axis=1)
+    turn = jnp.argmax(turns)
+    start, step = points[turn], steps[turn]
+
+    def gradient(t):
+        at = inner_gradient(problem, x, layout.unravel(start + t * step))
+        return layout.ravel(at)
+
+    def jumps():
+        before = gradient(jnp.zeros((), points.dtype))
+        change = gradient(jnp.ones((), points.dtype)) - before
+
+        def part(t):
+            return jnp.vdot(gradient(t) - before, change)
+
+        whole = jnp.vdot(change, change)
+
+        def bisect(_, bounds):
+            low, high = bounds
+            middle = 0.5 * (low + high)
+            beyond = part(middle) > 0.5 * whole
+            return where(beyond, low, middle), where(beyond, middle, high)
+
+        bounds = jnp.zeros_like(path), jnp.ones_like(path)
+        low, high = jax.lax.fori_loop(0, _BISECTIONS, bisect, bounds)
+        return part(high) - part(low) > _LEAST_JUMP * whole
+
+    nowhere = moves & (net < 0.5 * path)
+    return jax.lax.cond(nowhere, jumps, lambda: jnp.array(False))
+
+
+# Of the change of the gradient over a step: where many kinks are crossed at once, one of
+# them has a part of it. A smooth gradient changes by rounding.
+_LEAST_JUMP = 1e-2
+
+
+TRAIL = 16
+"""How many steps a trail has; and a solve of four times as many may be asked for one."""

@@ -1,7 +1,6 @@
 """What an equilibrium is, and what certifies one."""
 
 import abc
-import functools as ft
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -11,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from .._arguments import as_variables, check_count, says
-from .._compat import is_traced, program, QUICK_TO_COMPILE
+from .._compat import called_once, is_traced
 from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
-from .._linalg.zero_curvature import least_clear
+from .._linalg.zero_curvature import least_clear, smallest
 from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
@@ -113,9 +112,13 @@ class Certificate(eqx.Module):
 
     @property
     def unclear(self) -> Array | None:
-        if self._decisions is None or not eqx.is_array(self._decisions[0]):
-            return None
-        return least_clear(*self._decisions)
+        known = self._known_decisions
+        return None if known is None else least_clear(*known)
+
+    @property
+    def _known_decisions(self) -> tuple[Array, Array | None] | None:
+        known = self._decisions
+        return None if known is None or not eqx.is_array(known[0]) else known
 
     def __str__(self):
         rows = [
@@ -132,6 +135,13 @@ class Certificate(eqx.Module):
                 f"  (it is not clear whether {self._decided} is zero that is "
                 f"{_as_text(unclear)} of the largest: it lies between noise and "
                 "signal, and another minimum may or may not be near)"
+            )
+        known = self._known_decisions
+        if _is_positive(self.residuals.get("uniqueness")) and known is not None:
+            size, rounding = smallest(*known)
+            lines.append(
+                f"  (uniqueness: {self._decided} is {_as_text(size)} of the largest, and "
+                f"up to {_as_text(rounding)} counts as zero, because it may be an error)"
             )
         lines.extend(f"  ({note})" for note in self.notes)
         return "\n".join(lines)
@@ -231,7 +241,7 @@ class AbstractEquilibrium(eqx.Module):
 
 
 @on_auto_axes
-@ft.partial(program, on_gpu=QUICK_TO_COMPILE)
+@called_once
 @typechecked
 def certify(
     problem: AbstractBilevelProblem,

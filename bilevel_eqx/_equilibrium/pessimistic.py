@@ -23,7 +23,7 @@ from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.nearest import nearest_to
 from .._solution_set.picture import picture
 from .._solution_set.selected_value import second_derivative, Sphere
-from .._solution_set.ties import values_and_gradients
+from .._solution_set.ties import gains_and_gradients
 from .._solution_set.worst_by_penalty import penalised_worst
 from .._solution_set.worst_in_ball import pressure, worst_case, WorstCase
 from .._tree import (
@@ -223,13 +223,12 @@ def _against_mirror_images(worst: WorstCase, at: Measures) -> dict:
     """
     here, problem = worst.picture, worst.picture.problem
     layout = Layout(here.x)
-    values, gradients = values_and_gradients(worst)
+    gains, gradients = gains_and_gradients(worst)
     rows = jax.vmap(layout.ravel)(gradients)
     terms = at.terms + vector_norm(rows[0] - layout.ravel(at.outer.x))
 
     # As large as F gets if y changes by its own size.
     variation = at.outer.terms_y * at.outer.size
-    gains = values - values[0]
     penalties = share(jnp.maximum(0, -gains), variation)
     weights = _weights(problem, here.x, rows, terms, penalties)
     gradient = layout.unravel(weights @ rows)

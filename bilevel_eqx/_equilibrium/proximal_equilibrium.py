@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -10,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
 from .._arguments import as_rate, check_positive
-from .._compat import is_traced
+from .._compat import called_once, is_traced
 from .._derivatives.second import cross_derivative_operator
 from .._inner_solver.minimum import minimise_inner
 from .._inner_solver.projection import Projection
@@ -152,7 +151,7 @@ def _typical(product, x: PyTree[Array]) -> Scalar:
     return tree_norm(product(waves)) / tree_norm(waves)
 
 
-@eqx.filter_jit
+@called_once
 def _defect_of_zero_sum(problem, x: PyTree[Array], y: PyTree[Array]) -> Scalar:
     """How large the gradients of F + f are, relative to those of F, around (x, y)."""
 

@@ -2,16 +2,22 @@
 
 from typing import ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Scalar
 
-from .._compat import is_traced
+from .._compat import called_once, is_traced
 from .._linalg.eigenbasis import extreme_eigenvalues
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.constraints import set_y
+from .._problem.finite_sum import (
+    AbstractFiniteSumProblem,
+    Batch,
+    num_samples,
+    OnBatches,
+    rows,
+)
 from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._problem.root import AbstractRootProblem
 from .._response.implicit import Implicit
@@ -55,6 +61,11 @@ class Stackelberg(AbstractEquilibrium):
             raise _singular(f"{why} variables")
         if tree_size(y) > DENSE_SIZE:
             return
+        some = _on_some_samples(problem, y)
+        if some is not None:
+            lowest, _ = _extremes(some, x, y)
+            if is_traced(lowest) or abs(lowest) > 1:
+                return
         lowest, extremes = _extremes(problem, x, y)
         if is_traced(lowest):
             return
@@ -82,10 +93,13 @@ class Stackelberg(AbstractEquilibrium):
         share = 1.0 if isinstance(problem, AbstractRootProblem) else 0.5
         here, _ = picture(problem, x, y, max_products=max_products, share=share)
         at = measure(here, slopes_of(here))
-        notes = (*at.notes, NOT_A_MINIMUM)
+        notes, decisions = (*at.notes, NOT_A_MINIMUM), at.decisions
         if here.y.size <= DENSE_SIZE or here.is_root:
             # Zero if no eigenvalue counts as zero, and none is negative.
-            missing = jnp.where(jnp.min(here.clearance()) > 1, 0.0, 1.0)
+            clearance = here.clearance()
+            missing = jnp.where(jnp.min(clearance) > 1, 0.0, 1.0)
+            if decisions is None and not here.is_root:
+                decisions = clearance, None, "an eigenvalue of H in the set"
         else:
             num_products = _share_of(max_products)
             missing, resolved = _missing_uniqueness(here, num_products)
@@ -107,7 +121,7 @@ class Stackelberg(AbstractEquilibrium):
                 **at.stationary(f"x is stationary: F_x - {through} F_y = 0"),
             },
             accuracy=at.accuracy,
-            decisions=at.decisions,
+            decisions=decisions,
             notes=notes,
         )
 
@@ -134,7 +148,27 @@ def _too_few_squares(problem, x, y) -> tuple[int, int] | None:
     return count if count[0] < count[1] else None
 
 
-@eqx.filter_jit
+# Of the inner variables: so many samples show what H is like.
+_SAMPLES = 4
+
+
+def _on_some_samples(problem, y) -> OnBatches | None:
+    """The problem on some of many samples, evenly spaced.
+
+    H on all data is at least the share of these samples times H on them, if the losses
+    are convex: where it is definite on them it is on all. H takes a pass over the samples
+    for each inner variable, and so all data are looked at only in doubt.
+    """
+    if not isinstance(problem, AbstractFiniteSumProblem):
+        return None
+    size, count = num_samples(problem, "inner"), _SAMPLES * max(tree_size(y), 64)
+    if size <= 2 * count:
+        return None
+    samples = rows(problem.inner_data, jnp.arange(count) * (size // count))
+    return OnBatches(problem, Batch(samples, jnp.full((count,), 1 / count), None), None)
+
+
+@called_once
 def _extremes(problem, x, y):
     """The lowest clearance, and for a root the extreme singular values."""
     here, _ = picture(problem, x, y)

@@ -32,6 +32,13 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
         "chooses its steps itself, such as `Projection` (`ProjectedGradient` if y is "
         "confined to a set). More steps do not help."
     )
+    at_kink = (
+        "The inner solve did not converge: it met a kink of the inner objective, such as "
+        "an L1 norm, a hinge or a ReLU has. There is no Hessian at a kink, and every "
+        "derivative of this objective is wrong there, also with `Unrolled` or "
+        "`tolerance=None`. State the kink as a constraint (`project_y`): for an L1 norm, "
+        "y = u - v with u, v >= 0. Or smooth it: `jax.nn.softplus` for a ReLU or a hinge."
+    )
     root_not_converged = (
         "The solve for the inner root did not converge, but the Jacobian of this "
         "response is right only at a root. Give the solver more steps or a smaller "

@@ -8,16 +8,6 @@ import numpy as np
 from .results import _MORE_PARTS, _PARTS, _UNKNOWN, RESULTS
 
 
-# Instead of the message of `inner_not_converged`, where that is known to be the reason.
-_AT_A_KINK = (
-    "The inner solve did not converge: it met a kink of the inner objective, such as an "
-    "L1 norm, a hinge or a ReLU has. There is no Hessian at a kink, and every derivative "
-    "of this objective is wrong there, also with `Unrolled` or `tolerance=None`. State "
-    "the kink as a constraint (`project_y`): for an L1 norm, y = u - v with u, v >= 0. "
-    "Or smooth it: `jax.nn.softplus` for a ReLU or a hinge."
-)
-
-
 # Of the gradient, relative to its size: a smooth objective has none but rounding.
 _JUMP = 0.1
 
@@ -69,7 +59,7 @@ def _message(message: str, figures: dict[str, Any]) -> str:
     if not all(figures.get(part, True) for part in ("value", *_MORE_PARTS)):
         return RESULTS[RESULTS.nonfinite_step]
     if _is(message, "inner_not_converged") and figures.get("kink", 0) > _JUMP:
-        return _AT_A_KINK
+        return RESULTS[RESULTS.at_kink]
     return message
 
 

@@ -10,6 +10,8 @@
 - `prepares` (False): it has a method `prepare(operator)`, whose value serves as
     `options["prepared"]` for operators near that one too, and a field `refresh_every`,
     for how many.
+- `keeps_shapes` (False): it has to see the leaves of y as they are. For the others
+    `Implicit` puts y into one vector.
 - `needs_symmetry` (False, and true of those of lineax that are): it presumes that the
   operator is symmetric.
 """

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array, Float, PyTree, ScalarLike
 
 from .._arguments import as_rate, check_count, check_positive
 from .._derivatives.operators import damped
 from .._tree import Layout, tree_eps, tree_norm, tree_sub, where
 from .misc import check_factorisable, check_square, relative
+from .preconditioner import AbstractPreconditioner
 
 
 class Sketch(eqx.Module):
@@ -67,7 +68,7 @@ def applied(
     return vectors @ ((factors - other) * inside) + other * b
 
 
-class Nystrom(lx.AbstractLinearSolver):
+class Nystrom(lx.AbstractLinearSolver, AbstractPreconditioner):
     r"""Approximates $H$ by $\hat H = U \Lambda U^\top$ of rank r, and takes
 
     $$H^{-1} \approx (\hat H + \rho I)^{-1} =
@@ -107,9 +108,8 @@ class Nystrom(lx.AbstractLinearSolver):
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         del options
         check_square(operator, "Nystrom")
-        check_factorisable(operator, "Nystrom")
         operator = lx.linearise(operator)
-        return operator, sketch(operator, self.rank)
+        return operator, self.prepare(operator)
 
     def compute(self, state, vector, options):
         del options
@@ -129,15 +129,22 @@ class Nystrom(lx.AbstractLinearSolver):
         result = lx.RESULTS.where(is_sound, result, lx.RESULTS.breakdown)
         return q, result, {"residual": residual, "smallest": jnp.min(eigenvalues)}
 
-    def preconditioner(self, low_rank: Sketch, b: Float[Array, " n"]):
-        r"""$P^{-1} b$ with $P^{-1} = (\lambda_r + \rho) U (\Lambda + \rho)^{-1} U^\top
+    def prepare(self, operator: lx.AbstractLinearOperator) -> Sketch:
+        """The approximation, as the preconditioner keeps it."""
+        check_factorisable(operator, "Nystrom")
+        return sketch(operator, self.rank)
+
+    def precondition(self, prepared: Sketch, r: PyTree[Array]) -> PyTree[Array]:
+        r"""$P^{-1} r$ with $P^{-1} = (\lambda_r + \rho) U (\Lambda + \rho)^{-1} U^\top
         + I - U U^\top$, for which the eigenvalues of $P^{-1} H$ that U has are equal. It
         is the identity if there is no approximation."""
-        eigenvalues = low_rank.eigenvalues
+        layout = Layout(r)
+        b = layout.ravel(r)
+        eigenvalues = prepared.eigenvalues
         damping = jnp.asarray(self.damping, b.dtype)
         factors = (jnp.min(eigenvalues) + damping) / (eigenvalues + damping)
-        z = applied(low_rank.vectors, factors, jnp.ones((), b.dtype), b)
-        return where(jnp.all(jnp.isfinite(eigenvalues)), z, b)
+        z = applied(prepared.vectors, factors, jnp.ones((), b.dtype), b)
+        return layout.unravel(where(jnp.all(jnp.isfinite(eigenvalues)), z, b))
 
     def transpose(self, state, options):
         # Symmetric, or refused.

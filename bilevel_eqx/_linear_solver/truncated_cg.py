@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
+from jaxtyping import Array, PyTree
 
 from .._arguments import check_count, check_type
 from .._linalg.zero_curvature import is_flat, rounding_of
 from .._tree import (
-    Layout,
     nonzero,
     tree_axpy,
     tree_dot,
@@ -25,8 +25,8 @@ from .._tree import (
     tree_zeros_like,
     where,
 )
-from .misc import check_factorisable, check_square, relative
-from .nystrom import Nystrom, Sketch, sketch
+from .misc import check_square, relative
+from .preconditioner import AbstractPreconditioner
 
 
 _GROWTH = 10
@@ -81,7 +81,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
     """
 
     num_steps: int
-    preconditioner: Nystrom | None = eqx.field(default=None, kw_only=True)
+    preconditioner: AbstractPreconditioner | None = eqx.field(default=None, kw_only=True)
     refresh_every: int = eqx.field(default=20, kw_only=True)
 
     judges_itself: ClassVar[bool] = True
@@ -89,19 +89,19 @@ class TruncatedCG(lx.AbstractLinearSolver):
     needs_symmetry: ClassVar[bool] = True
     takes_guess: ClassVar[bool] = True
     prepares: ClassVar[bool] = True
+    # The shapes that the preconditioner has to see.
+    speaks_for: ClassVar[str] = "preconditioner"
 
     def __check_init__(self):
-        owner, kinds = "TruncatedCG", Nystrom | None
+        owner, kinds = "TruncatedCG", AbstractPreconditioner | None
         check_count(self.num_steps, "num_steps", owner)
         check_count(self.refresh_every, "refresh_every", owner)
         check_type(self.preconditioner, kinds, "preconditioner", owner)
 
-    def prepare(self, operator: lx.AbstractLinearOperator) -> Sketch | None:
+    def prepare(self, operator: lx.AbstractLinearOperator) -> PyTree[Array]:
         """What may be kept for several solves: `options["prepared"]`."""
-        if self.preconditioner is None:
-            return None
-        check_factorisable(operator, "Nystrom")
-        return sketch(operator, self.preconditioner.rank)
+        preconditioner = self.preconditioner
+        return None if preconditioner is None else preconditioner.prepare(operator)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         check_square(operator, "TruncatedCG")
@@ -110,15 +110,12 @@ class TruncatedCG(lx.AbstractLinearSolver):
             return operator, options["prepared"]
         return operator, self.prepare(operator)
 
-    def _preconditioned(self, low_rank, r):
-        if self.preconditioner is None:
-            return r
-        layout = Layout(r)
-        z = self.preconditioner.preconditioner(low_rank, layout.ravel(r))
-        return layout.unravel(z)
+    def _preconditioned(self, prepared, r):
+        preconditioner = self.preconditioner
+        return r if preconditioner is None else preconditioner.precondition(prepared, r)
 
     def compute(self, state, vector, options):
-        operator, low_rank = state
+        operator, prepared = state
         dtype = tree_dtype(vector)
         eps = tree_eps(vector)
         size = tree_size(vector)
@@ -150,7 +147,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
             share = where(flat, tree_dot(r, p) / pp, 0)
             r = tree_axpy(-step_size, Hp, r)
             r = tree_where(flat, tree_axpy(-share, p, r), r)
-            z = self._preconditioned(low_rank, r)
+            z = self._preconditioned(prepared, r)
             new_rz = tree_dot(r, z)
             new_rr = new_rz if z is r else tree_dot(r, r)
             p = tree_axpy(where(flat, 0, new_rz / rz), p, z)
@@ -165,7 +162,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
         if "y0" in options:
             q, r = _from_guess(operator, options["y0"], b)
             stop = tree_dot(r, r) <= rtol**2 * rr0
-        z = self._preconditioned(low_rank, r)
+        z = self._preconditioned(prepared, r)
         rz = rr0 if z is b else tree_dot(r, z)
         carry = jnp.array(0), q, r, z, rz, zero, zero, zero, stop
         out = jax.lax.while_loop(unfinished, step, carry)
@@ -189,12 +186,12 @@ class TruncatedCG(lx.AbstractLinearSolver):
         return q, result, stats
 
     def transpose(self, state, options):
-        operator, low_rank = state
-        return (operator.transpose(), low_rank), options
+        operator, prepared = state
+        return (operator.transpose(), prepared), options
 
     def conj(self, state, options):
-        operator, low_rank = state
-        return (lx.conj(operator), low_rank), options
+        operator, prepared = state
+        return (lx.conj(operator), prepared), options
 
     def assume_full_rank(self):
         return False
@@ -218,9 +215,11 @@ def _from_guess(operator, guess, b):
 TruncatedCG.__init__.__doc__ = r"""**Arguments:**
 
 - `num_steps`: the largest number $K$ of steps, each of which is one product with $H$.
-- `preconditioner`: a [`bilevel_eqx.pipelines.Nystrom`][]. Each time that it is computed
-    takes as many products more as its rank. Its damping should be of the order of the
-    small eigenvalues of $H$. `None`, the default, is none. Keyword only argument.
+- `preconditioner`: a [`bilevel_eqx.pipelines.Nystrom`][],
+    [`bilevel_eqx.pipelines.Diagonal`][] or [`bilevel_eqx.pipelines.Kronecker`][]. Each
+    time that it is computed takes as many products more as its rank or its number of
+    probes. Its damping should be of the order of the small eigenvalues of $H$. `None`,
+    the default, is none. Keyword only argument.
 - `refresh_every`: for how many solves a carried preconditioner serves; 20 by default.
     Under `vmap` it is computed for each. Keyword only argument.
 """

@@ -35,6 +35,7 @@ from .._problem.finite_sum import OnBatches
 from .._response.base import AbstractResponse
 from .._tree import tree_cast, tree_norm, tree_where, tree_zeros_like, where
 from .base import AbstractPipeline
+from .noise import after_step, no_noise, Noise, with_noise
 
 
 # A program of its own, so that it is traced once and not in each branch of a line search
@@ -62,6 +63,8 @@ class GradientState(eqx.Module):
     key: PRNGKeyArray
     # Of the batches drawn so far; `None` if all data are used.
     count: Int[Array, ""] | None
+    # Of the hypergradients on them; `None` if all data are used.
+    noise: Noise | None
     # Whether x has been answered: the first step only does that.
     started: Bool[Array, ""]
 
@@ -164,6 +167,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             guess=self.response.init(problem, x, y) if self._has_guess else None,
             key=key,
             count=jnp.array(0) if self._is_sampled else None,
+            noise=no_noise(problem, self._batches, x),
             started=jnp.array(False),
         )
 
@@ -229,6 +233,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             guess=found.guess,
             key=state.key,
             count=None if state.count is None else state.count + 1,
+            noise=after_step(state.noise, point.gradient),
             started=jnp.array(True),
         )
         left = set_x(problem).remaining_step(state.gradient, state.x)
@@ -240,7 +245,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             ),
             "result": state.verdict,
         }
-        return state, metrics
+        return state, with_noise(metrics, state.noise)
 
     @property
     def _mover(self) -> AbstractResponse:

@@ -19,6 +19,7 @@ from .._problem.constraints import set_x, set_y
 from .._problem.root import check_has_objective
 from .._tree import nonzero, tree_dtype, tree_norm, tree_scale
 from .base import AbstractPipeline
+from .noise import after_step, no_noise, Noise, with_noise
 
 
 def falling(count):
@@ -40,6 +41,7 @@ class PenaltyDescentState(eqx.Module):
     curvatures: tuple[Scalar, Scalar]
     key: PRNGKeyArray
     num_steps: Int[Array, ""]
+    noise: Noise | None
     # Whether there is one minimum only.
     is_unique: bool = eqx.field(static=True)
 
@@ -182,6 +184,7 @@ class PenaltyDescent(AbstractPipeline[PenaltyDescentState]):
             curvatures=curvatures,
             key=key,
             num_steps=count,
+            noise=no_noise(problem, self._batches, x),
             is_unique=isinstance(equilibrium, Stackelberg),
         )
 
@@ -235,6 +238,7 @@ class PenaltyDescent(AbstractPipeline[PenaltyDescentState]):
             curvatures=state.curvatures,
             key=state.key,
             num_steps=state.num_steps + 1,
+            noise=after_step(state.noise, gradient),
             is_unique=state.is_unique,
         )
         slope_z = jax.grad(on.inner, argnums=1)(new_x, z)
@@ -248,7 +252,7 @@ class PenaltyDescent(AbstractPipeline[PenaltyDescentState]):
             "inner_residual": tree_norm(left),
             "result": finite_or_not((new_x, new_y, z, value)),
         }
-        return state, metrics
+        return state, with_noise(metrics, state.noise)
 
     def _penalty(self, dtype: Any, count: Int[Array, ""]) -> Scalar:
         start, growth = (jnp.asarray(u, dtype) for u in (self.penalty, self.growth))

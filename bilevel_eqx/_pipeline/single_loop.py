@@ -42,6 +42,7 @@ from .._tree import (
 from .adjoint_growth import AdjointGrowth, no_growth, watched
 from .base import AbstractPipeline
 from .estimators import AbstractEstimator, MiniBatch
+from .noise import after_step, no_noise, Noise, with_noise
 from .oracles import LoopPoint, Oracle, terms_of
 
 
@@ -56,6 +57,7 @@ class SingleLoopState(eqx.Module):
     outer_state: Any
     estimator_state: Any
     growth: AdjointGrowth
+    noise: Noise | None
     # Half of one over the largest curvature of f at the start, for default optimisers;
     # `None` if there are none.
     rate: Scalar | None
@@ -108,6 +110,8 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
     The metrics are of the step: $F$ on the batch, and the norms of the directions
     (`inner_residual`, `adjoint_residual`, `outer_residual`). With batches that is a noisy
     measure; a tolerance is for full batches and for estimators whose noise vanishes.
+    `outer_noise` is the share of noise in the mean square of the directions of x, over
+    about two hundred steps: if it is near one, the steps of x are noise.
 
     ??? cite "References"
 
@@ -234,6 +238,7 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
             *states,
             estimator_state=self.estimator.init(oracle, point),
             growth=no_growth(y),
+            noise=no_noise(problem, oracle.batches, x),
             rate=rate,
             count=first,
             key=key,
@@ -245,7 +250,8 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
         new, v, directions, terms = take(problem, state)
         product, outer_y = terms.inner.product, terms.outer.y
         growth = watched(state.growth, state.count, v, product, outer_y)
-        new = dataclasses.replace(new, growth=growth, count=state.count + 1)
+        noise = after_step(state.noise, directions.x)
+        new = dataclasses.replace(new, growth=growth, noise=noise, count=state.count + 1)
         remaining = set_x(problem).remaining_step(directions.x, state.x)
         metrics = {
             "value": terms.outer_value,
@@ -256,7 +262,7 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
             "adjoint_curvature": growth.curvature,
             "result": _verdict(new),
         }
-        return new, metrics
+        return new, with_noise(metrics, noise)
 
     def _all_at_once(self, problem, state: SingleLoopState):
         """All directions are those at the old point, on the same batches."""

@@ -18,6 +18,7 @@ from .._problem.batches import Batches, check_batch_argument
 from .._problem.constraints import set_x
 from .._tree import nonzero, tree_axpy, tree_dot, tree_norm, tree_sub
 from .base import AbstractPipeline
+from .noise import after_step, no_noise, Noise, with_noise
 
 
 class ValueFunctionState(eqx.Module):
@@ -32,6 +33,7 @@ class ValueFunctionState(eqx.Module):
     outer_state: Any
     key: PRNGKeyArray
     num_steps: Int[Array, ""]
+    noise: Noise | None
 
 
 # Of the square of the gradient of q, relative to that of F, on a batch: there q is
@@ -122,7 +124,10 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
             curvature = largest_curvature(lambda v: problem.outer(*v), (x, y))
             rate = 1 / nonzero(curvature)
         outer_state = self._optimiser(rate).init((x, y))
-        return ValueFunctionState(x, y, direction, value, rate, outer_state, key, count)
+        noise = no_noise(problem, self._batches, x)
+        return ValueFunctionState(
+            x, y, direction, value, rate, outer_state, key, count, noise
+        )
 
     def step(self, problem, equilibrium, state):
         x_set, key, count = set_x(problem), state.key, state.num_steps
@@ -148,8 +153,11 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
             "result": finite_or_not((x, y, value)),
         }
         rate = state.rate
-        state = ValueFunctionState(x, y, direction, value, rate, outer_state, key, count)
-        return state, metrics
+        noise = after_step(state.noise, direction[0])
+        state = ValueFunctionState(
+            x, y, direction, value, rate, outer_state, key, count, noise
+        )
+        return state, with_noise(metrics, noise)
 
     def _draw(self, problem, key, count):
         """The batches of a step, and of all of its terms."""

@@ -22,6 +22,7 @@ from .._problem.constraints import set_x, set_y
 from .._problem.root import check_has_objective
 from .._tree import nonzero, tree_axpy, tree_dot, tree_norm, tree_sub
 from .base import AbstractPipeline
+from .noise import after_step, no_noise, Noise, with_noise
 from .penalty_descent import falling
 
 
@@ -36,6 +37,7 @@ class ZerothOrderState(eqx.Module):
     rate: Scalar
     key: PRNGKeyArray
     num_steps: Int[Array, ""]
+    noise: Noise | None
 
 
 class ZerothOrder(AbstractPipeline[ZerothOrderState]):
@@ -144,6 +146,7 @@ class ZerothOrder(AbstractPipeline[ZerothOrderState]):
             rate,
             key,
             jnp.array(0),
+            no_noise(problem, self._batches, x),
         )
 
     def step(self, problem, equilibrium, state):
@@ -197,10 +200,11 @@ class ZerothOrder(AbstractPipeline[ZerothOrderState]):
             "inner_residual": tree_norm(left),
             "result": finite_or_not((x, y, value)),
         }
+        noise = after_step(state.noise, gradient)
         state = ZerothOrderState(
-            x, y, outer_state, inner_state, state.rate, state.key, k + 1
+            x, y, outer_state, inner_state, state.rate, state.key, k + 1, noise
         )
-        return state, metrics
+        return state, with_noise(metrics, noise)
 
     def _inner_optimiser(self, rate: Scalar) -> Any:
         return optax.sgd(rate) if self.inner_optimiser is None else self.inner_optimiser

@@ -15,6 +15,7 @@ from .finite_sum import (
     Batch,
     data_of,
     Level,
+    neighbours,
     num_samples,
     OnBatches,
     rows,
@@ -38,7 +39,8 @@ class Batches(eqx.Module):
         if batch_size is None:
             return None
         assert isinstance(problem, AbstractFiniteSumProblem)
-        return Epochs(num_samples(problem, level), batch_size, self.fixed)
+        size = num_samples(problem, level)
+        return Epochs(size, batch_size, self.fixed, problem.shuffled)
 
     def __call__(
         self,
@@ -70,8 +72,13 @@ class Batches(eqx.Module):
             return None
         samples_key, losses_key = jr.split(key)
         place = epochs.place(samples_key, count)
-        indices, weights = epochs.at(samples_key, count, place)
-        samples = rows(data_of(problem, level), indices)
+        data = data_of(problem, level)
+        if epochs.neighbours:
+            start, weights = epochs.slice(place)
+            samples = neighbours(data, start, epochs.batch_size)
+        else:
+            indices, weights = epochs.at(samples_key, count, place)
+            samples = rows(data, indices)
         return Batch(samples, weights, jr.fold_in(losses_key, count), place)
 
     def check(self, problem: AbstractBilevelProblem, owner: str) -> None:

@@ -124,7 +124,7 @@ def check_problem(problem: AbstractBilevelProblem, x: PyTree, y: PyTree) -> None
     _check_projection(problem.project_x, "x", x)
     _check_projection(problem.project_y, "y", y)
     if isinstance(problem, AbstractFiniteSumProblem):
-        if problem.block_size is not None:
+        if problem.block_size not in (None, "auto"):
             check_count(problem.block_size, "block_size", type(problem).__name__)
         _check_losses(problem, "inner", x, y)
         _check_losses(problem, "outer", x, y)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._custom_types import X, Y
 from .._mesh import check_mesh, laid_as
-from .._tree import tree_dot, tree_zeros_like
+from .._tree import tree_bytes, tree_dot, tree_zeros_like
 from .base import AbstractBilevelProblem
 from .sampling import subset
 
@@ -42,8 +42,17 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
     With a `block_size`, the means, their gradients and products with their second
     derivatives run over blocks of that many samples. Each block is read once, and what is
     stored on the way is that of one block, for any number of samples and any order of
-    differentiation in x, y and the other fields. Derivatives with respect to the data
-    themselves are taken on all samples at once.
+    differentiation in x, y and the other fields; and of the intermediate results those
+    with at most a sixteenth of the entries of the data, which would otherwise be computed
+    again and again. Derivatives with respect to the data themselves are taken on
+    all samples at once. With `block_size="auto"` blocks are such that they fit into the
+    cache of a CPU, if the data do not; on a GPU there are none.
+
+    If the samples lie in a random order already, say so: `shuffled = True`. A mini-batch
+    is then of neighbouring samples, and only the order of the batches is drawn. That
+    reads memory in one piece, where a batch of samples from anywhere costs a read for
+    each of them, but the batches of each epoch are the same. The library does not
+    shuffle the data: if they are sorted by label, say, such batches are no fair samples.
 
     !!! Example
 
@@ -71,7 +80,8 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
 
     inner_data: eqx.AbstractVar[PyTree[Array]]
     outer_data: eqx.AbstractVar[PyTree[Array]]
-    block_size: ClassVar[int | None] = None
+    block_size: ClassVar[int | Literal["auto"] | None] = None
+    shuffled: ClassVar[bool] = False
 
     @abc.abstractmethod
     def inner_losses(
@@ -167,7 +177,8 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
     inner_data: PyTree[Array]
     outer_penalty_fn: Callable | None
     inner_penalty_fn: Callable | None
-    block_size: int | None = eqx.field(static=True)
+    block_size: int | Literal["auto"] | None = eqx.field(static=True)
+    shuffled: bool = eqx.field(static=True)
     project_x: Callable[[X], X] | None
     project_y: Callable[[Y], Y] | None
 
@@ -181,7 +192,8 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
         *,
         outer_penalty: Callable[[Any, Any], Any] | None = None,
         inner_penalty: Callable[[Any, Any], Any] | None = None,
-        block_size: int | None = None,
+        block_size: int | Literal["auto"] | None = None,
+        shuffled: bool = False,
         project_x: Callable[[Any], Any] | None = None,
         project_y: Callable[[Any], Any] | None = None,
     ):
@@ -194,7 +206,10 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
         - `outer_penalty`, `inner_penalty`: functions of `(x, y)` that are added to the
             means. Keyword only arguments.
         - `block_size`: how many samples are used at once where all data are used; `None`,
-            the default, is all of them. Keyword only argument.
+            the default, is all of them, and `"auto"` as many as fit into the cache.
+            Keyword only argument.
+        - `shuffled`: whether the samples lie in a random order already, so that
+            neighbouring ones may be a mini-batch. Keyword only argument.
         - `project_x`, `project_y`: as for [`bilevel_eqx.BilevelProblem`][].
         """
         self.outer_losses_fn = outer_losses
@@ -204,6 +219,7 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
         self.outer_penalty_fn = outer_penalty
         self.inner_penalty_fn = inner_penalty
         self.block_size = block_size
+        self.shuffled = shuffled
         self.project_x = project_x
         self.project_y = project_y
 
@@ -302,6 +318,18 @@ def rows(data: PyTree[Array], indices: Int[Array, " batch"]) -> PyTree[Array]:
     return jtu.tree_map(lambda u: laid_as(u[indices], u[:size], never), data)
 
 
+def neighbours(data: PyTree[Array], start: Int[Array, ""], size: int) -> PyTree[Array]:
+    """So many samples from `start` on. They lie as the data do, like those of `rows`."""
+    check_mesh(data)
+    never = start < 0
+
+    def read(u):
+        batch = jax.lax.dynamic_slice_in_dim(u, start, size)
+        return laid_as(batch, u[:size], never)
+
+    return jtu.tree_map(read, data)
+
+
 def _plus(mean: Scalar, penalty: Scalar) -> Scalar:
     return mean + jnp.asarray(penalty, mean.dtype)
 
@@ -322,9 +350,26 @@ def _weighted(losses: Float[Array, " batch"], weights: Array) -> Scalar:
 
 def _mean(problem: AbstractFiniteSumProblem, x, y, level: Level) -> Scalar:
     size, block_size = num_samples(problem, level), problem.block_size
+    if block_size == "auto":
+        block_size = _block_for_cache(data_of(problem, level), y, size)
     if block_size is None or block_size >= size:
         return _whole_mean((problem, x, y), level)
-    return _blocked_mean((problem, x, y), level=level)
+    return _blocked_mean((problem, x, y), level=level, block_size=block_size)
+
+
+# In bytes: data that stay in the cache of a CPU from one pass to the next, and a block
+# that stays there from its first use to its last. Both are well below usual sizes.
+_CACHED_DATA, _CACHED_BLOCK = 2**21, 2**18
+
+
+def _block_for_cache(data: PyTree[Array], y: PyTree[Array], size: int) -> int | None:
+    """How many samples are read from memory once where all data are read twice."""
+    num_bytes = tree_bytes(data)
+    if jax.default_backend() != "cpu" or num_bytes <= _CACHED_DATA:
+        return None
+    # Each block also adds to a gradient, which should not be most of the traffic.
+    block = max(_CACHED_BLOCK, 4 * tree_bytes(y))
+    return max(1, size * block // num_bytes)
 
 
 def _whole_mean(args, level: Level) -> Scalar:
@@ -333,33 +378,35 @@ def _whole_mean(args, level: Level) -> Scalar:
 
 
 @eqx.filter_custom_jvp
-def _blocked_mean(args, *, level: Level):
-    return _over_blocks(lambda block: _share(args, level, block), args[0], level)
+def _blocked_mean(args, *, level: Level, block_size: int):
+    return _over_blocks(
+        lambda block: _share(args, level, block), args[0], level, block_size
+    )
 
 
 @_blocked_mean.def_jvp
-def _blocked_mean_jvp(primals, tangents, *, level: Level):
+def _blocked_mean_jvp(primals, tangents, *, level: Level, block_size: int):
     (args,), (t_args,) = primals, tangents
     if _moves_data(t_args[0], level):
         return eqx.filter_jvp(lambda args: _whole_mean(args, level), (args,), (t_args,))
     moving, rest = _parted(args, t_args)
-    value = _blocked_mean(args, level=level)
-    gradient = _blocked_gradient(moving, rest, level=level)
+    value = _blocked_mean(args, level=level, block_size=block_size)
+    gradient = _blocked_gradient(moving, rest, level=level, block_size=block_size)
     return value, tree_dot(gradient, t_args).astype(value.dtype)
 
 
 @eqx.filter_custom_jvp
-def _blocked_gradient(moving, rest, *, level: Level):
+def _blocked_gradient(moving, rest, *, level: Level, block_size: int):
     """The gradient of the mean with respect to `moving`."""
 
     def gradient(block):
         return _gradient(lambda args: _share(args, level, block), moving, rest)
 
-    return _over_blocks(gradient, _problem(moving, rest), level)
+    return _over_blocks(gradient, _problem(moving, rest), level, block_size)
 
 
 @_blocked_gradient.def_jvp
-def _blocked_gradient_jvp(primals, tangents, *, level: Level):
+def _blocked_gradient_jvp(primals, tangents, *, level: Level, block_size: int):
     if any(_moves_data(t_args[0], level) for t_args in tangents):
 
         def whole(moving, rest):
@@ -373,8 +420,8 @@ def _blocked_gradient_jvp(primals, tangents, *, level: Level):
 
         return eqx.filter_jvp(gradient, primals, tangents)[1]
 
-    products = _over_blocks(product, _problem(*primals), level)
-    return _blocked_gradient(*primals, level=level), products
+    products = _over_blocks(product, _problem(*primals), level, block_size)
+    return _blocked_gradient(*primals, level=level, block_size=block_size), products
 
 
 def _share(args, level: Level, block: tuple[PyTree[Array], Array]) -> Scalar:
@@ -411,11 +458,15 @@ def _moves_data(t_problem, level: Level) -> bool:
     return len(jtu.tree_leaves(data_of(t_problem, level))) > 0
 
 
-def _over_blocks(fn: Callable, problem: AbstractFiniteSumProblem, level: Level):
+# What is kept of a block has at most this share of the entries of its data.
+_SMALL_SHARE = 16
+
+
+def _over_blocks(
+    fn: Callable, problem: AbstractFiniteSumProblem, level: Level, block_size: int
+):
     """The sum of `fn((samples, weights))` over the blocks."""
     data, size = data_of(problem, level), num_samples(problem, level)
-    block_size = problem.block_size
-    assert block_size is not None
 
     def at(i):
         # The last block begins earlier if it would be short, and what the block before it
@@ -427,8 +478,20 @@ def _over_blocks(fn: Callable, problem: AbstractFiniteSumProblem, level: Level):
         is_new = start + jnp.arange(block_size) >= i * block_size
         return fn((samples, jnp.where(is_new, 1 / size, 0)))
 
-    # Recomputed where it is differentiated once more, so that no block is stored.
-    at = jax.checkpoint(at, prevent_cse=False)  # pyright: ignore
+    # Recomputed where it is differentiated once more, so that no block is stored. What is
+    # small beside the data is kept: the slopes of a linear model, say, without which each
+    # product with the Hessian would be one more pass over the data.
+    entries = sum(u.size for u in jtu.tree_leaves(data)) // size
+    most = block_size * max(1, entries // _SMALL_SHARE)
+
+    def is_kept(primitive, *args, **params):
+        if primitive.multiple_results:
+            # A call, whose parts are asked for one by one.
+            return False
+        output, _ = primitive.abstract_eval(*args, **params)
+        return output.size <= most
+
+    at = jax.checkpoint(at, prevent_cse=False, policy=is_kept)  # pyright: ignore
 
     def step(total, i):
         return jtu.tree_map(jnp.add, total, at(i)), None

@@ -88,14 +88,15 @@ class AsItIs:
 
 
 def flat_if_uniform(
-    problem: AbstractBilevelProblem, y: PyTree
+    problem: AbstractBilevelProblem, y: PyTree, keeps_shapes: bool = False
 ) -> tuple[AbstractBilevelProblem, Layout | AsItIs]:
-    """`flat`, unless the leaves of y have several types.
+    """`flat`, unless the leaves of y have several types or are to keep their shapes.
 
     Computations with one vector would not know the rounding of the narrowest type.
     """
     types = {leaf.dtype for leaf in jtu.tree_leaves(y)}
-    return flat(problem, y) if len(types) == 1 else (problem, AsItIs(y))
+    one = len(types) == 1 and not keeps_shapes
+    return flat(problem, y) if one else (problem, AsItIs(y))
 
 
 def flat(

@@ -6,13 +6,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
 def shuffled(
-    key: PRNGKeyArray, positions: Int[Array, " batch"], size: int
+    key: PRNGKeyArray,
+    positions: Int[Array, " batch"],
+    size: int,
+    count: Int[Array, ""] | None = None,
 ) -> Int[Array, " batch"]:
-    """Where a random permutation of `size` numbers takes some of them.
+    """Where a random permutation of `size` numbers takes some of them. With a `count` it
+    is number `count` of the permutations of the key.
 
     `jax.random.permutation` sorts all of them. This needs only those that are asked for:
     it is a Feistel network, a bijection of the pairs (left, right) for any round
@@ -26,6 +30,10 @@ def shuffled(
     # In a large range fewer hide the pairs of positions as well.
     num_rounds = 6 if size < 256 else 3
     keys = jr.bits(key, (num_rounds, 2), jnp.uint32)
+    if count is not None:
+        # The bits do not change in a loop over counts, and XLA draws them before it. To
+        # draw others for each count would take longer than a step of a single loop.
+        keys = _hash(keys, count.astype(jnp.uint32))
 
     def encrypt(position):
         left, right = position // num_right, position % num_right
@@ -80,12 +88,14 @@ class Epochs(eqx.Module):
     last batch of an epoch is filled up by repeating a sample, with a weight of zero.
 
     If `fixed`, the batches of each epoch are the same, in another order. Tables with an
-    entry for each batch need that.
+    entry for each batch need that. If `neighbours`, they are the same, and each is of
+    samples that lie one after another.
     """
 
     size: int = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
     fixed: bool = eqx.field(static=True, default=False)
+    neighbours: bool = eqx.field(static=True, default=False)
 
     @property
     def num_batches(self) -> int:
@@ -95,9 +105,9 @@ class Epochs(eqx.Module):
     def place(self, key: PRNGKeyArray, count: Int[Array, ""]) -> Int[Array, ""]:
         """Which of the batches of an epoch batch number `count` is."""
         epoch, place = count // self.num_batches, count % self.num_batches
-        if self.fixed:
-            order = jr.fold_in(jr.fold_in(key, 1), epoch)
-            (place,) = shuffled(order, place[None], self.num_batches)
+        if self.fixed or self.neighbours:
+            order = jr.fold_in(key, 1)
+            (place,) = shuffled(order, place[None], self.num_batches, epoch)
         return place.astype(jnp.int32)
 
     def __call__(
@@ -111,11 +121,25 @@ class Epochs(eqx.Module):
         self, key: PRNGKeyArray, count: Int[Array, ""], place: Int[Array, ""]
     ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
         """The same, where its place is known."""
+        if self.neighbours:
+            start, weights = self.slice(place)
+            return start + jnp.arange(self.batch_size, dtype=jnp.int32), weights
         epoch = jnp.zeros_like(count) if self.fixed else count // self.num_batches
-        start = place * self.batch_size
-        positions = start + jnp.arange(self.batch_size, dtype=jnp.int32)
-        weights = jnp.where(positions < self.size, self.num_batches / self.size, 0)
+        positions = place * self.batch_size + jnp.arange(self.batch_size, dtype=jnp.int32)
+        weights = self._weights(positions < self.size)
         positions = jnp.minimum(positions, self.size - 1)
-        return shuffled(
-            jr.fold_in(jr.fold_in(key, 0), epoch), positions, self.size
-        ), weights
+        order = jr.fold_in(key, 0)
+        return shuffled(order, positions, self.size, epoch), weights
+
+    def slice(
+        self, place: Int[Array, ""]
+    ) -> tuple[Int[Array, ""], Float[Array, " batch"]]:
+        """Where a batch of neighbours starts, and the weights of its samples. A short
+        last batch starts earlier, and what the batch before it has too counts nothing."""
+        first = place * self.batch_size
+        start = jnp.minimum(first, self.size - self.batch_size)
+        positions = start + jnp.arange(self.batch_size, dtype=jnp.int32)
+        return start, self._weights(positions >= first)
+
+    def _weights(self, counts: Bool[Array, " batch"]) -> Float[Array, " batch"]:
+        return jnp.where(counts, self.num_batches / self.size, 0)

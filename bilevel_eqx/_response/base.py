@@ -125,6 +125,15 @@ class AbstractResponse(eqx.Module):
         A [`bilevel_eqx.Response`][].
         """
 
+    def trail(
+        self, problem: AbstractBilevelProblem, x: PyTree, y: PyTree, state: Any
+    ) -> PyTree | None:
+        """The points where its next few inner steps from y would lead, with a leading
+        axis; or `None`, if these are not little beside the steps that it took, or if it
+        makes sure in another way that y is where it should be."""
+        del problem, x, y, state
+        return None
+
     @abc.abstractmethod
     def best_response(
         self, problem: AbstractBilevelProblem, x: PyTree, anchor: PyTree

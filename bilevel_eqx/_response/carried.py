@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .._arguments import says
 from .._problem.flat import flat_if_uniform
-from .._tree import tree_zeros_like
+from .._tree import tree_struct, tree_zeros_like
 
 
 class Carried(eqx.Module):
@@ -37,12 +37,12 @@ def check_takes_guess(solver: lx.AbstractLinearSolver, owner: str) -> None:
 
 def nothing_carried(solver: Any, problem, y: PyTree[Array]) -> Carried:
     """That of a first solve."""
-    _, layout = flat_if_uniform(problem, y)
+    _, layout = flat_if_uniform(problem, y, says(solver, "keeps_shapes", False))
     flat = layout.ravel(y)
     prepared = None
     if says(solver, "prepares", False):
         identity = lx.FunctionLinearOperator(
-            lambda v: v, jax.eval_shape(lambda: flat), lx.positive_semidefinite_tag
+            lambda v: v, tree_struct(flat), lx.positive_semidefinite_tag
         )
         prepared = jax.eval_shape(lambda: solver.prepare(identity))
         prepared = tree_zeros_like(prepared)

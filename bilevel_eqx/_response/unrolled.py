@@ -12,8 +12,10 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from .._arguments import as_pytree, check_count, check_type
+from .._compat import is_traced
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
+from .._derivatives.post_mortem import TRAIL
 from .._failure.results import RESULTS
 from .._optimiser.step import optimiser_step, searches
 from .._problem.batches import check_batch_argument, on_inner_batch
@@ -78,6 +80,13 @@ class Unrolled(AbstractResponse):
 
         response = blx.Unrolled(with_rates, K)
         ```
+
+    !!! warning "Kinks"
+
+        Where steps go to and fro across a kink of f (an L1 norm, a hinge), their
+        derivative depends on the side on which the last one ends, and is wrong.
+        [`bilevel_eqx.hypergradient`][] finds that out (`RESULTS.at_kink`) by 16 more
+        steps, if there are at least 64 and no batches. `solve` does not look for it.
 
     !!! warning "Adam"
 
@@ -170,6 +179,19 @@ class Unrolled(AbstractResponse):
             return inner_gradient(on, x, anchor)
 
         return depends_on(gradient, x)
+
+    def trail(self, problem, x, y, state):
+        """At a minimum of something smooth they stay where they are."""
+        known = isinstance(self.num_steps, int) and not is_traced(self.num_steps)
+        few = not known or self.num_steps < 4 * TRAIL
+        if few or self.batch_size is not None or isinstance(problem, AbstractRootProblem):
+            return None
+        begin, step = self._steps(problem, y, state)
+
+        def stepped(carry, _):
+            return step(x, carry), carry.y
+
+        return jax.lax.scan(stepped, begin(x), length=TRAIL)[1]
 
     def _key(self, state):
         if state is not None:

@@ -123,9 +123,11 @@ def pressure(
 ) -> Scalar:
     """The multiplier nu of the ball, from F_y and y - c."""
     offset, tangential = here.project(displacement), here.project(slope)
-    square = jnp.vdot(offset, offset)
+    square, distance = jnp.vdot(offset, offset), jnp.vdot(displacement, displacement)
+    # What a projection on nothing leaves by rounding has no direction.
+    rounding = (100 * jnp.finfo(square.dtype).eps) ** 2 * distance
     # Deep inside of the ball it does not press, whatever the quotient says.
-    presses = (4 * jnp.vdot(displacement, displacement) > radius**2) & (square > 0)
+    presses = (4 * distance > radius**2) & (square > rounding)
     quotient = jnp.vdot(tangential, offset) / where(presses, square, 1)
     return jnp.maximum(0, where(presses, quotient, 0))
 

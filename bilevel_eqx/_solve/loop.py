@@ -174,6 +174,9 @@ class _Loop(eqx.Module):
     progress: Progress
     history: PyTree[Array]
     kept: PyTree[Array]
+    # What the metrics of the last step are to be computed from. It is here so that there
+    # is room for it once, and not anew for each block.
+    rest: list[Array]
 
 
 def _advance(
@@ -201,7 +204,8 @@ def _advance(
         block = _div(loop.at, run.save_every)
         full = (block + 1) * run.save_every
         end = jnp.minimum(end, full)
-        after, rest = _take_steps(halves, before, jnp.minimum(limit, end), batches)
+        limit = jnp.minimum(limit, end)
+        after, rest = _take_steps(halves, before, loop.rest, limit, batches)
         # The metrics of a step that nobody looks at are not computed.
         some = after.num_steps > before.num_steps
         metrics = tree_where(some, halves.second(after.state, rest), before.metrics)
@@ -225,7 +229,7 @@ def _advance(
             new = ~again | (after.num_steps % run.save_every != 0)
             new = new & some & ~after.verdict.failed
             jax.debug.callback(report, new, after.num_steps, metrics)
-        return _Loop(end, after, history, kept)
+        return _Loop(end, after, history, kept, rest)
 
     def run_round(carry):
         loop, limit, failure = carry
@@ -246,9 +250,12 @@ def _advance(
         return dataclasses.replace(loop, progress=last_good), limit, failure
 
     until = jnp.asarray(until, progress.num_steps.dtype)
-    carry = _Loop(progress.num_steps, progress, history, kept), until, progress.verdict
+    rest = [jnp.zeros(r.shape, r.dtype) for r in halves.rest]
+    loop = _Loop(progress.num_steps, progress, history, kept, rest)
     loop, _, failure = jax.lax.while_loop(
-        lambda carry: _unfinished(carry[0].progress, carry[1]), run_round, carry
+        lambda carry: _unfinished(carry[0].progress, carry[1]),
+        run_round,
+        (loop, until, progress.verdict),
     )
     end = loop.progress
     end = dataclasses.replace(
@@ -271,10 +278,14 @@ def _unfinished(progress: Progress, end) -> Bool[Array, ""]:
 
 
 def _take_steps(
-    halves: Halves, before: Progress, end, batches: GivenBatches | None
+    halves: Halves,
+    before: Progress,
+    rest: list[Array],
+    end: Int[Array, ""],
+    batches: GivenBatches | None,
 ) -> tuple[Progress, list[Array]]:
     """Steps until there are `end`, or the run has stopped, without their metrics; and
-    what these are to be computed from."""
+    what these are to be computed from, which is written over `rest`."""
 
     def unfinished(carry):
         progress, _ = carry
@@ -291,7 +302,6 @@ def _take_steps(
         num_steps = before.num_steps + counts.astype(before.num_steps.dtype)
         return Progress(state, {}, verdict, converged & counts, num_steps), rest
 
-    rest = [jnp.zeros(r.shape, r.dtype) for r in halves.rest]
     carry = dataclasses.replace(before, metrics={}), rest
     after, rest = jax.lax.while_loop(unfinished, take_step, carry)
     return dataclasses.replace(after, metrics=before.metrics), rest

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._compat import is_traced, LOOPS_IN_GRAPHS, of_all_processes, program
+from .._compat import is_traced, looping, of_all_processes
 from .._mesh import placement, spans_processes, state_placed, tree_placed
 from .._problem.batches import GivenBatches
 from .._tree import tree_struct
@@ -68,7 +68,7 @@ def _begin(
 
 # A segment writes over the progress and the history that it is given. They are the run's
 # own: see `begin`.
-@ft.partial(program, on_gpu=LOOPS_IN_GRAPHS, donate="all-except-first")
+@ft.partial(looping, donate="all-except-first")
 def _segment(given, carry, room: int | None):
     (run_arrays, until, batches), run_rest, progress_rest, place = given
     run = _whole(run_arrays, run_rest)

@@ -29,7 +29,8 @@ class Halves(NamedTuple):
 
 def split(fn: Callable[[PyTree[Array]], tuple[Any, Any, Any]], at: PyTree) -> Halves:
     """Cuts `fn`, which returns `(state, facts, later)`, behind what `state` and `facts`
-    need. `fn` is traced once, and each of its equations ends up in one of the halves.
+    need. `fn` is traced once, and each of its equations ends up in one of the halves; but
+    a large sum or product of numbers is in both, if both need it.
 
     `at` is an argument, or the shapes of one.
     """
@@ -42,9 +43,12 @@ def split(fn: Callable[[PyTree[Array]], tuple[Any, Any, Any]], at: PyTree) -> Ha
     # What has an effect happens at every step.
     early, others, _ = _needed(program.eqns, now, lambda e: len(e.effects) > 0)
     late, _, wanted = _needed(others, wanted_later, lambda e: False)
+    in_state = {v: i for i, v in enumerate(now[:num_state]) if _is_variable(v)}
+    again = _cheap(wanted, early, in_state)
+    late = [e for e in program.eqns if id(e) in {*map(id, late), *map(id, again)}]
+    late, _, wanted = _needed(late, wanted_later, lambda e: False)
     made = {v for equation in late for v in equation.outvars}
     inputs = [v for v in wanted if v not in made and v not in set(program.constvars)]
-    in_state = {v: i for i, v in enumerate(now[:num_state]) if _is_variable(v)}
     rest = [v for v in inputs if v not in in_state]
 
     def function(**parts):
@@ -70,6 +74,43 @@ def split(fn: Callable[[PyTree[Array]], tuple[Any, Any, Any]], at: PyTree) -> Ha
 def _is_variable(atom: Any) -> bool:
     # Literals are constants, and not hashable.
     return not is_literal(atom)
+
+
+# An entry of the result is a number of operations on one entry of each argument.
+_ENTRY_BY_ENTRY = {
+    "add",
+    "add_any",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "mul",
+    "neg",
+    "sub",
+}
+
+
+_LARGE = 2**14
+
+
+def _cheap(wanted: list, equations: Iterable, at_hand: Iterable) -> list:
+    """Those of the equations that make large wanted arrays by sums and products, entry by
+    entry, but for arrays that are at hand.
+
+    To store such an array costs more than to compute it: a pass over memory at every
+    step, by a value that the compiler would not store, since what uses it can compute it
+    on the way. What it is computed from is stored anyway, or is of the last step.
+    """
+    made_by = {v: equation for equation in equations for v in equation.outvars}
+    seen, cheap, wanted = set(at_hand), {}, list(wanted)
+    while wanted:
+        variable = wanted.pop()
+        equation = made_by.get(variable)
+        if equation is None or variable in seen or variable.aval.size < _LARGE:
+            continue
+        seen.add(variable)
+        if equation.primitive.name in _ENTRY_BY_ENTRY:
+            cheap[id(equation)] = equation
+            wanted += [v for v in equation.invars if _is_variable(v)]
+    return list(cheap.values())
 
 
 def _needed(equations: Iterable, outputs: Iterable, always: Callable[[Any], bool]):

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._arguments import as_variables, check_count
+from .._compat import called_once
 from .._derivatives.first import inner_gradient
 from .._derivatives.post_mortem import kink_met
 from .._derivatives.reverse_only import reverse_only
@@ -312,7 +313,7 @@ def _why(error: Exception) -> str:
     )
 
 
-_gradient = eqx.filter_jit(inner_gradient)
+_gradient = called_once(inner_gradient)
 
 
 def _kinds(problem, singular: bool) -> tuple[str, ...]:
@@ -523,7 +524,7 @@ def _nearest(problem, x, anchor):
     return layout.unravel(displacement.picture.y)
 
 
-@eqx.filter_jit
+@called_once
 def _followed(problem, points, count, anchor):
     """Solves the inner problem at the first `count` of `points`.
 
@@ -543,7 +544,7 @@ def _followed(problem, points, count, anchor):
     return values, y, distance, eigenbasis(at.definite_hessian()).values
 
 
-@eqx.filter_jit
+@called_once
 def _selected(problem, points, count, anchor):
     """F at the inner minima nearest to the anchor."""
     return _values_along(problem, points, count, anchor, _nearest)[0]
@@ -684,7 +685,7 @@ def _names_looked_at(problem) -> tuple[str, ...]:
     return *outer, "`inner` in y", "the inner gradient in x", "the inner gradient in y"
 
 
-@eqx.filter_jit
+@called_once
 def _looked_at(problem, x, y, u, v, h, second: bool):
     """Derivatives along u and v by JAX, and the values on both sides.
 

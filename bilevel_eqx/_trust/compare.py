@@ -6,6 +6,7 @@ import equinox as eqx
 from jaxtyping import PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._arguments import as_variables
+from .._compat import called_once
 from .._equilibrium.base import AbstractEquilibrium, Certificate, certify
 from .._equilibrium.cold_start import ColdStart
 from .._equilibrium.optimistic import Optimistic
@@ -156,7 +157,7 @@ def compare(
     return Comparison(tuple(concepts), solutions, figures, certificates, refused)
 
 
-@eqx.filter_jit
+@called_once
 def _figures(problem, x, y, y0) -> dict[str, Scalar]:
     return {
         "F": problem.outer(x, y),

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._arguments import as_variables, check_count
+from .._compat import called_once
 from .._derivatives.first import outer_gradients
 from .._derivatives.second import (
     cross_derivative_operator,
@@ -357,7 +358,7 @@ class _Measured(eqx.Module):
     size: Scalar
 
 
-@eqx.filter_jit
+@called_once
 def _measure(problem, x, y, key, num_steps: int | None, num_probes: int) -> _Measured:
     gradient, H = gradient_and_hessian(problem, x, y)
     _, outer_x, outer_y = outer_gradients(problem, x, y)
@@ -458,7 +459,7 @@ def _interpret(problem, x, y, measured: _Measured, exact: bool) -> Diagnosis:
 
 
 # One program each.
-_uncertainty, _margin = eqx.filter_jit(uncertainty), eqx.filter_jit(margin)
+_uncertainty, _margin = called_once(uncertainty), called_once(margin)
 
 
 class _Spectrum:

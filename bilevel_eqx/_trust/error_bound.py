@@ -11,7 +11,7 @@ import lineax as lx
 from jaxtyping import Array, Scalar, ScalarLike
 
 from .._arguments import as_rate, as_variables, check_positive
-from .._compat import is_traced
+from .._compat import called_once, is_traced
 from .._custom_types import X, Y
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
@@ -168,7 +168,7 @@ def _as_curvature(curvature: Any) -> Any:
     return as_rate(curvature)
 
 
-@eqx.filter_jit
+@called_once
 def _error_bound(problem, x, hypergradient: Hypergradient, curvature: Any) -> ErrorBound:
     assert hypergradient.presumes is not None
     problem = hypergradient.presumes(problem)

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._arguments import as_variables, check_count, check_type
+from .._compat import called_once
 from .._derivatives.first import inner_gradient
 from .._inner_solver.projection import Projection
 from .._linear_solver.pseudoinverse import Pseudoinverse
@@ -125,7 +126,7 @@ def retrain_gap(
     return _retrain_gap(problem, solution.x, solution.y, starts, response)
 
 
-@eqx.filter_jit
+@called_once
 def _retrain_gap(problem, x, y, starts, response: AbstractResponse) -> RetrainGap:
     def retrain(y0):
         y, _ = response.best_response(problem, x, y0)
