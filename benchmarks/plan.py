@@ -57,7 +57,8 @@ def grid(solver, step_size, away):
 
 @eqx.filter_jit
 def gradient(at, response):
-    return answered(*at, response)[0].gradient
+    problem, x, y = at
+    return answered(problem, x, y, response)[0].gradient
 
 
 def first_accurate(make, at, exact, error):
