@@ -54,12 +54,11 @@ def run(quick):
     )
     x0, y0 = {"A": 0.5 * jnp.eye(2), "b": jnp.zeros(2)}, jnp.zeros(num_features)
 
-    concepts = [blx.Stackelberg(), blx.Nash()]
-    concepts[1:1] = [] if quick else [blx.ProximalEquilibrium(1.0)]
+    concepts = [blx.Stackelberg(), blx.ProximalEquilibrium(1.0), blx.Nash()]
+    concepts = concepts[::2] if quick else concepts
     num_steps = 150 if quick else 400
     comparison = blx.compare(problem, x0, y0, concepts, num_steps=num_steps)
     print(comparison)
-
     solution = comparison.solutions["Stackelberg()"]
 
     def concave(weight):  # by how much the second order of a proximal one is violated

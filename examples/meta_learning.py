@@ -68,9 +68,6 @@ def mean_error(x, key, method, num_tasks):
     return jnp.mean(jax.vmap(adapted)(tasks))
 
 
-mean_error_of = eqx.filter_jit(mean_error)
-
-
 @eqx.filter_jit
 def meta_learn(x, method, keys):
     optimiser = optax.adam(1e-3)
@@ -93,10 +90,10 @@ METHODS = {
 
 
 def run(quick):
-    x0, results = network(jr.key(0)), {}
+    x0, results, unseen_error = network(jr.key(0)), {}, eqx.filter_jit(mean_error)
     for name, method in METHODS.items():
         x, values = meta_learn(x0, method, jr.split(jr.key(1), 100 if quick else 3000))
-        held_out = [float(mean_error_of(w, jr.key(2), method, 200)) for w in (x0, x)]
+        held_out = [unseen_error(w, jr.key(2), method, 200) for w in (x0, x)]
         results[f"{name}, errors"] = np.asarray(values)
         results[f"{name}, held out, at the start"] = held_out[0]
         results[f"{name}, held out, at the end"] = held_out[1]
