@@ -170,7 +170,9 @@ def test_resumes_to_the_last_bit(tmp_path):
             assert one.sharding == other.sharding
             if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
                 one, other = jr.key_data(one), jr.key_data(other)
-            assert jnp.array_equal(one, other)
+            # Of a single step the noise is not known.
+            is_float = jnp.issubdtype(one.dtype, jnp.inexact)
+            assert jnp.array_equal(one, other, equal_nan=is_float)
     # A state is loaded to where `like` is.
     blx.save(tmp_path / "state.blx", whole.state)
     like = eqx.tree_at(lambda s: s.x, whole.state, _put(x, mesh, SPLIT))
