@@ -294,6 +294,8 @@ def measure_hypergradients(report: Report, instances, num_steps: int) -> None:
         contenders: dict[str, Any] = hypergradient.contenders(
             problem, x, y, linear_solver, solve
         )
+        # Blocks are for the cache of a CPU.
+        contenders.pop("in blocks", None)
         if not report.quick:
             contenders["ours, within jit"] = _timing.Jitted(within_jit, problem, x, y)
         if report.torch is not None:
