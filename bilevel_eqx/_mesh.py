@@ -2,8 +2,8 @@
 
 import contextlib
 import functools as ft
-from collections.abc import Callable, Iterator
-from typing import Any, cast, TypeVar
+from collections.abc import Iterator
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -14,10 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, PyTree
 
-from ._compat import is_traced, manual_axes
-
-
-Fn = TypeVar("Fn", bound=Callable)
+from ._compat import Fn, is_traced, manual_axes
 
 
 def on_auto_axes(fn: Fn) -> Fn:

@@ -77,9 +77,11 @@ class Kronecker(AbstractPreconditioner):
 
     def precondition(self, prepared: PyTree[Block], r: PyTree[Array]) -> PyTree[Array]:
         r"""$P^{-1} r$."""
-        is_block = lambda node: isinstance(node, Block)  # noqa: E731
-        solve = lambda block, r: _solve(block, r, self.damping)  # noqa: E731
-        return jtu.tree_map(solve, prepared, r, is_leaf=is_block)
+
+        def solve(block: Block, r: Array) -> Array:
+            return _solve(block, r, self.damping)
+
+        return jtu.tree_map(solve, prepared, r, is_leaf=lambda u: isinstance(u, Block))
 
 
 Kronecker.__init__.__doc__ = r"""**Arguments:**
