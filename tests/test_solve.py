@@ -963,10 +963,32 @@ def test_segments_take_about_as_long_as_they_should():
         assert pace.end(0, 1) == num_steps
         pace.took(num_steps, seconds)
         assert pace.length == then
+    # A short run at the end does not shorten those of the next run.
+    pace.length = 5000
+    pace.took(3, 1e-4)
+    assert pace.length == 5000
     # They end with an entry of the history, if there is one in reach.
     pace.length = 500
     assert pace.end(130, 100) == 600
     assert pace.end(130, 1000) == 630
+
+
+def test_a_run_of_a_known_program_is_one_segment(monkeypatch):
+    """The first one is cut short, to see how long its steps take."""
+    segment, lengths = segments._segment, []
+
+    def counted(given, carry, room):
+        lengths[-1].append(int(given[0][1]))
+        return segment(given, carry, room)
+
+    monkeypatch.setattr(segments, "_segment", counted)
+    segments._pace_of.cache_clear()
+    ends = []
+    for _ in range(2):
+        lengths.append([])
+        ends.append(_march(7.0, 20, certify=False))
+    assert lengths[0][:2] == [0, 1] and lengths[1] == [20]
+    assert eqx.tree_equal(*(end.history for end in ends))
 
 
 #
@@ -1209,6 +1231,6 @@ def test_what_is_needed_later_is_computed_later():
     assert "sin" in early and "tanh" not in early and "exp" not in early
     assert "sin" not in late and "tanh" in late and "exp" in late
     state, facts, rest = halves.first(x)
-    assert len(rest) == len(halves.rest) == 1
+    assert len(rest) == 1
     got = state, facts, halves.second(state, rest)
     assert tree_allclose(got, fn(x), rtol=1e-15)

@@ -24,7 +24,7 @@ from .._pipeline.base import AbstractPipeline
 from .._problem.base import AbstractBilevelProblem
 from .._problem.batches import GivenBatches
 from .._problem.finite_sum import AbstractFiniteSumProblem, OnBatches
-from .._tree import all_finite, tree_where, where
+from .._tree import all_finite, where
 from .split import Halves, split
 
 
@@ -174,9 +174,6 @@ class _Loop(eqx.Module):
     progress: Progress
     history: PyTree[Array]
     kept: PyTree[Array]
-    # What the metrics of the last step are to be computed from. It is here so that there
-    # is room for it once, and not anew for each block.
-    rest: list[Array]
 
 
 def _advance(
@@ -205,11 +202,8 @@ def _advance(
         full = (block + 1) * run.save_every
         end = jnp.minimum(end, full)
         limit = jnp.minimum(limit, end)
-        after, rest = _take_steps(halves, before, loop.rest, limit, batches)
-        # The metrics of a step that nobody looks at are not computed.
-        some = after.num_steps > before.num_steps
-        metrics = tree_where(some, halves.second(after.state, rest), before.metrics)
-        after = dataclasses.replace(after, metrics=metrics)
+        after = _take_steps(halves, before, limit, batches)
+        some, metrics = after.num_steps > before.num_steps, after.metrics
 
         # A block that is cut short makes no entry.
         complete = some & (after.num_steps == full)
@@ -229,7 +223,7 @@ def _advance(
             new = ~again | (after.num_steps % run.save_every != 0)
             new = new & some & ~after.verdict.failed
             jax.debug.callback(report, new, after.num_steps, metrics)
-        return _Loop(end, after, history, kept, rest)
+        return _Loop(end, after, history, kept)
 
     def run_round(carry):
         loop, limit, failure = carry
@@ -250,8 +244,7 @@ def _advance(
         return dataclasses.replace(loop, progress=last_good), limit, failure
 
     until = jnp.asarray(until, progress.num_steps.dtype)
-    rest = [jnp.zeros(r.shape, r.dtype) for r in halves.rest]
-    loop = _Loop(progress.num_steps, progress, history, kept, rest)
+    loop = _Loop(progress.num_steps, progress, history, kept)
     loop, _, failure = jax.lax.while_loop(
         lambda carry: _unfinished(carry[0].progress, carry[1]),
         run_round,
@@ -280,31 +273,34 @@ def _unfinished(progress: Progress, end) -> Bool[Array, ""]:
 def _take_steps(
     halves: Halves,
     before: Progress,
-    rest: list[Array],
     end: Int[Array, ""],
     batches: GivenBatches | None,
-) -> tuple[Progress, list[Array]]:
-    """Steps until there are `end`, or the run has stopped, without their metrics; and
-    what these are to be computed from, which is written over `rest`."""
+) -> Progress:
+    """Steps until there are `end`, or the run has stopped, with the metrics of the last
+    one that counts."""
 
-    def unfinished(carry):
-        progress, _ = carry
+    def unfinished(progress):
         return (progress.num_steps < end) & ~progress.stopped
 
-    def take_step(carry):
-        before, _ = carry
-        # Cut out here, so that what is carried for the metrics is one batch and not all.
+    def take_step(before):
         argument = before.state, _pair(batches, before.num_steps)
         state, (verdict, converged), rest = halves.first(argument)
         good = ~verdict.failed
         # A first step may only evaluate the initial point, and then it does not count.
         counts = good & getattr(before.state, "started", True)
+        converged = converged & counts
         num_steps = before.num_steps + counts.astype(before.num_steps.dtype)
-        return Progress(state, {}, verdict, converged & counts, num_steps), rest
+        # The metrics of a step that nobody looks at are not computed, and what they are
+        # computed from is not stored.
+        is_last = counts & ((num_steps == end) | converged)
+        metrics = jax.lax.cond(
+            any_of_batch(is_last),
+            lambda: halves.second(state, rest),
+            lambda: before.metrics,
+        )
+        return Progress(state, metrics, verdict, converged, num_steps)
 
-    carry = dataclasses.replace(before, metrics={}), rest
-    after, rest = jax.lax.while_loop(unfinished, take_step, carry)
-    return dataclasses.replace(after, metrics=before.metrics), rest
+    return jax.lax.while_loop(unfinished, take_step, before)
 
 
 def _halves(run: Run, state: Any, batches: GivenBatches | None = None) -> Halves:

@@ -167,7 +167,7 @@ def run_in_segments(
     run_arrays, run_rest = _arrays(run), _rest(run)
     arrays, progress_rest = _arrays(progress), _rest(progress)
     place = placement(arrays)
-    pace = _Pace()
+    pace = _pace_of(run_rest, progress_rest, _shapes((run_arrays, arrays, room)))
 
     def metrics() -> dict[str, Any]:
         return jax.device_get(_whole(arrays, progress_rest).metrics)
@@ -237,7 +237,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 class _Pace:
-    """How many steps take about `SECONDS`."""
+    """How many steps of a program take about `SECONDS`."""
 
     def __init__(self):
         # The first segment has no steps: it is there to be compiled.
@@ -259,7 +259,20 @@ class _Pace:
             self.length = 1
             return
         length = num_steps * SECONDS / max(seconds, 1e-9)
-        self.length = max(1, int(min(length, _GROWTH * num_steps)))
+        most = max(self.length, _GROWTH * num_steps)
+        self.length = max(1, int(min(length, most)))
+
+
+# The pace of the programs that have run, so that the next run of one of them is not cut
+# into short segments first.
+@ft.lru_cache(maxsize=128)
+def _pace_of(run_rest: _Rest, progress_rest: _Rest, shapes: tuple) -> _Pace:
+    return _Pace()
+
+
+def _shapes(tree: PyTree) -> tuple:
+    leaves = jtu.tree_leaves(tree)
+    return tuple((np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
 
 
 _empty_history = eqx.filter_jit(empty_history)
@@ -271,6 +284,7 @@ def _room(entry: PyTree[jax.ShapeDtypeStruct], num_entries: int) -> int:
     return rounded if rounded * size <= _ROUNDED_BYTES else num_entries
 
 
+@eqx.filter_jit
 def _first(history: PyTree[Array], length: int) -> PyTree[Array]:
     return jtu.tree_map(lambda h: h[:length], history)
 

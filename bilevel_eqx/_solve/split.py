@@ -13,16 +13,15 @@ from .._compat import as_function, is_literal
 class Halves(NamedTuple):
     """The two halves of a function. See `split`.
 
-    - `first`: from the argument to `state`, `facts` and `rest`.
+    - `first`: from the argument to `state`, `facts` and `rest`, the intermediate values
+        that `second` needs.
     - `second`: from `state` and `rest` to `later`.
-    - `rest`: the shapes and types of the intermediate values that `second` needs.
     - `later`: the shapes and types of what `second` returns.
     - `whole`: the program of the function that was cut.
     """
 
     first: Callable[[PyTree[Array]], tuple[PyTree[Array], PyTree[Array], list[Array]]]
     second: Callable[[PyTree[Array], list[Array]], PyTree[Array]]
-    rest: list[jax.ShapeDtypeStruct]
     later: PyTree[jax.ShapeDtypeStruct]
     whole: Any
 
@@ -67,8 +66,7 @@ def split(fn: Callable[[PyTree[Array]], tuple[Any, Any, Any]], at: PyTree) -> Ha
         values = [leaves[in_state[v]] if v in in_state else next(rest) for v in inputs]
         return jtu.tree_unflatten(jtu.tree_structure(later), run_second(*values))
 
-    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in rest]
-    return Halves(first, second, structs, later, closed)
+    return Halves(first, second, later, closed)
 
 
 def _is_variable(atom: Any) -> bool:
