@@ -9,12 +9,15 @@ G: quadratics, logistic regression, multiclass classification and hyper-cleaning
    All methods have the same number of oracle calls: gradients, and pairs of products with
    f_yy and f_xy, of one sample each. The seconds are those of a run whose program is
    compiled already. Within a run they are taken as proportional to the steps.
+   With `--peer`, a checkout of benchmark_bilevel, its own SOBA and SABA clean the same
+   images.
 H (`--steps`): the time of a step of `SingleLoop` (SOBA) beside the same step by hand in a
    bare `jax.lax.scan`, with the same samples. The ratio is our time over its time. With
    `--peer`, a checkout of benchmark_bilevel, also beside its own SOBA and SABA.
 """
 
 import argparse
+import functools as ft
 import math
 import time
 from collections.abc import Callable
@@ -29,7 +32,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from _stochastic_problems import Instance, PROBLEMS
+from _stochastic_problems import cleaning, Instance, PROBLEMS
 
 import bilevel_eqx as blx
 from bilevel_eqx._problem.batches import Batches
@@ -297,6 +300,51 @@ def compare_methods(instance: Instance, names, args) -> dict[str, Any]:
     }
 
 
+def peer_on_cleaning(instance: Instance, args) -> dict[str, Any]:
+    """Solvers of benchmark_bilevel on the same images, with the same grid, numbers of
+    oracle calls and of seeds. Their batches are their own."""
+    rows = {}
+    for name in ("SOBA", "SABA"):
+        num_steps = round(args.calls / METHODS[name].calls(instance.problem))
+        steps = _peer.cleaning(
+            args.peer,
+            name.lower(),
+            instance.problem,
+            instance.x0,
+            instance.y0,
+            BATCH,
+            num_steps,
+        )
+
+        def measured(rate, ratio, seed):
+            figures = instance.measure(*steps(rate, ratio, seed))
+            error = figures[instance.metric]
+            return figures | {
+                instance.metric: error if math.isfinite(error) else math.inf
+            }
+
+        grid = [(rate, ratio) for rate in instance.rates for ratio in instance.ratios]
+        rate, ratio = min(grid, key=lambda at: measured(*at, 0)[instance.metric])
+        ends = [measured(rate, ratio, seed) for seed in range(1, args.seeds + 1)]
+        errors = [end[instance.metric] for end in ends]
+        low, median, high = np.percentile(errors, (20, 50, 80), method="nearest")
+        rows[f"{name} of benchmark_bilevel"] = {
+            instance.metric: float(median),
+            "20 %": float(low),
+            "80 %": float(high),
+            "steps": num_steps,
+            "a": rate,
+            "a / b": ratio,
+            **{
+                key: float(np.median([end[key] for end in ends]))
+                for key in ends[0]
+                if key != instance.metric
+            },
+        }
+    _timing.print_table(f"G, {instance.title}, by benchmark_bilevel", rows)
+    return rows
+
+
 def draw(figures: dict[str, dict[str, Any]], path: Path, clock: str) -> None:
     """The metric against time and against oracle calls."""
     import matplotlib
@@ -530,9 +578,8 @@ def measure_peer(args) -> dict[str, Any]:
     shuffled, *_ = regression(20_000, 200, shuffled=True)
     figures = {}
     for name in ("SOBA", "SABA"):
-        theirs = _peer.steps(
-            args.peer, name.lower(), problem, x, y, rate, BATCH, num_steps
-        )
+        steps = _peer.regression(args.peer, name.lower(), problem, x, y, BATCH, num_steps)
+        theirs = ft.partial(steps, rate, 1.0)
         pair = Rates(jnp.asarray(rate), jnp.asarray(rate), num_steps)
         pipeline = METHODS[name].make(problem, pair)
         contenders = {
@@ -557,9 +604,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--calls", type=float, help="oracle calls a run, by default 2e6; 5e4 if --quick"
     )
     parser.add_argument("--steps", action="store_true", help="H, and not G")
-    parser.add_argument(
-        "--peer", type=Path, help="a checkout of benchmark_bilevel, for H"
-    )
+    parser.add_argument("--peer", type=Path, help="a checkout of benchmark_bilevel")
     parser.add_argument("--figure", type=Path, help="a PNG file for the curves of G")
 
 
@@ -573,6 +618,9 @@ def main(args: argparse.Namespace) -> None:
             # To compile a method takes longer than such a short run of it.
             names = list(METHODS)[i :: len(PROBLEMS)] if args.quick else list(METHODS)
             figures[f"G, {instance.title}"] = compare_methods(instance, names, args)
+            if args.peer is not None and make is cleaning:
+                rows = peer_on_cleaning(instance, args)
+                figures[f"G, {instance.title}"]["benchmark_bilevel"] = rows
             _write(args, figures)
         if args.figure is not None:
             draw(figures, args.figure, "processor" if args.shared else "wall")

@@ -8,6 +8,7 @@ import re
 
 import equinox as eqx
 import jax
+import jax.extend
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -265,6 +266,41 @@ def test_linear_solves():
         )
         assert tree_allclose(found.gradient, wanted.gradient, rtol=1e-9)
         assert found.gradient.sharding.mesh == mesh
+
+
+def test_many_runs_with_linear_solves():
+    """What was traced before is a program that lineax does not look at again."""
+    problem, x, y = _make()
+    response = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+    starts = jnp.linspace(-1, 1, 32).reshape(8, 4)
+
+    def end(x):
+        solution = blx.solve(
+            problem,
+            blx.WarmStart(),
+            x,
+            y,
+            pipeline=blx.GradientPipeline(response, optax.adam(0.1)),
+            num_steps=3,
+            throw=False,
+        )
+        certificate = solution.certificate
+        return solution.x, solution.y, certificate.residuals["outer"]
+
+    ends = jax.vmap(end)
+    wanted = jax.jit(ends)(starts)
+    program = jax.make_jaxpr(ends)(starts[:2])
+    mesh = _mesh(AxisType.Explicit)
+    mapped = jax.shard_map(
+        jax.extend.core.jaxpr_as_fun(program),
+        mesh=mesh,
+        in_specs=SPLIT,
+        out_specs=SPLIT,
+        check_vma=False,
+    )
+    found = jax.jit(mapped)(_put(starts, mesh, SPLIT))
+    assert tree_allclose(found, jtu.tree_leaves(wanted), rtol=1e-9, atol=1e-12)
+    assert _specs(found) == {("data",)}
 
 
 def test_what_does_not_work_is_refused():
