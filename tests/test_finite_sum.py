@@ -1,6 +1,10 @@
 """Means over data: their derivatives in blocks, and the batches drawn from them."""
 
 import collections
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -406,3 +410,80 @@ def test_a_unique_minimum_is_seen_on_some_of_the_data(monkeypatch):
     with pytest.raises(ValueError, match="needs a unique inner minimum"):
         check(mixed.at[:, 0].set(0.0))
     assert seen == [OnBatches, Columns]
+
+
+#
+# Memory
+#
+
+
+_MEMORY = """
+import gc
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bilevel_eqx as blx
+
+
+def resident(name):
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split(name + ":")[1].split()[0])
+
+
+def losses(x, y, batch, key):
+    features, targets = batch
+    return 0.5 * (features @ y - targets) ** 2
+
+
+def penalty(x, y):
+    return 0.5 * jnp.sum(jnp.exp(x) * y**2)
+
+
+def make(*sizes):
+    rng = np.random.default_rng(0)
+
+    def draw(size):
+        features = rng.standard_normal((size, 500), np.float32)
+        return jnp.asarray(features), jnp.asarray(features[:, 0])
+
+    data = jax.block_until_ready([draw(size) for size in sizes])
+    gc.collect()
+    return data, blx.FiniteSumProblem(
+        losses, losses, *data, inner_penalty=penalty, block_size="auto"
+    )
+
+
+def work(problem):
+    x, y = jnp.full(500, -3.0), jnp.zeros(500)
+    response = blx.Implicit(blx.Projection(), blx.TruncatedCG(20))
+    found = blx.hypergradient(problem, x, y, response)
+    certificate = blx.certify(problem, blx.WarmStart(), x, found.y)
+    assert bool(jnp.isfinite(certificate.largest))
+
+
+# What is loaded and compiled for the first time is not of the data.
+work(make(1_000, 3_000)[1])
+before = resident("VmRSS")
+data, problem = make(50_000, 150_000)
+# From here on the largest size counts.
+Path("/proc/self/clear_refs").write_text("5")
+work(problem)
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(data))
+print((resident("VmHWM") - before) / size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="Only Linux can be asked."
+)
+def test_blocks_need_little_more_memory_than_the_data():
+    """A hypergradient and a certificate on 200,000 samples of 500 numbers."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", _MEMORY]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert 1 <= float(run.stdout) < 1.3
