@@ -123,7 +123,9 @@ def test_foreign_solvers_are_right_or_raise(solver, kind):
             value, mode = compute()
         except eqx.EquinoxRuntimeError as error:
             raised.append(way)
-            assert "linear solve" in str(error) or "linear solver" in str(error)
+            # Also where its solution is NaN: a learning rate has nothing to do with it.
+            assert "`Pseudoinverse` if the inner Hessian is singular" in str(error)
+            assert "learning rate" not in str(error)
             continue
         error = np.linalg.norm(value - truth[mode]) / np.linalg.norm(truth[mode])
         assert error < 1e-2, way
