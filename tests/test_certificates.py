@@ -690,7 +690,7 @@ def test_a_point_that_is_not_the_worst():
     first_order = ("inner", "ball", "selection", "curvature", "outer")
     assert all(cubic.residuals[name] < 1e-10 for name in first_order)
     assert cubic.residuals["others"] > 0.01
-    assert any("local" in note for note in cubic.notes)
+    assert any("six ascents of F" in note for note in cubic.notes)
     # The curvature along the boundary is 2, and nu is one.
     saddle = _worst(TrulySaddle(), 1.0, (1.0, 0.0, 0.0))
     assert saddle.residuals["selection"] < 1e-10

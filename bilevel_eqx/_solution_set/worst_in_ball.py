@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
+from .._depends_on import depends_on
 from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
 from .._linalg.trust_region import trust_region, WorstStep
 from .._optimiser.backtracking import backtrack
@@ -150,6 +151,16 @@ def danskin_gradient(
     return tree_axpy(1.0, of_center, tree_axpy(1.0, constraint_x, outer_x))
 
 
+def is_quadratic(here: Picture) -> bool:
+    """Whether S(x) is a plane and F quadratic in y, so that one model is all of F."""
+
+    def product(y):
+        slope = jax.grad(here.problem.outer, argnums=1)
+        return jax.linearize(lambda y: slope(here.x, y), y)[1](jnp.ones_like(y))
+
+    return here.is_plane and not depends_on(product, here.y)
+
+
 class Worst(NamedTuple):
     """A worst point; and the worst value with its kinks rounded off, and its gradient."""
 
@@ -157,6 +168,8 @@ class Worst(NamedTuple):
     value: Scalar
     gradient: PyTree[Array]
     residual: Scalar
+    uphill: Scalar
+    """How steep F still is, along S(x) within the ball."""
 
 
 class _Found(NamedTuple):
@@ -167,6 +180,7 @@ class _Found(NamedTuple):
     multiplier: Scalar
     lift: Scalar
     residual: Scalar
+    uphill: Scalar
 
 
 class _Search(NamedTuple):
@@ -189,13 +203,15 @@ def find_worst(
     max_steps: int,
     rounding: ScalarLike,
 ) -> Worst:
-    """Ascends F along S(x) within the ball, by trust-region steps on quadratic models.
+    """Ascends F along S(x) within the ball, by trust-region steps on quadratic models,
+    from y, which need not be in S(x).
 
     Where S(x) is a plane and F quadratic, one step finds the worst point of all.
-    Elsewhere it is a local one, started from y, which need not be in S(x).
+    Elsewhere it is a local one.
     """
     c = center.picture.y
     plane, linear_solver = center.picture.is_plane, center.picture.linear_solver
+    exact = is_quadratic(center.picture)
     eps = float(jnp.finfo(y.dtype).eps)
     radius = jnp.asarray(radius, y.dtype)
 
@@ -244,23 +260,23 @@ def find_worst(
             lambda: move(here, offset, worst.step, arriving),
         )
         off = vector_norm(picture.gradient)
-        residual = jnp.hypot(off, vector_norm(here.tangential_residual))
-        found = _Found(search.y, here.multiplier, jnp.zeros_like(off), residual)
-        if plane:
+        uphill = vector_norm(here.tangential_residual)
+        residual, none = jnp.hypot(off, uphill), jnp.zeros_like(off)
+        found = _Found(search.y, here.multiplier, none, residual, uphill)
+        if exact:
+            # Elsewhere the model may know of points that are worse in the model alone.
             mixed = search.y + worst.mixture - offset
-            found = _Found(mixed, worst.multiplier, worst.lift, residual)
+            found = _Found(mixed, worst.multiplier, worst.lift, residual, uphill)
         num_steps = search.num_steps + 1
         return _Search(new_y, num_steps, settled, last, found, picture.carried)
 
-    # On a plane the quadratic model knows all of the ball, from wherever it is made.
-    start = c if plane else y
     no, zero = jnp.array(False), jnp.zeros((), y.dtype)
-    found = _Found(c, zero, zero, zero)
-    carry = _Search(start, jnp.array(0), no, no, found, center.picture.carried)
+    found = _Found(c, zero, zero, zero, zero)
+    carry = _Search(y, jnp.array(0), no, no, found, center.picture.carried)
     search = jax.lax.while_loop(lambda search: ~search.done, body, carry)
     found, computed = search.found, center.picture.computed_as(search.computed)
     here = flat_picture(problem, x, search.y, linear_solver, computed=computed)
     value = problem.outer(x, found.y)
     value = value + found.lift.astype(value.dtype)
     gradient = danskin_gradient(here, found.y, center, found.multiplier)
-    return Worst(here, value, gradient, found.residual)
+    return Worst(here, value, gradient, found.residual, found.uphill)
