@@ -11,11 +11,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from .._tree import Layout, nonzero, tree_waves, vector_norm, where
-from .worst_in_ball import danskin_gradient, find_worst, pressure, WorstCase
+from .worst_in_ball import (
+    danskin_gradient,
+    find_worst,
+    gains_from,
+    pressure,
+    WorstCase,
+)
 
 
 MOST_ASCENDED = 64
@@ -42,11 +47,12 @@ def gains_and_gradients(
 
 def _of_points(worst: WorstCase, points: Float[Array, "p n"]):
     here, center = worst.picture, worst.center
+    gain = gains_from(here.problem.outer, here.x, here.y, worst.value)
 
     def at(y):
         slope = jax.grad(here.problem.outer, argnums=1)(here.x, y)
         multiplier = pressure(here, slope, y - center.picture.y, worst.radius)
-        return _gain(worst, y), danskin_gradient(here, y, center, multiplier)
+        return gain(y), danskin_gradient(here, y, center, multiplier)
 
     # One after the other, so that the program contains the derivative once.
     return jax.lax.map(at, points)
@@ -64,6 +70,7 @@ def _of_ascents(worst: WorstCase, terms: Scalar):
     here, center = worst.picture, worst.center
     layout, c = Layout(here.x), center.picture.y
     small = float(jnp.finfo(c.dtype).eps) ** 0.5
+    gain = gains_from(here.problem.outer, here.x, here.y, worst.value)
 
     def ascended(start, max_steps) -> tuple[_Known, Bool[Array, ""]]:
         found = find_worst(
@@ -71,11 +78,14 @@ def _of_ascents(worst: WorstCase, terms: Scalar):
         )
         there = found.picture
         off = vector_norm(there.pinv(there.gradient))
-        beyond = vector_norm(there.y - c) - worst.radius
-        reached = jnp.maximum(off, beyond) <= small * (vector_norm(c) + worst.radius)
+        beyond = jnp.maximum(0, vector_norm(there.y - c) - worst.radius)
+        reached = off <= small * (vector_norm(c) + worst.radius)
+        # A step may end slightly outside of the ball, and what F gains by that is no gain.
+        reached = reached & (beyond <= small**0.5 * worst.radius)
         good = reached & (found.uphill <= small * terms)
+        gained = gain(there.y) - found.multiplier * worst.radius * beyond
         gradient = layout.ravel(found.gradient)
-        return _Known(there.y, _gain(worst, there.y), gradient), good
+        return _Known(there.y, gained, gradient), good
 
     starts = jnp.concatenate([here.y[None], _starts(worst), here.y[None]])
     count = len(starts)
@@ -108,27 +118,6 @@ def _of_ascents(worst: WorstCase, terms: Scalar):
 
 
 _ASCENT_STEPS = 50
-
-
-def _gain(worst: WorstCase, y: Float[Array, " n"]) -> Scalar:
-    """By how much F is larger at y; where rounding hides it, as a large constant in F
-    does, the integral of its slope on the way."""
-    here, way = worst.picture, y - worst.picture.y
-
-    def slope(t):
-        gradient = jax.grad(here.problem.outer, argnums=1)(here.x, here.y + t * way)
-        return jnp.vdot(gradient, way)
-
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    slopes = jax.vmap(slope)(jnp.asarray((1 + nodes) / 2, way.dtype))
-    by_slopes = jnp.vdot(jnp.asarray(weights / 2, way.dtype), slopes)
-    before, after = worst.value, here.problem.outer(here.x, y)
-    gain = (after - before).astype(way.dtype)
-    rounding = jnp.finfo(after.dtype).eps * (jnp.abs(before) + jnp.abs(after))
-    return where(jnp.abs(gain - by_slopes) <= 10 * rounding, by_slopes, gain)
-
-
-_NODES = 16
 
 
 #

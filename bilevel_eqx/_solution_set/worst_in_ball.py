@@ -4,11 +4,13 @@ The ball lies in $S(x)$: around the point $c$ of it nearest to $y_0$, so that it
 empty. With radius zero it would leave the cold start alone.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
 from .._depends_on import depends_on
@@ -151,6 +153,37 @@ def danskin_gradient(
     return tree_axpy(1.0, of_center, tree_axpy(1.0, constraint_x, outer_x))
 
 
+def gains_from(
+    objective: Callable, x: PyTree[Array], y: Float[Array, " n"], value: Scalar
+) -> Callable[[Float[Array, " n"]], Scalar]:
+    """By how much an objective is larger at other points than at y, where it is `value`.
+
+    Where a large constant in the objective drowns the difference, this is the integral of
+    the slope on the way.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    nodes, weights = (jnp.asarray(u, y.dtype) for u in ((1 + nodes) / 2, weights / 2))
+
+    def gain(to):
+        way = to - y
+
+        def slope(t):
+            return jnp.vdot(jax.grad(objective, argnums=1)(x, y + t * way), way)
+
+        by_slopes = jnp.vdot(weights, jax.vmap(slope)(nodes))
+        after = objective(x, to)
+        by_values = (after - value).astype(y.dtype)
+        rounding = jnp.finfo(after.dtype).eps * (jnp.abs(value) + jnp.abs(after))
+        drowned = jnp.abs(by_values - by_slopes) <= 10 * rounding
+        return where(drowned, by_slopes, by_values)
+
+    return gain
+
+
+# Exact for polynomials of degree 31.
+_NODES = 16
+
+
 def is_quadratic(here: Picture) -> bool:
     """Whether S(x) is a plane and F quadratic in y, so that one model is all of F."""
 
@@ -168,6 +201,7 @@ class Worst(NamedTuple):
     value: Scalar
     gradient: PyTree[Array]
     residual: Scalar
+    multiplier: Scalar
     uphill: Scalar
     """How steep F still is, along S(x) within the ball."""
 
@@ -221,11 +255,12 @@ def find_worst(
         # An exact penalty: its weight exceeds the pressure of the ball.
         uphill = S.project(here.slope)
         weight = 2 * vector_norm(uphill)
+        # A gain below this is rounding, and the point no worse.
+        least = 10 * eps * vector_norm(here.slope)
+        gain = gains_from(problem.outer, x, S.y, here.value)
 
-        def cost(y):
-            beyond = jnp.maximum(0, vector_norm(y - c) - radius)
-            value = problem.outer(x, y)
-            return (weight * beyond).astype(value.dtype) - value
+        def penalty(y):
+            return weight * jnp.maximum(0, vector_norm(y - c) - radius)
 
         # The model knows of better points far away, and the path to them may lead down.
         # So the path bends: it begins along the gradient.
@@ -236,9 +271,10 @@ def find_worst(
             t = t.astype(y.dtype)
             step = where(arriving, 0, t**2 * across + t * (1 - t) * climb)
             point, _, _ = restore(S, project_on_ball(S.y + step, c, radius))
-            return point, cost(point), jnp.array(True)
+            lost = penalty(point) - gain(point) + least * vector_norm(point - S.y)
+            return point, lost, jnp.array(True)
 
-        value = cost(S.y)
+        value = penalty(S.y)
         none, any_value = jnp.zeros_like(value), jnp.full_like(value, jnp.inf)
         # Any true improvement will do.
         highest = where(arriving, any_value, value)
@@ -279,4 +315,4 @@ def find_worst(
     value = problem.outer(x, found.y)
     value = value + found.lift.astype(value.dtype)
     gradient = danskin_gradient(here, found.y, center, found.multiplier)
-    return Worst(here, value, gradient, found.residual, found.uphill)
+    return Worst(here, value, gradient, found.residual, found.multiplier, found.uphill)
