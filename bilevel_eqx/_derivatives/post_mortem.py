@@ -160,4 +160,4 @@ _LEAST_JUMP = 1e-2
 
 
 TRAIL = 16
-"""How many steps a trail has; and a solve of four times as many may be asked for one."""
+"""How many steps a trail has."""

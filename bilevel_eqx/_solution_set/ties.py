@@ -80,7 +80,7 @@ def _of_ascents(worst: WorstCase, terms: Scalar):
         off = vector_norm(there.pinv(there.gradient))
         beyond = jnp.maximum(0, vector_norm(there.y - c) - worst.radius)
         reached = off <= small * (vector_norm(c) + worst.radius)
-        # A step may end slightly outside of the ball, and what F gains by that is no gain.
+        # A step may end slightly outside of the ball. What F gains by that is no gain.
         reached = reached & (beyond <= small**0.5 * worst.radius)
         good = reached & (found.uphill <= small * terms)
         gained = gain(there.y) - found.multiplier * worst.radius * beyond
