@@ -7,6 +7,8 @@ that it holds. So annotations and defaults come from the source.
 """
 
 import ast
+import inspect
+import itertools
 from pathlib import Path
 
 import griffe
@@ -16,7 +18,8 @@ _package = "bilevel_eqx"
 
 
 class Signatures(griffe.Extension):
-    """Replaces annotations and defaults of what was inspected by those in the source."""
+    """Replaces annotations, defaults and docstrings of what was inspected by those in the
+    source."""
 
     def __init__(self) -> None:
         root = Path(__file__).parent.parent
@@ -38,6 +41,13 @@ class Signatures(griffe.Extension):
         elif "return" in written:
             func.returns = written["return"][0]
 
+    def on_attribute(self, *, attr: griffe.Attribute, **kwargs) -> None:
+        del kwargs
+        # What was inspected is the docstring of the type of the value.
+        if attr.name in self.written.constants:
+            text = self.written.constants[attr.name]
+            attr.docstring = griffe.Docstring(text, parent=attr)
+
 
 # The annotation and the default of each parameter or field.
 Signature = dict[str, tuple[str | None, str | None]]
@@ -49,6 +59,8 @@ class _Written:
     def __init__(self, root: Path, package: str) -> None:
         self.functions: dict[str, Signature] = {}
         self.classes: dict[str, ast.ClassDef] = {}
+        # The docstring below each constant of a module, by the constant's name.
+        self.constants: dict[str, str] = {}
         for file in sorted((root / package).rglob("*.py")):
             parts = file.relative_to(root).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
@@ -61,6 +73,12 @@ class _Written:
             elif isinstance(node, ast.ClassDef):
                 self.classes[f"{path}.{node.name}"] = node
                 self._read(node, f"{path}.{node.name}")
+
+        for node, below in itertools.pairwise(ast.iter_child_nodes(tree)):
+            if isinstance(node, ast.Assign) and isinstance(below, ast.Expr):
+                if isinstance(below.value, ast.Constant):
+                    name = ast.unparse(node.targets[0])
+                    self.constants[name] = inspect.cleandoc(below.value.value)
 
     def of(self, path: str) -> Signature:
         """That of the function at `path`, or the fields that it is made from."""

@@ -75,20 +75,20 @@ def run(quick):
     step = blx.Unrolled(optax.adam(0.02), 1)
     batches = {"inner_batch": 64, "outer_batch": 64}
     pipeline = blx.GradientPipeline(step, optax.adam(0.03), inner_update=step, **batches)
+    searching, retrain = (100, 100) if quick else (600, 300)  # the numbers of steps
 
     def search(price):
         problem = Search(train, held_out, jnp.array(price))
-        concept, num_steps = blx.WarmStart(), 100 if quick else 600
         x0, y0 = jnp.zeros((LAYERS, len(OPERATIONS))), initial_weights(jr.key(0))
-        how = {"pipeline": pipeline, "num_steps": num_steps, "certify": False}
-        return np.argmax(blx.solve(problem, concept, x0, y0, **how).x, axis=1)
+        how = {"pipeline": pipeline, "num_steps": searching, "certify": False}
+        return np.argmax(blx.solve(problem, blx.WarmStart(), x0, y0, **how).x, axis=1)
 
     @jax.jit
     def accuracy(mix):  # trained from scratch, with one operation at each layer
-        adam = optax.adam(optax.cosine_decay_schedule(0.03, 300))
-        training, y0 = blx.Unrolled(adam, 300, batch_size=64), initial_weights(jr.key(1))
+        adam = optax.adam(optax.cosine_decay_schedule(0.03, retrain))
+        training = blx.Unrolled(adam, retrain, batch_size=64)
         free = Search(train, unseen, jnp.array(0.0))
-        y = blx.best_response(free, 50.0 * mix, y0, training)
+        y = blx.best_response(free, 50.0 * mix, initial_weights(jr.key(1)), training)
         predicted = jnp.argmax(network(mix, y, unseen[0]), axis=1)
         return jnp.mean(predicted == unseen[1])
 

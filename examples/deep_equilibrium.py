@@ -85,25 +85,25 @@ def run(quick):
         return ravel_pytree(program(solution.x))[0], memory / 1e6
 
     exactly = optx.FixedPointIteration(rtol=1e-7, atol=1e-7)
-    steps = blx.Unrolled(optax.sgd(1.0), 100, mode="reverse")
     counts = (1, 20) if quick else (1, 2, 5, 10, 15, 20, 25, 30)
     terms = [gradient(blx.Implicit(exactly, blx.Neumann(k, 1.0))) for k in counts]
-    through_steps, memory_of_steps = gradient(steps)
-    size = jnp.linalg.norm(through_steps)
+    steps, memory_of_steps = gradient(blx.Unrolled(optax.sgd(1.0), 100, mode="reverse"))
+    size = jnp.linalg.norm(steps)
+    errors = [jnp.linalg.norm(g - steps) / size for g, _ in terms]
     return {
         "loss": solution.value,
         "accuracy, unseen": jnp.mean(predicted == unseen.labels),
         "megabytes, fixed point": terms[-1][1],
         "megabytes, 100 steps": memory_of_steps,
-        "counts": counts,
-        "errors": [jnp.linalg.norm(g - through_steps) / size for g, _ in terms],
+        "error of the gradient, most terms": errors[-1],
+        "errors": (counts, errors),
         "losses": solution.history["value"],
     }
 
 
 def check(results):
     assert results["accuracy, unseen"] > 0.85
-    assert results["errors"][-1] < 1e-3
+    assert results["error of the gradient, most terms"] < 1e-3
     assert results["megabytes, fixed point"] < 0.2 * results["megabytes, 100 steps"]
 
 
@@ -111,7 +111,7 @@ def draw(results):
     figure, axes = plt.subplots(1, 2, figsize=(6, 2.2), layout="constrained")
     axes[0].plot(results["losses"], color=plot.CLASS_COLOURS[1])
     axes[0].set(xlabel="outer step", ylabel="loss", yscale="log")
-    axes[1].plot(results["counts"], results["errors"], "o-", color=plot.CLASS_COLOURS[2])
+    axes[1].plot(*results["errors"], "o-", color=plot.CLASS_COLOURS[2])
     axes[1].set(xlabel="terms", ylabel="error of the gradient", yscale="log")
     return figure
 

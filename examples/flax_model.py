@@ -112,7 +112,7 @@ def draw(results):
     axes[0].plot(results["losses"], color=plot.CLASS_COLOURS[1])
     axes[0].set(xlabel="outer step", ylabel="held-out loss", yscale="log")
     axes[1].plot(results["decays"], "o-", color=plot.CLASS_COLOURS[2])
-    axes[1].set(xlabel="call of `solve`", ylabel="weight decay", yscale="log")
+    axes[1].set(xlabel="call of solve", ylabel="weight decay", yscale="log")
     return figure
 
 

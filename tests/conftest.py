@@ -8,6 +8,11 @@ import jaxlib
 import pytest
 
 
+# JAX decomposes matrices by SciPy's OpenBLAS, whose threads wait for each other in loops
+# that keep the processors busy. With as many threads as processors and two tests at a
+# time, a decomposition took up to ten times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Nearly all of the time of the tests goes into compiling programs that run once, for
 # milliseconds. These two halve it: XLA's older code generator for fused loops, and no
 # splitting of a program into 32 parts to compile in parallel, since pytest-xdist keeps

@@ -198,3 +198,5 @@ def test_signatures_are_as_written(monkeypatch):
     assert solve["num_steps"] == ("int", None)
     assert solve["throw"] == ("bool", "True")
     assert solve["return"] == ("Solution[X, Y]", None)
+    # And the text of a constant is its own, and not that of `tuple`.
+    assert written.constants["CLASS_COLOURS"] == "One colour for each class."

@@ -220,9 +220,9 @@ class Diagnosis:
             else ""
         )
         return [
-            f"The inner objective is a sum of {squares}, stated plainly. Stated as "
-            "`LeastSquaresProblem(outer, residual)`, it is solved with by the Jacobian "
-            "of the residual. Where the residual is small, or linear in y, the condition "
+            f"The inner objective is a sum of {squares}, stated plainly. If it is stated "
+            "as `LeastSquaresProblem(outer, residual)`, solvers work on the Jacobian of "
+            "the residual. Where the residual is small, or linear in y, the condition "
             f"number of that is the square root of the one of H{gain}."
         ]
 

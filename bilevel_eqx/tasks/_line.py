@@ -13,8 +13,9 @@ class MovingDatapoint(AbstractLeastSquaresProblem[Array, Array]):
     The outer variable $x$ is the position of the datapoint on the line, and the inner
     variables $w$ are the weights,
 
-    $$(\varphi, t)(x) = \text{origin} + x \cdot \text{direction}, \qquad
-    F(x, w) = \tfrac{1}{2 v} \|\Phi_v w - t_v\|^2, \qquad
+    $$(\varphi, t)(x) = \text{origin} + x \cdot \text{direction},$$
+
+    $$F(x, w) = \tfrac{1}{2 v} \|\Phi_v w - t_v\|^2, \qquad
     f(x, w) = \tfrac12 (\varphi(x)^\top w - t(x))^2.$$
 
     One datapoint is one equation for all weights: $S(x)$ is a hyperplane with the normal
