@@ -529,6 +529,25 @@ def test_a_diverging_inner_solve(step_size, tolerance):
             blx.hypergradient(_curved, _x, 3 * _x, steep)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimiser, diverges",
+    (
+        (optax.sgd(1.1), True),
+        (optax.sgd(2.0), True),
+        (optax.sgd(0.5, momentum=0.95), False),
+        (optax.sgd(3.0, momentum=0.5), True),
+        (optax.sgd(0.99), False),
+        (optax.adam(0.5), False),
+    ),
+)
+def test_unrolled_steps_that_diverge(optimiser, diverges):
+    response = blx.Unrolled(optimiser, 64)
+    out = blx.hypergradient(_bowl, _x, 3 * _x, response, throw=False)
+    expected = blx.RESULTS.inner_diverged if diverges else blx.RESULTS.successful
+    assert out.result == expected
+
+
 def test_descent_that_does_not_diverge():
     problem = blx.BilevelProblem(_curved.outer, lambda x, y: 1e6 + jnp.sum((y - x) ** 2))
     # From the minimum, where rounding decides which value is larger; and in one step.

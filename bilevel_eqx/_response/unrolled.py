@@ -88,7 +88,8 @@ class Unrolled(AbstractResponse):
         [`bilevel_eqx.hypergradient`][] finds that out (`RESULTS.at_kink`) by 16 more
         steps, if there are at least 64 and no batches. [`bilevel_eqx.solve`][] takes them
         once, at its end, however few steps there are, and says it in a note of the
-        certificate. [`bilevel_eqx.best_response`][] does not look for kinks.
+        certificate. [`bilevel_eqx.best_response`][] does not look for kinks. By the same
+        steps `hypergradient` finds out that a solve diverges.
 
     !!! warning "Adam"
 
