@@ -13,7 +13,13 @@ from ._compat import looping
 from ._custom_types import typechecked, X, Y
 from ._depends_on import depends_on
 from ._derivatives.first import inner_gradient, outer_gradients
-from ._derivatives.post_mortem import kink_met, post_mortem, rests_at_kink
+from ._derivatives.post_mortem import (
+    kink_met,
+    post_mortem,
+    rests_at_kink,
+    runs_off,
+    TRAIL,
+)
 from ._failure.results import figures_of, finite_or_not, first_failure, RESULTS
 from ._failure.throw import throw_if_failed
 from ._mesh import on_auto_axes
@@ -99,11 +105,15 @@ def _hypergradient(
     check_problem(problem, x, anchor)
     out, state, _ = answered(problem, x, anchor, response)
     result = first_failure(out.result, finite_or_not(out.y))
-    trail = response.trail(problem, x, out.y, state)
+    # Of that many steps, the further ones are a small part.
+    trail = response.trail(problem, x, out.y, state, least=4 * TRAIL)
     if trail is not None:
-        at_kink = rests_at_kink(problem, x, trail)
-        failure = RESULTS.where(at_kink, RESULTS.at_kink, RESULTS.successful)
-        result = first_failure(result, failure)
+        for found, name in (
+            (runs_off(problem, x, trail), RESULTS.inner_diverged),
+            (rests_at_kink(problem, x, trail), RESULTS.at_kink),
+        ):
+            failure = RESULTS.where(found, name, RESULTS.successful)
+            result = first_failure(result, failure)
     reaches = reaches_outer(problem, x, anchor, response)
     if not reaches:
         result = first_failure(result, RESULTS.zero_hypergradient)
@@ -219,8 +229,9 @@ def best_response(
 
     The inner variables, a pytree like `anchor`.
 
-    **Raises:** as [`bilevel_eqx.hypergradient`][]. The linear solves of a derivative
-    always raise if they fail: a derivative cannot return their result.
+    **Raises:** as [`bilevel_eqx.hypergradient`][], but for kinks: steps that go to and
+    fro across one (`RESULTS.at_kink`) are not looked for here. The linear solves of a
+    derivative always raise if they fail: a derivative cannot return their result.
     """
     y, result = _best_response(problem, x, anchor, response)
     if throw:

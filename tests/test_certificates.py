@@ -690,7 +690,7 @@ def test_a_point_that_is_not_the_worst():
     first_order = ("inner", "ball", "selection", "curvature", "outer")
     assert all(cubic.residuals[name] < 1e-10 for name in first_order)
     assert cubic.residuals["others"] > 0.01
-    assert any("local" in note for note in cubic.notes)
+    assert any("six ascents of F" in note for note in cubic.notes)
     # The curvature along the boundary is 2, and nu is one.
     saddle = _worst(TrulySaddle(), 1.0, (1.0, 0.0, 0.0))
     assert saddle.residuals["selection"] < 1e-10
@@ -727,6 +727,114 @@ def test_ties(y):
     # Off the kink, and where the gradients lie around another point.
     assert _worst(Distance(a, b), 1.0, y, x=a + 0.01).largest > 1e-3
     assert _worst(Distance(a, a + 1.2), 1.0, y, x=a).residuals["outer"] > 1e-2
+
+
+class OnSphere(blx.AbstractLeastSquaresProblem):
+    """The last entry of x is the logarithm of the radius r of the sphere S(x), u is the
+    rest of x, and F = |u - y - a|^2 / 2 + |u - b|^2 / 2 - s log r."""
+
+    a: Array
+    b: Array
+    s: Array
+
+    def inner_residual(self, x, y):
+        return jnp.sum(y**2) - jnp.exp(2 * x[-1])
+
+    def outer(self, x, y):
+        near = 0.5 * jnp.sum((x[:-1] - y - self.a) ** 2)
+        return near + 0.5 * jnp.sum((x[:-1] - self.b) ** 2) - self.s * x[-1]
+
+
+def _tied_on_sphere(dimension, radius):
+    """A problem, x, and how far along the axis and from it the worst points are.
+
+    With the center of the ball on the first axis, they are on its boundary: at a distance
+    R from (r, 0, ...), and so at h = r - R^2 / (2 r) along the axis and d from it, with
+    h^2 + d^2 = r^2. They are tied where u and a differ along the axis alone. Zero lies
+    between the gradients there if u_0 = (a_0 + b_0 + h) / 2, if a and b differ by less
+    than d across the axis, and if s is the derivative of the rest in log r.
+    """
+    a = np.array([0.3, -0.2, 0.4])[:dimension]
+    b = np.array([2.5, 0.1, 0.2])[:dimension]
+    r = np.exp(0.2)
+    along = r - radius**2 / (2 * r)
+    across = np.sqrt(r**2 - along**2)
+    u = np.append((a[0] + b[0] + along) / 2, a[1:])
+    # F there has the term (u_0 - a_0 - h)^2 / 2 + d^2 / 2.
+    change = r + radius**2 / (2 * r)
+    s = -(u[0] - a[0] - along) * change + r**2 - along * change
+    x = jnp.asarray(np.append(u, np.log(r)))
+    return OnSphere(*map(jnp.asarray, (a, b, s))), x, along, across
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dimension", (2, 3))
+def test_ties_on_a_curved_set(dimension):
+    """Two points on a circle, and a circle on a sphere."""
+    radius = 0.8
+    problem, x, along, across = _tied_on_sphere(dimension, radius)
+    y0 = jnp.asarray([1.4, 0.0, 0.0][:dimension])
+    equilibrium = blx.Pessimistic(radius)
+
+    def residuals(problem, x, y):
+        return blx.certify(problem, equilibrium, x, y, y0=y0).residuals
+
+    angles = (0.0, np.pi) if dimension == 2 else (0.0, 1.0, 2.5)
+    for angle in angles:
+        way = np.array([np.cos(angle), np.sin(angle)])[: dimension - 1]
+        y = jnp.asarray(np.append(along, across * way))
+        assert max(residuals(problem, x, y).values()) < 1e-8
+        # One per cent off the tie, along it, and in all entries of x.
+        for move in (*np.eye(dimension + 1)[:2], np.ones(dimension + 1)):
+            off = 0.01 * jnp.linalg.norm(x) * move
+            assert max(residuals(problem, x + off, y).values()) > 1e-4
+        # Zero does not lie between the gradients.
+        far = dataclasses.replace(problem, b=problem.b.at[1].add(3.0))
+        assert residuals(far, x, y)["outer"] > 0.1
+    # The nearest of the boundary is stationary, and not the worst.
+    least = jnp.zeros(dimension).at[0].set(jnp.exp(x[-1]))
+    out = residuals(problem, x, least)
+    assert out["selection"] < 1e-8 and out["curvature"] > 0.1 and out["others"] > 1e-3
+
+
+def test_other_worst_points_beyond_the_size_that_is_searched():
+    large = OnSphere(jnp.zeros(80), jnp.zeros(80), jnp.ones(()))
+    x, y = jnp.zeros(81), jnp.zeros(80).at[0].set(1.0)
+    shape = eqx.filter_eval_shape(
+        lambda x, y: blx.certify(large, blx.Pessimistic(0.8), x, y, y0=y), x, y
+    )
+    assert any("other worst y are not looked for" in n for n in shape.notes)
+
+
+class Bumps(eqx.Module):
+    """Not quadratic, and worst at points that are not each other's images."""
+
+    c: Array
+    d: Array
+
+    def __call__(self, x, y):
+        bumps = jnp.exp(0.7 * y[0]) + jnp.sin(y[1]) * y[0] + 0.1 * y[0] ** 3
+        return self.c * (0.5 * jnp.sum((x - 0.3) ** 2) + x[0] * y[0] + bumps) + self.d
+
+
+@pytest.mark.slow
+def test_factors_and_constants_where_f_is_not_quadratic():
+    y0, equilibrium = jnp.zeros(3), blx.Pessimistic(1.5)
+
+    @eqx.filter_jit
+    def residuals(c, d, x, y):
+        bumps = Bumps(jnp.asarray(c), jnp.asarray(d))
+        problem = OnPlane((bumps,), jnp.ones(1))
+        return blx.certify(problem, equilibrium, x, y, y0=y0).residuals
+
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        x, y = jnp.asarray(rng.normal(size=2)), jnp.asarray(rng.normal(size=3))
+        plain = residuals(1.0, 0.0, x, y)
+        # The last constants leave the values of F no digits.
+        for c, d in ((1e-8, 0.0), (1e8, 0.0), (1e-8, 1.0), (1e-8, 1e6)):
+            for name, value in residuals(c, d, x, y).items():
+                assert np.allclose(value, plain[name], rtol=1e-6, atol=1e-10), name
 
 
 def test_the_hard_case():

@@ -426,3 +426,25 @@ def test_eigenvalues_within_a_subspace(n, rank):
     assert np.min(values) >= min(expected, default=0) - 1e-9
     assert np.max(values) <= max(expected, default=0) + 1e-9
     assert np.max(np.abs(vectors[rank:]), initial=0) < 1e-7
+
+
+def test_the_worst_of_an_outer_objective_that_is_not_quadratic():
+    """The quadratic model at the worst point knows of another that is worse in the model
+    alone: F is 4.8 at 2 and 3.2 at -2, and the model at 2 says 9.6 of -2."""
+    problem = blx.BilevelProblem(
+        lambda x, y: 0.5 * x[0] ** 2 + x[0] * y[0] + y[0] ** 2 + 0.1 * y[0] ** 3,
+        lambda x, y: 0.5 * y[1] ** 2 + 0 * x[0],
+    )
+    pipeline = blx.pipelines.NullSpaceAscent()
+
+    @jax.jit
+    def select(x, y):
+        out = pipeline.select(problem, blx.Pessimistic(2.0), x, y, jnp.zeros(2))
+        return out.y, out.value, out.gradient
+
+    for x in (0.0, 0.3, 0.5):
+        for start in (2.0, -2.0, 0.1):
+            y, value, gradient = select(jnp.array([x]), jnp.array([start, 0.0]))
+            assert tree_allclose(y, jnp.array([2.0, 0.0]), rtol=1e-10)
+            assert float(value) == pytest.approx(0.5 * x**2 + 2 * x + 4.8)
+            assert float(gradient[0]) == pytest.approx(x + 2)

@@ -154,10 +154,25 @@ def rests_at_kink(
     return jax.lax.cond(nowhere, jumps, lambda: jnp.array(False))
 
 
+def runs_off(
+    problem: AbstractBilevelProblem, x: PyTree[Array], trail: PyTree[Array]
+) -> Bool[Array, ""]:
+    """Whether the next steps of an inner solve become longer and lead uphill. Those of a
+    solve that oscillates, or that leaves a saddle, do not do both."""
+    layout = Layout(jtu.tree_map(lambda u: u[0], trail))
+    points = jax.vmap(layout.ravel)(trail)
+    lengths = jnp.sqrt(jnp.sum(jnp.diff(points, axis=0) ** 2, axis=1))
+    first, last = (problem.inner(x, layout.unravel(points[i])) for i in (0, -1))
+    eps = float(jnp.finfo(points.dtype).eps)
+    moves = lengths[-1] > eps**0.5 * vector_norm(points[-1])
+    grows = jnp.all(lengths[1:] > lengths[:-1]) & (lengths[-1] > 2 * lengths[0])
+    return moves & grows & (last > first)
+
+
 # Of the change of the gradient over a step: where many kinks are crossed at once, one of
 # them has a part of it. A smooth gradient changes by rounding.
 _LEAST_JUMP = 1e-2
 
 
 TRAIL = 16
-"""How many steps a trail has; and a solve of four times as many may be asked for one."""
+"""How many steps a trail has."""

@@ -10,7 +10,6 @@ from jaxtyping import Array, PyTree, ScalarLike
 
 from .._arguments import as_rate, check_positive
 from .._compat import is_traced
-from .._depends_on import depends_on
 from .._derivatives.first import outer_gradients
 from .._inner_solver.minimum import minimise_inner
 from .._inner_solver.projection import Projection
@@ -21,11 +20,16 @@ from .._problem.constraints import set_x
 from .._problem.flat import flat
 from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.nearest import nearest_to
-from .._solution_set.picture import picture
+from .._solution_set.picture import Picture, picture
 from .._solution_set.selected_value import second_derivative, Sphere
-from .._solution_set.ties import gains_and_gradients
+from .._solution_set.ties import gains_and_gradients, MOST_ASCENDED
 from .._solution_set.worst_by_penalty import penalised_worst
-from .._solution_set.worst_in_ball import pressure, worst_case, WorstCase
+from .._solution_set.worst_in_ball import (
+    is_quadratic,
+    pressure,
+    worst_case,
+    WorstCase,
+)
 from .._tree import (
     Layout,
     nonzero,
@@ -81,8 +85,10 @@ class Pessimistic(AbstractEquilibrium):
     It is also called weak Stackelberg equilibrium. At some x two points may be equally
     bad. The worst value then has a kink, and stationary means that zero lies between the
     gradients at these points. The certificate knows all of them where S(x) is a plane and
-    F quadratic in y. For other F it tries mirror images of y; where S(x) is curved, it
-    knows y alone, and says so.
+    F quadratic in y. Elsewhere it ascends F from six other points of the ball, among
+    them mirror images of y, and knows those that it finds. That is for up to 64 inner
+    variables. For more it tries mirror images where S(x) is a plane, and knows y alone
+    where it is curved. A note says which.
 
     With the multiplier $\nu \ge 0$ of the ball, the second-order condition is
     $P (W - \nu I) P \preceq 0$ if S(x) is a plane and F quadratic, where it is that of
@@ -173,12 +179,10 @@ class Pessimistic(AbstractEquilibrium):
         distance = vector_norm(worst.displacement)
         slack = worst.multiplier * (worst.radius - distance)
         selection = jnp.hypot(vector_norm(worst.tangential_residual), slack)
-        quadratic = here.is_plane and not _depends_on_y(here.problem.outer, x, y)
+        quadratic = is_quadratic(here)
         notes = [*at.notes, NOT_A_MINIMUM]
         if not quadratic:
-            notes.append("F is not quadratic along S(x): the worst y is a local one")
-        if not here.is_plane:
-            notes.append("S(x) is curved: other y that are as bad are not looked for")
+            notes.append(f"F is not quadratic along S(x): {_nearby(here)}")
         return Certificate(
             "a pessimistic equilibrium",
             {
@@ -197,7 +201,7 @@ class Pessimistic(AbstractEquilibrium):
                     if quadratic
                     else "the same to second order, along S(x) within the ball",
                 ),
-                **_against_mirror_images(worst, at),
+                **_against_others(worst, at, quadratic),
             },
             accuracy=at.accuracy,
             decisions=at.decisions,
@@ -205,17 +209,18 @@ class Pessimistic(AbstractEquilibrium):
         )
 
 
-def _depends_on_y(objective, x, y) -> bool:
-    """Whether the Hessian of an objective in y depends on y."""
+def _nearby(here: Picture) -> str:
+    """What is known of the worst points, if it is not all."""
+    if here.y.size <= MOST_ASCENDED:
+        return "of other worst y, those count that six ascents of F have found"
+    if here.is_plane:
+        return "of other worst y, mirror images alone are tried"
+    return (
+        f"y has more than {MOST_ASCENDED} entries, and other worst y are not looked for"
+    )
 
-    def product(y):
-        slope = jax.grad(objective, argnums=1)
-        return jax.linearize(lambda y: slope(x, y), y)[1](jnp.ones_like(y))
 
-    return depends_on(product, y)
-
-
-def _against_mirror_images(worst: WorstCase, at: Measures) -> dict:
+def _against_others(worst: WorstCase, at: Measures, quadratic: bool) -> dict:
     """The entries on x, and on F, at y and at other points that may be as bad.
 
     The gradients at points where F is smaller count with a penalty. So the entry on x is
@@ -223,7 +228,7 @@ def _against_mirror_images(worst: WorstCase, at: Measures) -> dict:
     """
     here, problem = worst.picture, worst.picture.problem
     layout = Layout(here.x)
-    gains, gradients = gains_and_gradients(worst)
+    gains, gradients = gains_and_gradients(worst, at.outer.terms_y, quadratic)
     rows = jax.vmap(layout.ravel)(gradients)
     terms = at.terms + vector_norm(rows[0] - layout.ravel(at.outer.x))
 
@@ -238,7 +243,7 @@ def _against_mirror_images(worst: WorstCase, at: Measures) -> dict:
     return {
         "others": (
             share(jnp.maximum(0, jnp.max(gains)), variation),
-            "no mirror image of y in the ball has a larger F",
+            "no other point of the ball that was tried has a larger F",
         ),
         "outer": (value + weights @ penalties.astype(value.dtype), what),
     }

@@ -56,7 +56,9 @@ def _message(message: str, figures: dict[str, Any]) -> str:
     """The message; or that of the cause, if there is another one."""
     if not any(_is(message, name) for name in _BLAMED):
         return message
-    if not all(figures.get(part, True) for part in ("value", *_MORE_PARTS)):
+    # The solution of a linear solve is no cause: it is what the solver failed to find.
+    causes = {"value", *_MORE_PARTS} - {"solution"}
+    if not all(figures.get(part, True) for part in causes):
         return RESULTS[RESULTS.nonfinite_step]
     if _is(message, "inner_not_converged") and figures.get("kink", 0) > _JUMP:
         return RESULTS[RESULTS.at_kink]

@@ -112,6 +112,7 @@ def explain(solver: lx.AbstractLinearSolver, result: lx.RESULTS) -> RESULTS:
     ours = RESULTS.where(
         result == lx.RESULTS.breakdown, getattr(RESULTS, breakdown), ours
     )
-    for name in (lx.RESULTS.max_steps_reached, lx.RESULTS.stagnation):
+    theirs = lx.RESULTS
+    for name in (theirs.max_steps_reached, theirs.stagnation, theirs.singular):
         ours = RESULTS.where(result == name, RESULTS.linear_not_converged, ours)
     return ours

@@ -34,6 +34,16 @@ class AbstractPipeline(eqx.Module, Generic[State]):
     """Whether the problem may be on other mini-batches in each step: whether nothing is
     compared across steps, so that `solve(batches=...)` can give them."""
 
+    def trail(
+        self,
+        problem: AbstractBilevelProblem,
+        equilibrium: AbstractEquilibrium,
+        state: State,
+    ) -> PyTree | None:
+        """The points where the next few inner steps that it differentiates would lead,
+        with a leading axis; or `None`. At its end `solve` looks for a kink there."""
+        del problem, equilibrium, state
+
     @abc.abstractmethod
     def init(
         self,

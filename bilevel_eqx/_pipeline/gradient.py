@@ -247,6 +247,19 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         }
         return state, with_noise(metrics, state.noise)
 
+    def trail(self, problem, equilibrium, state):
+        """Where all data are used: batches go to and fro in any case."""
+        if state.count is not None:
+            return None
+        own = state.inner_state if self._looks_ahead else state.guess
+        return self.response.trail(problem, state.x, state.y, own)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether the response goes on from the state of what moves y."""
+        update = self.inner_update
+        return update is None or _same_optimiser(update, self.response)
+
     @property
     def _mover(self) -> AbstractResponse:
         """What moves y."""
@@ -279,10 +292,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         if self.inner_update is not None:
             y, carried, verdict, slope = self._updated(problem, equilibrium, state, x)
         anchor = y if equilibrium.warm else state.y0
-        looks_ahead = self.inner_update is None or _same_optimiser(
-            self.inner_update, self.response
-        )
-        own = carried if looks_ahead else state.guess
+        own = carried if self._looks_ahead else state.guess
         out, inner_state, own_slope = answered(problem, x, anchor, self.response, own)
         guess = inner_state if self._has_guess else None
         if self.inner_update is None:

@@ -246,10 +246,12 @@ class NullSpaceAscent(_AbstractValueDescent):
         )
         center, layout, result, stats = nearest.nearest(problem, x, y0)
         anchor = layout.ravel(y0)
+        # On a plane the center knows all of the ball.
+        start = center.picture.y if center.picture.is_plane else layout.ravel(y)
         worst = find_worst(
             center.picture.problem,
             x,
-            layout.ravel(y),
+            start,
             center,
             equilibrium.radius,
             self.selection_steps,

@@ -126,12 +126,18 @@ class AbstractResponse(eqx.Module):
         """
 
     def trail(
-        self, problem: AbstractBilevelProblem, x: PyTree, y: PyTree, state: Any
+        self,
+        problem: AbstractBilevelProblem,
+        x: PyTree,
+        y: PyTree,
+        state: Any,
+        *,
+        least: int = 0,
     ) -> PyTree | None:
         """The points where its next few inner steps from y would lead, with a leading
-        axis; or `None`, if these are not little beside the steps that it took, or if it
-        makes sure in another way that y is where it should be."""
-        del problem, x, y, state
+        axis; or `None`, if it takes fewer than `least` steps itself, or if it makes sure
+        in another way that y is where it should be."""
+        del problem, x, y, state, least
         return None
 
     @abc.abstractmethod

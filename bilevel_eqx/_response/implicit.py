@@ -164,11 +164,11 @@ class Implicit(AbstractResponse):
     def reaches(self, problem, x, anchor):
         return depends_on(lambda x: inner_gradient(problem, x, anchor), x)
 
-    def trail(self, problem, x, y, state):
+    def trail(self, problem, x, y, state, *, least=0):
         """Where y is not judged, and the solver takes steps of a known size."""
         size = getattr(self.solver, "step_size", None)
         count = getattr(self.solver, "num_steps", 0)
-        known = size is not None and isinstance(count, int) and count >= 4 * TRAIL
+        known = size is not None and isinstance(count, int) and count >= least
         is_root = isinstance(problem, AbstractRootProblem)
         if self.tolerance is not None or not known or is_root:
             return None
@@ -272,7 +272,8 @@ Implicit.__init__.__doc__ = """**Arguments:**
     also one at a kink of f (an L1 norm, a hinge, a ReLU at zero). There is no Hessian
     there, and the hypergradient means nothing. `hypergradient` finds that out
     (`RESULTS.at_kink`) if the solver takes at least 64 steps of a known size, as
-    [`bilevel_eqx.GradientDescent`][] does, also under `jax.jit`; for other solvers
+    [`bilevel_eqx.GradientDescent`][] does, also under `jax.jit`, and `solve` at its end
+    says it in a note of the certificate; for other solvers
     [`bilevel_eqx.check_hypergradient`][] does. A failure by a `tolerance` at a kink is
     named as one, but under `jax.jit` the error only mentions kinks as a possible reason.
 - `max_steps`: the largest number of steps of the inner solver. `None` sets no bound.

@@ -86,7 +86,10 @@ class Unrolled(AbstractResponse):
         Where steps go to and fro across a kink of f (an L1 norm, a hinge), their
         derivative depends on the side on which the last one ends, and is wrong.
         [`bilevel_eqx.hypergradient`][] finds that out (`RESULTS.at_kink`) by 16 more
-        steps, if there are at least 64 and no batches. `solve` does not look for it.
+        steps, if there are at least 64 and no batches. [`bilevel_eqx.solve`][] takes them
+        once, at its end, however few steps there are, and says it in a note of the
+        certificate. [`bilevel_eqx.best_response`][] does not look for kinks. By the same
+        steps `hypergradient` finds out that a solve diverges.
 
     !!! warning "Adam"
 
@@ -180,10 +183,10 @@ class Unrolled(AbstractResponse):
 
         return depends_on(gradient, x)
 
-    def trail(self, problem, x, y, state):
+    def trail(self, problem, x, y, state, *, least=0):
         """At a minimum of something smooth they stay where they are."""
         known = isinstance(self.num_steps, int) and not is_traced(self.num_steps)
-        few = not known or self.num_steps < 4 * TRAIL
+        few = not known or self.num_steps < least
         if few or self.batch_size is not None or isinstance(problem, AbstractRootProblem):
             return None
         begin, step = self._steps(problem, y, state)

@@ -4,13 +4,16 @@ The ball lies in $S(x)$: around the point $c$ of it nearest to $y_0$, so that it
 empty. With radius zero it would leave the cold start alone.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, ScalarLike
 
+from .._depends_on import depends_on
 from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
 from .._linalg.trust_region import trust_region, WorstStep
 from .._optimiser.backtracking import backtrack
@@ -150,6 +153,47 @@ def danskin_gradient(
     return tree_axpy(1.0, of_center, tree_axpy(1.0, constraint_x, outer_x))
 
 
+def gains_from(
+    objective: Callable, x: PyTree[Array], y: Float[Array, " n"], value: Scalar
+) -> Callable[[Float[Array, " n"]], Scalar]:
+    """By how much an objective is larger at other points than at y, where it is `value`.
+
+    Where a large constant in the objective drowns the difference, this is the integral of
+    the slope on the way.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    nodes, weights = (jnp.asarray(u, y.dtype) for u in ((1 + nodes) / 2, weights / 2))
+
+    def gain(to):
+        way = to - y
+
+        def slope(t):
+            return jnp.vdot(jax.grad(objective, argnums=1)(x, y + t * way), way)
+
+        by_slopes = jnp.vdot(weights, jax.vmap(slope)(nodes))
+        after = objective(x, to)
+        by_values = (after - value).astype(y.dtype)
+        rounding = jnp.finfo(after.dtype).eps * (jnp.abs(value) + jnp.abs(after))
+        drowned = jnp.abs(by_values - by_slopes) <= 10 * rounding
+        return where(drowned, by_slopes, by_values)
+
+    return gain
+
+
+# Exact for polynomials of degree 31.
+_NODES = 16
+
+
+def is_quadratic(here: Picture) -> bool:
+    """Whether S(x) is a plane and F quadratic in y, so that one model is all of F."""
+
+    def product(y):
+        slope = jax.grad(here.problem.outer, argnums=1)
+        return jax.linearize(lambda y: slope(here.x, y), y)[1](jnp.ones_like(y))
+
+    return here.is_plane and not depends_on(product, here.y)
+
+
 class Worst(NamedTuple):
     """A worst point; and the worst value with its kinks rounded off, and its gradient."""
 
@@ -157,6 +201,9 @@ class Worst(NamedTuple):
     value: Scalar
     gradient: PyTree[Array]
     residual: Scalar
+    multiplier: Scalar
+    uphill: Scalar
+    """How steep F still is, along S(x) within the ball."""
 
 
 class _Found(NamedTuple):
@@ -167,6 +214,7 @@ class _Found(NamedTuple):
     multiplier: Scalar
     lift: Scalar
     residual: Scalar
+    uphill: Scalar
 
 
 class _Search(NamedTuple):
@@ -189,13 +237,15 @@ def find_worst(
     max_steps: int,
     rounding: ScalarLike,
 ) -> Worst:
-    """Ascends F along S(x) within the ball, by trust-region steps on quadratic models.
+    """Ascends F along S(x) within the ball, by trust-region steps on quadratic models,
+    from y, which need not be in S(x).
 
     Where S(x) is a plane and F quadratic, one step finds the worst point of all.
-    Elsewhere it is a local one, started from y, which need not be in S(x).
+    Elsewhere it is a local one.
     """
     c = center.picture.y
     plane, linear_solver = center.picture.is_plane, center.picture.linear_solver
+    exact = is_quadratic(center.picture)
     eps = float(jnp.finfo(y.dtype).eps)
     radius = jnp.asarray(radius, y.dtype)
 
@@ -205,11 +255,12 @@ def find_worst(
         # An exact penalty: its weight exceeds the pressure of the ball.
         uphill = S.project(here.slope)
         weight = 2 * vector_norm(uphill)
+        # A gain below this is rounding, and the point no worse.
+        least = 10 * eps * vector_norm(here.slope)
+        gain = gains_from(problem.outer, x, S.y, here.value)
 
-        def cost(y):
-            beyond = jnp.maximum(0, vector_norm(y - c) - radius)
-            value = problem.outer(x, y)
-            return (weight * beyond).astype(value.dtype) - value
+        def penalty(y):
+            return weight * jnp.maximum(0, vector_norm(y - c) - radius)
 
         # The model knows of better points far away, and the path to them may lead down.
         # So the path bends: it begins along the gradient.
@@ -220,9 +271,10 @@ def find_worst(
             t = t.astype(y.dtype)
             step = where(arriving, 0, t**2 * across + t * (1 - t) * climb)
             point, _, _ = restore(S, project_on_ball(S.y + step, c, radius))
-            return point, cost(point), jnp.array(True)
+            lost = penalty(point) - gain(point) + least * vector_norm(point - S.y)
+            return point, lost, jnp.array(True)
 
-        value = cost(S.y)
+        value = penalty(S.y)
         none, any_value = jnp.zeros_like(value), jnp.full_like(value, jnp.inf)
         # Any true improvement will do.
         highest = where(arriving, any_value, value)
@@ -244,23 +296,23 @@ def find_worst(
             lambda: move(here, offset, worst.step, arriving),
         )
         off = vector_norm(picture.gradient)
-        residual = jnp.hypot(off, vector_norm(here.tangential_residual))
-        found = _Found(search.y, here.multiplier, jnp.zeros_like(off), residual)
-        if plane:
+        uphill = vector_norm(here.tangential_residual)
+        residual, none = jnp.hypot(off, uphill), jnp.zeros_like(off)
+        found = _Found(search.y, here.multiplier, none, residual, uphill)
+        if exact:
+            # Elsewhere the model may know of points that are worse in the model alone.
             mixed = search.y + worst.mixture - offset
-            found = _Found(mixed, worst.multiplier, worst.lift, residual)
+            found = _Found(mixed, worst.multiplier, worst.lift, residual, uphill)
         num_steps = search.num_steps + 1
         return _Search(new_y, num_steps, settled, last, found, picture.carried)
 
-    # On a plane the quadratic model knows all of the ball, from wherever it is made.
-    start = c if plane else y
     no, zero = jnp.array(False), jnp.zeros((), y.dtype)
-    found = _Found(c, zero, zero, zero)
-    carry = _Search(start, jnp.array(0), no, no, found, center.picture.carried)
+    found = _Found(c, zero, zero, zero, zero)
+    carry = _Search(y, jnp.array(0), no, no, found, center.picture.carried)
     search = jax.lax.while_loop(lambda search: ~search.done, body, carry)
     found, computed = search.found, center.picture.computed_as(search.computed)
     here = flat_picture(problem, x, search.y, linear_solver, computed=computed)
     value = problem.outer(x, found.y)
     value = value + found.lift.astype(value.dtype)
     gradient = danskin_gradient(here, found.y, center, found.multiplier)
-    return Worst(here, value, gradient, found.residual)
+    return Worst(here, value, gradient, found.residual, found.multiplier, found.uphill)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 from .._arguments import as_rate, as_variables, check_count, check_positive
 from .._compat import is_traced, not_differentiable
 from .._custom_types import typechecked, X, Y
-from .._derivatives.post_mortem import post_mortem
+from .._derivatives.post_mortem import post_mortem, rests_at_kink
 from .._equilibrium.base import (
     AbstractEquilibrium,
     amended,
@@ -142,7 +142,10 @@ def solve(
     **Returns:**
 
     A [`bilevel_eqx.Solution`][]. If x is not stationary at the end and has grown, a note
-    of the certificate says that it may run off to infinity, and what to do.
+    of the certificate says that it may run off to infinity, and what to do. Outside of
+    transformations another note says whether the inner steps through which a
+    [`bilevel_eqx.GradientPipeline`][] differentiates go to and fro across a kink of the
+    inner objective.
 
     **Raises:**
 
@@ -262,6 +265,8 @@ def solve(
             seconds = {"certify": time.perf_counter() - began}
             solution = _with_seconds(solution, seconds)
         certificate = _with_where_x_went(certificate, x0, x, history)
+        if end is not None and _at_kink(problem, equilibrium, pipeline, last.state):
+            certificate = amended(certificate, [*certificate.notes, _AT_KINK])
         solution = dataclasses.replace(solution, certificate=certificate)
     if throw and end is None:
         solution = throw_if_failed(solution, result, lambda: figures)
@@ -313,6 +318,20 @@ def _with_where_x_went(
         if count > 1:
             note += f" In the last {count} entries of the history F is the same."
     return amended(certificate, [*certificate.notes, note])
+
+
+@eqx.filter_jit
+def _at_kink(problem, equilibrium, pipeline, state) -> Bool[Array, ""] | bool:
+    """Whether the inner steps that were differentiated go to and fro across a kink."""
+    trail = pipeline.trail(problem, equilibrium, state)
+    return False if trail is None else rests_at_kink(problem, state.x, trail)
+
+
+_AT_KINK = (
+    "the inner steps go to and fro across a kink of the inner objective, such as an L1 "
+    "norm, a hinge or a ReLU has: their derivatives, and the hypergradients of this run, "
+    "mean nothing. State the kink as a constraint (`project_y`), or smooth it"
+)
 
 
 @eqx.filter_jit
