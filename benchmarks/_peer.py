@@ -79,9 +79,10 @@ def cleaning(checkout, name, problem, x, y, batch_size, num_steps):
 
         return mean
 
+    training, validation = problem.inner_data, problem.outer_data
     objectives = (
-        objective(*problem.inner_data[:2], True),
-        objective(*problem.outer_data, False),
+        objective(training[0], training[1], True),
+        objective(validation[0], validation[1], False),
     )
     return Steps(checkout, name, problem, objectives, x, y, batch_size, num_steps)
 
