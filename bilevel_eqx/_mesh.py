@@ -143,11 +143,10 @@ def check_mesh_of_solve(tree: PyTree) -> None:
             "Linear solves do not work within `jax.shard_map` yet: lineax takes arrays "
             "of a mesh for others than those of none. For many runs at a time, put the "
             "arrays that differ on a mesh with Auto axes, and call "
-            "`jax.jit(jax.vmap(fn))` on them. Or trace the function before, and map its "
-            "program: `jax.shard_map(jax.extend.core.jaxpr_as_fun("
-            "jax.make_jaxpr(fn)(example)), ...)`, where `example` is what one device is "
-            "given. `Unrolled` and pipelines such as `SingleLoop` and `PenaltyDescent` "
-            "need neither, with `solve(..., certify=False)`."
+            "`jax.jit(jax.vmap(fn))` on them. Or trace the function before, by "
+            "`jax.make_jaxpr`, and map its program, as the page *Several devices* of the "
+            "documentation shows. `Unrolled` and pipelines such as `SingleLoop` and "
+            "`PenaltyDescent` need neither, with `solve(..., certify=False)`."
         )
 
 

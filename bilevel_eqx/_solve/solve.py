@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from .._arguments import as_rate, as_variables, check_count, check_positive
-from .._compat import is_traced, not_differentiable
+from .._compat import called_once, is_traced, not_differentiable
 from .._custom_types import typechecked, X, Y
 from .._derivatives.post_mortem import post_mortem, rests_at_kink
 from .._equilibrium.base import (
@@ -320,7 +320,7 @@ def _with_where_x_went(
     return amended(certificate, [*certificate.notes, note])
 
 
-@eqx.filter_jit
+@called_once
 def _at_kink(problem, equilibrium, pipeline, state) -> Bool[Array, ""] | bool:
     """Whether the inner steps that were differentiated go to and fro across a kink."""
     trail = pipeline.trail(problem, equilibrium, state)
