@@ -79,8 +79,10 @@ def _are_tables(figures: dict[str, Any]) -> bool:
 BOUNDS = (
     Bound("hypergradient", "^A", "^ours", "ratio", 1.05),
     Bound("hypergradient", "^A", "^in blocks", "ratio", 0.6),
-    Bound("hypergradient", "^B", "^ours", "ratio", 1.04),
-    Bound("unroll", "1000", "^Unrolled, (reverse|memory)", "ratio", 1.1),
+    Bound("hypergradient", "^B, network", "^ours", "ratio", 1.04),
+    Bound("hypergradient", "^B, narrow", "^ours", "ratio", 1.15),
+    # With at most a quarter of the memory of the plain scan.
+    Bound("unroll", "1000", "^Unrolled, increments", "ratio", 1.1),
     Bound("warm_start", "^D", "^ours", "ratio", 0.97, at_least=True),
     Bound("minimum_norm", "", "^response_jacobian, dense", "ratio", 8.0),
     Bound("adjoints", "", "^(from the last|and)", "fewer", 3.0, at_least=True),
