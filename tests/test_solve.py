@@ -984,11 +984,13 @@ def test_a_run_of_a_known_program_is_one_segment(monkeypatch):
     monkeypatch.setattr(segments, "_segment", counted)
     segments._pace_of.cache_clear()
     ends = []
-    for _ in range(2):
+    for num_steps in (20, 20, 200):
         lengths.append([])
-        ends.append(_march(7.0, 20, certify=False))
+        ends.append(_march(np.inf, num_steps, certify=False))
     assert lengths[0][:2] == [0, 1] and lengths[1] == [20]
-    assert eqx.tree_equal(*(end.history for end in ends))
+    # With room for a longer history it is another program, which is compiled first.
+    assert lengths[2][:2] == [0, 1]
+    assert eqx.tree_equal(*(end.history for end in ends[:2]))
 
 
 #

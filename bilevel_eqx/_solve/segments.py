@@ -167,7 +167,10 @@ def run_in_segments(
     run_arrays, run_rest = _arrays(run), _rest(run)
     arrays, progress_rest = _arrays(progress), _rest(progress)
     place = placement(arrays)
-    pace = _pace_of(run_rest, progress_rest, _shapes((run_arrays, arrays, room)))
+    kept_room = room if reporter.wants_entries else None
+    laid_out = placement((run_arrays, arrays)) or tree_struct((run_arrays, arrays))
+    program = run_rest, progress_rest, room, kept_room, *jtu.tree_leaves(laid_out)
+    pace = _pace_of(program)
 
     def metrics() -> dict[str, Any]:
         return jax.device_get(_whole(arrays, progress_rest).metrics)
@@ -206,7 +209,7 @@ def run_in_segments(
                         place,
                     ),
                     (arrays, history),
-                    room if reporter.wants_entries else None,
+                    kept_room,
                 )
                 if is_traced(stopped):
                     return None
@@ -263,16 +266,11 @@ class _Pace:
         self.length = max(1, int(min(length, most)))
 
 
-# The pace of the programs that have run, so that the next run of one of them is not cut
-# into short segments first.
+# The pace of the programs that have run, by all that makes one another program, so that
+# the next run of one of them is not cut into short segments first.
 @ft.lru_cache(maxsize=128)
-def _pace_of(run_rest: _Rest, progress_rest: _Rest, shapes: tuple) -> _Pace:
+def _pace_of(program: tuple) -> _Pace:
     return _Pace()
-
-
-def _shapes(tree: PyTree) -> tuple:
-    leaves = jtu.tree_leaves(tree)
-    return tuple((np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
 
 
 _empty_history = eqx.filter_jit(empty_history)
