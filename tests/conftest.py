@@ -56,6 +56,20 @@ def no_more_programs_than_needed():
     gc.collect()
 
 
+def _settings():
+    environment = {k: v for k, v in os.environ.items() if k.startswith(("JAX", "XLA"))}
+    return {**jax.config.values, **environment}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settings_as_they_were():
+    # Modules that run afterwards in the same process would compile other programs, and
+    # others than the processes that they start.
+    before = _settings()
+    yield
+    assert _settings() == before
+
+
 @pytest.fixture
 def getkey():
     # A fixed seed: a test that fails should fail again.
