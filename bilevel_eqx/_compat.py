@@ -338,6 +338,11 @@ def say_instead(item: Any, message: str) -> None:
     messages[int(item._value)] = message
 
 
+def code_of(item: Any) -> Array:
+    """The number of an item of an enumeration. Equinox compares items by a program."""
+    return item._value
+
+
 _Item: Any = type(optx.RESULTS.successful)
 
 

@@ -436,6 +436,14 @@ def test_say_instead():
     assert Derived[Derived.promote(Base.good)] == "fine"
 
 
+def test_code_of():
+    names = "successful", "max_steps_reached", "singular"
+    items = [getattr(optx.RESULTS, name) for name in names]
+    for a in items:
+        for b in items:
+            assert (_compat.code_of(a) == _compat.code_of(b)) == bool(a == b)
+
+
 def test_said():
     @_compat.said
     class Said(optx.RESULTS):  # pyright: ignore

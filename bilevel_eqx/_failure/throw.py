@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._compat import any_of_batch, is_traced, on_error, raise_on_host, stack_inside
+from .._compat import (
+    any_of_batch,
+    code_of,
+    is_traced,
+    on_error,
+    raise_on_host,
+    stack_inside,
+)
 from .._tree import tree_scale
 from .results import RESULTS
 from .sentences import sentences
@@ -33,10 +40,14 @@ def throw_if_failed(
     `breakpoint`; or `off`.
     """
     mode = on_error()
-    failed = result != RESULTS.successful
     if mode == "off":
         return out
-    if not is_traced(failed):
+    code, success = code_of(result), code_of(RESULTS.successful)
+    if is_traced(code):
+        failed = code != success
+    else:
+        # On the host: to compare there costs less than to start another program.
+        failed = np.asarray(code) != np.asarray(success)
         if not failed:
             return out
         if mode == "raise":
