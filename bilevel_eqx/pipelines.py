@@ -12,6 +12,9 @@ from ._linear_solver.preconditioner import (
     AbstractPreconditioner as AbstractPreconditioner,
 )
 from ._optimiser.lbfgs import LBFGS as LBFGS
+from ._optimiser.projected_quasi_newton import (
+    ProjectedQuasiNewton as ProjectedQuasiNewton,
+)
 from ._optimiser.spectral_projected_gradient import (
     SpectralProjectedGradient as SpectralProjectedGradient,
 )

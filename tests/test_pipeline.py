@@ -28,6 +28,7 @@ import bilevel_eqx as blx
 from bilevel_eqx import tasks
 from bilevel_eqx._optimiser.descent import advance, Point
 from bilevel_eqx._optimiser.lbfgs import LBFGS
+from bilevel_eqx._optimiser.projected_quasi_newton import ProjectedQuasiNewton
 from bilevel_eqx._optimiser.spectral_projected_gradient import SpectralProjectedGradient
 
 
@@ -493,10 +494,11 @@ def _searched(evaluate, descent=LBFGS()):
     return end
 
 
-_DESCENTS = LBFGS(), SpectralProjectedGradient()
+_DESCENTS = LBFGS(), SpectralProjectedGradient(), ProjectedQuasiNewton()
+_NAMES = "L-BFGS", "spectral", "projected quasi-Newton"
 
 
-@pytest.mark.parametrize("descent", _DESCENTS, ids=("L-BFGS", "spectral"))
+@pytest.mark.parametrize("descent", _DESCENTS, ids=_NAMES)
 @pytest.mark.parametrize("fails", (False, True))
 def test_a_search_that_finds_nothing_better_stays(fails, descent):
     # Worse everywhere but where it starts, as within the noise of an inner solve; or no
@@ -509,7 +511,7 @@ def test_a_search_that_finds_nothing_better_stays(fails, descent):
     assert end.x == 1 and end.value == 1 and end.answer == 0 and not end.failed
 
 
-@pytest.mark.parametrize("descent", _DESCENTS, ids=("L-BFGS", "spectral"))
+@pytest.mark.parametrize("descent", _DESCENTS, ids=_NAMES)
 def test_a_search_comes_back_from_where_the_evaluation_fails(descent):
     def evaluate(x):
         # What has failed may look good.

@@ -84,6 +84,9 @@ _BEST = {
     ("breast_cancer", "class"): 0.07019712,
     ("breast_cancer", "feature"): 0.04800040,
     ("digits", "class"): 0.00216010,
+    # Here F has several local minima, down to .00106 from other starts. This is the run
+    # that starts where ours does.
+    ("digits", "feature"): 0.00108983,
 }
 
 

@@ -13,7 +13,7 @@ from .._inner_solver.projected_gradient import ProjectedGradient
 from .._inner_solver.projection import Projection
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._optimiser.lbfgs import LBFGS
-from .._optimiser.spectral_projected_gradient import SpectralProjectedGradient
+from .._optimiser.projected_quasi_newton import ProjectedQuasiNewton
 from .._problem.constraints import set_x, set_y
 from .._problem.finite_sum import AbstractFiniteSumProblem, Level, num_samples
 from .._response.aggregated import Aggregated
@@ -39,7 +39,7 @@ from .zeroth_order import ZerothOrder
 
 
 def _optimiser(problem):
-    return SpectralProjectedGradient() if set_x(problem).confines else LBFGS()
+    return ProjectedQuasiNewton() if set_x(problem).confines else LBFGS()
 
 
 def _solver(problem):

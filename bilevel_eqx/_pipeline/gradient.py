@@ -101,7 +101,8 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         [`bilevel_eqx.ColdStart`][].
 
     Where x is confined to a set (`project_x`) each step is projected on it. Gradient
-    descent, with momentum or without, is made for that, and so is
+    descent, with momentum or without, is made for that, and so are
+    [`bilevel_eqx.pipelines.ProjectedQuasiNewton`][] and
     [`bilevel_eqx.pipelines.SpectralProjectedGradient`][]. Optimisers that scale or turn
     the gradient, such as Adam or L-BFGS, come to rest elsewhere unless the set is a box,
     and L-BFGS even then; the certificate shows it.
