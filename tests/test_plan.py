@@ -44,7 +44,7 @@ def test_plan():
     # The others that have the error are slower.
     others = [m for m in found.measured if m.error <= 1e-2]
     assert chosen.seconds == min(m.seconds for m in others)
-    assert len(found.measured) == 4 and len(others) >= 2
+    assert len(found.measured) == 5 and len(others) >= 2
     # The number of products is the fewest, to a tenth.
     (code,) = (m.code for m in found.measured if "CG(" in m.code and "pre" not in m.code)
     count = int(code.partition("TruncatedCG(")[2].partition(")")[0])
@@ -54,6 +54,17 @@ def test_plan():
     assert "<- the plan" in str(found) and chosen.code in found.reason
     with pytest.raises(ValueError, match="in 1 bytes"):
         blx.reports.plan(problem, x, y, error=1e-2, memory=1)
+
+
+@pytest.mark.slow
+def test_the_diagonal_is_found():
+    """With curvatures of very different sizes, and nothing off the diagonal."""
+    rng = np.random.default_rng(0)
+    d = 10 ** rng.uniform(-4, 0, 1_000)
+    x, target = rng.normal(size=(2, d.size))
+    problem = Quadratic(jnp.asarray(d), jnp.asarray(target))
+    found = blx.reports.plan(problem, jnp.asarray(x), jnp.asarray(x / d), error=1e-2)
+    assert "Diagonal" in found.reason
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from .._failure.results import RESULTS
 from .._hypergradient import answered
 from .._inner_solver.projection import Projection
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linear_solver.diagonal import Diagonal
 from .._linear_solver.neumann import Neumann
 from .._linear_solver.nystrom import Nystrom
 from .._linear_solver.pseudoinverse import Pseudoinverse
@@ -109,11 +110,12 @@ def plan(
     cost.
 
     At an inner minimum the candidates are implicit: a decomposition (for a sum of
-    squares, of the Jacobian of its residual), conjugate gradients with and without a
-    preconditioner, and a Neumann series. Elsewhere they solve the inner problem first,
-    and unrolled gradient descent is one more. Of each the smallest number of products
-    or steps is searched that has the error, and then its time is measured, on this
-    device.
+    squares, of the Jacobian of its residual), conjugate gradients without and with a
+    preconditioner ([`bilevel_eqx.pipelines.Diagonal`][],
+    [`bilevel_eqx.pipelines.Nystrom`][]), and a Neumann series. Elsewhere they solve the
+    inner problem first, and unrolled gradient descent is one more. Of each the smallest
+    number of products or steps is searched that has the error, and then its time is
+    measured, on this device.
 
     The error is relative to a reference: the decomposition if the inner problem is small
     or a sum of squares, and otherwise preconditioned conjugate gradients with up to 1024
@@ -231,22 +233,31 @@ def _exact(problem, y, solver, diagnosis) -> AbstractResponse:
     return Implicit(solver, TruncatedCG(_MOST, preconditioner=_low_rank(diagnosis)))
 
 
+def _least(diagnosis) -> float:
+    """The smallest curvature that matters."""
+    return max(float(diagnosis.smallest_nonzero), 1e-6 * float(diagnosis.largest)) or 1.0
+
+
 def _low_rank(diagnosis) -> Nystrom:
     # What is left of H without its largest eigenvalues is about as large as the rest.
     rank = max(1, min(40, diagnosis.num_variables // 4))
-    damping = float(f"{max(diagnosis.smallest_nonzero, 1e-6 * diagnosis.largest):.1g}")
-    return Nystrom(rank, damping or 1.0)
+    return Nystrom(rank, float(f"{_least(diagnosis):.1g}"))
+
+
+def _diagonal(diagnosis) -> Diagonal:
+    # Between the smallest curvature and the noise of so few probes, which is a few
+    # hundredths of the largest.
+    noise = 0.03 * float(diagnosis.largest) or 1.0
+    return Diagonal(5, float(f"{(noise * _least(diagnosis)) ** 0.5:.1g}"))
 
 
 def _families(diagnosis, solver, exact, memory) -> list[_Family]:
     step_size = float(f"{diagnosis.step_size:.2g}")
-    low_rank = _low_rank(diagnosis)
 
-    def plain(count):
-        return Implicit(solver, TruncatedCG(count))
-
-    def preconditioned(count):
-        return Implicit(solver, TruncatedCG(count, preconditioner=low_rank))
+    def conjugate_gradients(preconditioner=None):
+        return lambda count: Implicit(
+            solver, TruncatedCG(count, preconditioner=preconditioner)
+        )
 
     def series(count):
         return Implicit(solver, Neumann(count, step_size))
@@ -254,7 +265,8 @@ def _families(diagnosis, solver, exact, memory) -> list[_Family]:
     def unrolled(count):
         return Unrolled(optax.sgd(step_size), count, memory=memory)
 
-    families = [_Family(plain, True), _Family(preconditioned, True)]
+    preconditioners = None, _diagonal(diagnosis), _low_rank(diagnosis)
+    families = [_Family(conjugate_gradients(p), True) for p in preconditioners]
     # What a traced number of terms would decompose is summed with a known one.
     families.append(_Family(series, True, one_program=False))
     if isinstance(exact.linear_solver, Pseudoinverse):
