@@ -1,0 +1,51 @@
+"""Lanczos' method."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from helpers import dtypes
+
+from bilevel_eqx._linalg.eigenbasis import lanczos
+
+
+def _run(values, num_steps, seed=0):
+    values = jnp.asarray(values)
+    structure = jax.ShapeDtypeStruct(values.shape, values.dtype)
+    operator = lx.FunctionLinearOperator(
+        lambda v: values * v, structure, lx.symmetric_tag
+    )
+    first = np.random.default_rng(seed).normal(size=values.size)
+    first = jnp.asarray(first, values.dtype)
+    out = jax.jit(lambda first: lanczos(operator, first, num_steps))(first)
+    return tuple(np.asarray(u, np.float64) for u in out)
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_no_eigenvalue_comes_back(dtype):
+    """Those far from the others converge within some steps, and from then on rounding
+    brings their vectors back: without a remedy they are there several times."""
+    outside = np.array([3.0, 5.0, 10.0, 20.0, 50.0])
+    values = np.concatenate([np.geomspace(1e-6, 1, 1_995), outside]).astype(dtype)
+    basis, found, rotation, _ = _run(values, 150)
+    eps = np.finfo(dtype).eps
+    assert np.max(np.abs(basis @ basis.T - np.eye(150))) < 10 * eps**0.75
+    assert np.max(np.abs(found[-5:] - outside)) < 1e3 * eps * 50
+    assert found[-6] <= 1 + 1e3 * eps
+    vectors = basis.T @ rotation
+    residual = values[:, None] * vectors - vectors * found
+    assert np.max(np.abs(residual[:, -5:])) < 1e3 * eps * 50
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_a_krylov_space_that_ends(dtype):
+    """Three eigenvalues: three vectors span it, and what comes after them is zero."""
+    values = np.repeat([1.0, 2.0, 7.0], 40).astype(dtype)
+    basis, found, _, last = _run(values, 10)
+    tolerance = 100 * np.finfo(dtype).eps
+    assert np.max(np.abs(basis[:3] @ basis[:3].T - np.eye(3))) < tolerance
+    assert np.all(basis[3:] == 0) and last == 0
+    distances = np.abs(found[:, None] - np.array([1.0, 2.0, 7.0]))
+    assert np.all(distances.min(axis=0) < tolerance)
+    assert 1 - tolerance < found.min() and found.max() < 7 + tolerance
