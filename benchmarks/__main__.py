@@ -83,7 +83,7 @@ BOUNDS = (
     Bound("hypergradient", "^B, narrow", "^ours", "ratio", 1.15),
     # With at most a quarter of the memory of the plain scan.
     Bound("unroll", "1000", "^Unrolled, increments", "ratio", 1.1),
-    Bound("warm_start", "^D", "^ours", "ratio", 0.97, at_least=True),
+    Bound("warm_start", "^D", "^ours, certify=False", "ratio", 0.97, at_least=True),
     Bound("minimum_norm", "", "^response_jacobian, dense", "ratio", 8.0),
     Bound("adjoints", "", "^(from the last|and)", "fewer", 3.0, at_least=True),
     Bound("plan", "", "^plan", "ratio", 1.5),
