@@ -64,7 +64,8 @@ class ProjectedQuasiNewton(AbstractProjectedSearch):
         gained, lost = _factors(steps, changes, scale)
 
         def product(v):
-            return scale * v + gained.T @ (gained @ v) - lost.T @ (lost @ v)
+            # Not `gained.T @ ...`, which is several times slower on a CPU.
+            return scale * v + (gained @ v) @ gained - (lost @ v) @ lost
 
         def body(carry):
             count, point, slope, length, _, first = carry
@@ -128,7 +129,7 @@ def _factors(
     def add(lost, entry):
         k, step = entry
         earlier = where(jnp.arange(len(steps)) < k, gained @ step, 0)
-        bent = scale * step + gained.T @ earlier - lost.T @ (lost @ step)
+        bent = scale * step + earlier @ gained - (lost @ step) @ lost
         product = jnp.vdot(step, bent)
         row = where(product > 0, bent / jnp.sqrt(where(product > 0, product, 1)), 0)
         return lost.at[k].set(row), None
