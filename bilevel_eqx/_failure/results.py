@@ -8,7 +8,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._compat import said, say_instead
+from .._compat import code_of, is_traced, said, say_instead
 from .._tree import all_finite, tree_dtype, tree_where
 
 
@@ -128,6 +128,15 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
 say_instead(RESULTS.successful, "successful")
 
 
+def is_failure(result: RESULTS) -> Any:
+    """Whether a result is a failure. Outside of transformations this is asked on the
+    host: `result != RESULTS.successful` would start another program."""
+    code, success = code_of(result), code_of(RESULTS.successful)
+    if is_traced(code):
+        return code != success
+    return np.asarray(code) != np.asarray(success)
+
+
 def first_failure(*results: RESULTS) -> RESULTS:
     """The first of `results` that is a failure: it may be the cause of the others."""
     first, *rest = results
@@ -212,8 +221,8 @@ class Verdict(eqx.Module):
     figures: dict[str, Array]
 
     @property
-    def failed(self) -> Bool[Array, ""]:
-        return self.result != RESULTS.successful
+    def failed(self) -> Bool[Any, ""]:
+        return is_failure(self.result)
 
 
 def verdict_where(pred: Bool[Array, ""], a: Verdict, b: Verdict) -> Verdict:

@@ -9,16 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._compat import (
-    any_of_batch,
-    code_of,
-    is_traced,
-    on_error,
-    raise_on_host,
-    stack_inside,
-)
+from .._compat import any_of_batch, is_traced, on_error, raise_on_host, stack_inside
 from .._tree import tree_scale
-from .results import RESULTS
+from .results import is_failure, RESULTS
 from .sentences import sentences
 
 
@@ -42,12 +35,8 @@ def throw_if_failed(
     mode = on_error()
     if mode == "off":
         return out
-    code, success = code_of(result), code_of(RESULTS.successful)
-    if is_traced(code):
-        failed = code != success
-    else:
-        # On the host: to compare there costs less than to start another program.
-        failed = np.asarray(code) != np.asarray(success)
+    failed = is_failure(result)
+    if not is_traced(failed):
         if not failed:
             return out
         if mode == "raise":

@@ -1,6 +1,6 @@
 """L-BFGS whose line search evaluates each point once."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -132,16 +132,8 @@ class LBFGS(AbstractDescent):
         is forgotten."""
         step = x - layout.ravel(base.x)
         change = gradient - layout.ravel(base.gradient)
-        eps = jnp.finfo(layout.dtype).eps
-        curved = jnp.vdot(step, change) > eps * jnp.vdot(change, change)
-        remember = state.started & curved
-
-        def shifted(history, new):
-            longer = jnp.concatenate([history[1:], new[None]])
-            history = where(remember, longer, history)
-            return where(found | ~state.started, history, 0)
-
-        steps, changes = shifted(state.steps, step), shifted(state.changes, change)
+        memory = remembered(state.steps, state.changes, step, change, state.started)
+        steps, changes = (where(found | ~state.started, u, 0) for u in memory)
         direction = -_apply_inverse(steps, changes, gradient)
         slope = jnp.vdot(gradient, direction)
         # Without a memory the first step has the size of one, or of the gradient.
@@ -166,6 +158,25 @@ LBFGS.__init__.__doc__ = """**Arguments:**
 - `memory`: how many of the last changes of x and of the gradient are kept.
 - `max_trials`: the largest number of points that one line search evaluates.
 """
+
+
+def remembered(
+    steps: Float[Array, "memory n"],
+    changes: Float[Array, "memory n"],
+    step: Float[Array, " n"],
+    change: Float[Array, " n"],
+    wanted: Bool[Any, ""] = True,
+) -> tuple[Float[Array, "memory n"], Float[Array, "memory n"]]:
+    """The memory with one more pair, if it is wanted and the curvature along the step is
+    positive; otherwise as it is."""
+    eps = jnp.finfo(step.dtype).eps
+    curved = jnp.vdot(step, change) > eps * jnp.vdot(change, change)
+
+    def shifted(history, new):
+        longer = jnp.concatenate([history[1:], new[None]])
+        return where(wanted & curved, longer, history)
+
+    return shifted(steps, step), shifted(changes, change)
 
 
 def _apply_inverse(

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Scalar
 
 from .._arguments import check_count
 from .._tree import nonzero, where
+from .lbfgs import remembered
 from .projected_search import AbstractProjectedSearch
 
 
@@ -56,11 +57,11 @@ class ProjectedQuasiNewton(AbstractProjectedSearch):
 
     def _direction(self, model, x, gradient, move):
         steps, changes = model
-        products = jnp.vdot(steps[-1], changes[-1])
+        newest = jnp.vdot(steps[-1], changes[-1])
         # The first step is of the size of one.
         size = jnp.max(jnp.abs(move(x - gradient) - x))
-        scale = jnp.vdot(changes[-1], changes[-1]) / nonzero(products)
-        scale = nonzero(where(products == 0, size, scale))
+        scale = jnp.vdot(changes[-1], changes[-1]) / nonzero(newest)
+        scale = nonzero(where(newest == 0, size, scale))
         gained, lost = _factors(steps, changes, scale)
 
         def product(v):
@@ -73,10 +74,11 @@ class ProjectedQuasiNewton(AbstractProjectedSearch):
             bent = product(step)
             curvature, square = jnp.vdot(step, bent), jnp.vdot(step, step)
             convex = curvature > 0
-            least = -jnp.vdot(slope, step) / where(convex, curvature, 1)
+            divisor = where(convex, curvature, 1)
+            least = -jnp.vdot(slope, step) / divisor
             share = where(convex, jnp.clip(least, 0, 1), 1)
+            length = where(convex, square / divisor, 1 / scale)
             size = jnp.sqrt(square)
-            length = where(convex, square / where(convex, curvature, 1), 1 / scale)
             return (
                 count + 1,
                 point + share * step,
@@ -88,9 +90,8 @@ class ProjectedQuasiNewton(AbstractProjectedSearch):
 
         def unfinished(carry):
             count, *_, size, first = carry
-            return (count < _MODEL_STEPS) & (
-                (count == 0) | (size > _MODEL_ACCURACY * first)
-            )
+            moves = (count == 0) | (size > _MODEL_ACCURACY * first)
+            return moves & (count < _MODEL_STEPS)
 
         zero = jnp.zeros_like(scale)
         start = jnp.array(0), x, gradient, 1 / scale, zero, zero
@@ -100,14 +101,8 @@ class ProjectedQuasiNewton(AbstractProjectedSearch):
         return where(descends, direction, move(x - gradient / scale) - x)
 
     def _learnt(self, model, step, change):
-        eps = jnp.finfo(step.dtype).eps
-        curved = jnp.vdot(step, change) > eps * jnp.vdot(change, change)
-
-        def shifted(history, new):
-            return where(curved, jnp.concatenate([history[1:], new[None]]), history)
-
         steps, changes = model
-        return shifted(steps, step), shifted(changes, change)
+        return remembered(steps, changes, step, change)
 
 
 ProjectedQuasiNewton.__init__.__doc__ = """**Arguments:**

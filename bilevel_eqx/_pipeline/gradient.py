@@ -14,6 +14,7 @@ from .._arguments import check_type
 from .._derivatives.first import inner_gradient
 from .._failure.results import (
     figures_of,
+    is_failure,
     no_figures,
     RESULTS,
     Verdict,
@@ -185,7 +186,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
             fixed = tree_cast(jax.lax.stop_gradient(x), state.x)
             at, *_ = _respond(problem, fixed, state.anchor, self.response)
             # A search comes back from where the inner or the linear solve fails.
-            failed = at.result != RESULTS.successful
+            failed = is_failure(at.result)
             return first_order(where(failed, jnp.inf, at.value), at.gradient, x, fixed)
 
         def search(x):

@@ -10,7 +10,7 @@ from jaxtyping import PyTree, Scalar
 from .._compat import is_traced
 from .._custom_types import X, Y
 from .._equilibrium.base import Certificate
-from .._failure.results import RESULTS
+from .._failure.results import is_failure, RESULTS
 
 
 class Solution(eqx.Module, Generic[X, Y]):
@@ -95,7 +95,7 @@ def _seconds_as_text(value: Any) -> str:
 
 
 def _result_as_text(result: RESULTS) -> str:
-    failed = np.asarray(result != RESULTS.successful)
+    failed = np.asarray(is_failure(result))
     if failed.ndim > 0:
         return f"{failed.size - failed.sum()} of {failed.size} successful"
     return RESULTS[result].partition(". ")[0] if failed else "successful"

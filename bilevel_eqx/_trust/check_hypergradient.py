@@ -21,7 +21,7 @@ from .._compat import called_once
 from .._derivatives.first import inner_gradient
 from .._derivatives.post_mortem import kink_met
 from .._derivatives.reverse_only import reverse_only
-from .._failure.results import RESULTS
+from .._failure.results import is_failure, RESULTS
 from .._hypergradient import hypergradient
 from .._inner_solver.projected_gradient import ProjectedGradient
 from .._inner_solver.projection import Projection
@@ -425,7 +425,7 @@ def _verdict(out, response, errors, cosines, linear, along, reasons: _Reasons) -
         return f"right: {meant}, to {min(errors.values()):.0e}."
     best = min(errors, key=lambda kind: errors[kind])
     far = f"off by {errors[best]:.1e} from {_MEANING[best]}"
-    succeeded = bool(out.result == RESULTS.successful)
+    succeeded = not is_failure(out.result)
     if succeeded and not reasons.smooth:
         low, high = reasons.differences[best].sides
         slack = _RIGHT * np.max(np.abs([low, high]))

@@ -11,7 +11,7 @@ from .._equilibrium.base import AbstractEquilibrium, Certificate, certify
 from .._equilibrium.cold_start import ColdStart
 from .._equilibrium.optimistic import Optimistic
 from .._equilibrium.warm_start import WarmStart
-from .._failure.results import RESULTS
+from .._failure.results import is_failure, RESULTS
 from .._mesh import on_auto_axes
 from .._pipeline.base import AbstractPipeline
 from .._problem.base import AbstractBilevelProblem
@@ -142,7 +142,7 @@ def compare(
             continue
         if bool(solution.result == RESULTS.interrupted):
             raise KeyboardInterrupt(f"`compare` was interrupted at `{name}`.")
-        if bool(solution.result != RESULTS.successful):
+        if is_failure(solution.result):
             step = int(solution.stats["num_steps"])
             refused[name] = f"stopped after step {step}. {RESULTS[solution.result]}"
         x, y = solution.x, solution.y

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from .._arguments import as_variables, check_count, check_positive
 from .._compat import is_traced
-from .._failure.results import RESULTS
+from .._failure.results import is_failure
 from .._hypergradient import answered
 from .._inner_solver.projection import Projection
 from .._linalg.power_iteration import DENSE_SIZE
@@ -254,7 +254,7 @@ def _diagonal(diagnosis) -> Diagonal:
 def _families(diagnosis, solver, exact, memory) -> list[_Family]:
     step_size = float(f"{diagnosis.step_size:.2g}")
 
-    def conjugate_gradients(preconditioner=None):
+    def conjugate_gradients(preconditioner):
         return lambda count: Implicit(
             solver, TruncatedCG(count, preconditioner=preconditioner)
         )
@@ -291,7 +291,7 @@ class _Program:
         def run(arrays):
             (problem, x, y), response = eqx.combine(arrays, static)
             out, *_ = answered(problem, x, y, response)
-            return out.gradient, out.result == RESULTS.successful
+            return out.gradient, ~is_failure(out.result)
 
         self._arrays = arrays
         self._compiled = jax.jit(run).lower(arrays).compile()

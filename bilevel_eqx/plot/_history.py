@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 import numpy as np
 from matplotlib.axes import Axes
 
-from .._failure.results import RESULTS
+from .._failure.results import is_failure
 from .._solve.solution import Solution
 from ._axes import check_known, drawing
 from ._style import CLASS_COLOURS
@@ -109,7 +109,7 @@ def _describe(ax: Axes, panel: dict[str, np.ndarray], is_residuals: bool) -> Non
 
 
 def _ending(solution: Solution) -> str:
-    failed = np.ravel(solution.result != RESULTS.successful)
+    failed = np.ravel(is_failure(solution.result))
     if failed.size > 1:
         return f"{failed.size} runs, {failed.size - failed.sum()} of them successful"
     steps = int(np.ravel(solution.stats["num_steps"])[0])
