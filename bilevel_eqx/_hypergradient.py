@@ -4,23 +4,31 @@ from collections.abc import Callable
 from typing import Any, Generic
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 from ._arguments import as_variables, check_type
-from ._compat import looping
+from ._compat import called_once, is_traced, looping
 from ._custom_types import typechecked, X, Y
 from ._depends_on import depends_on
 from ._derivatives.first import inner_gradient, outer_gradients
 from ._derivatives.post_mortem import (
+    has_grown,
     kink_met,
     post_mortem,
     rests_at_kink,
     runs_off,
     TRAIL,
 )
-from ._failure.results import figures_of, finite_or_not, first_failure, RESULTS
+from ._failure.results import (
+    figures_of,
+    finite_or_not,
+    first_failure,
+    is_failure,
+    RESULTS,
+)
 from ._failure.throw import throw_if_failed
 from ._mesh import on_auto_axes
 from ._problem.base import AbstractBilevelProblem
@@ -28,6 +36,7 @@ from ._problem.checks import check_problem
 from ._problem.proximal import proximal
 from ._response.base import AbstractResponse
 from ._response.proximal import Proximal
+from ._response.unrolled import Unrolled
 from ._tree import tree_norm
 
 
@@ -99,17 +108,17 @@ def _hypergradient(
     x: PyTree,
     anchor: PyTree,
     response: AbstractResponse,
-) -> tuple[Hypergradient, bool]:
-    """The hypergradient, and whether it can be other than zero."""
+) -> tuple[Hypergradient, bool, Bool[Array, ""]]:
+    """The hypergradient; whether it can be other than zero; and whether y has grown so
+    much that the inner solve may have diverged."""
     x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
     check_problem(problem, x, anchor)
     out, state, _ = answered(problem, x, anchor, response)
     result = first_failure(out.result, finite_or_not(out.y))
-    # Of that many steps, the further ones are a small part.
-    trail = response.trail(problem, x, out.y, state, least=4 * TRAIL)
+    trail = response.trail(problem, x, out.y, state, least=_FOLLOWED)
     if trail is not None:
         for found, name in (
-            (runs_off(problem, x, trail), RESULTS.inner_diverged),
+            (runs_off(problem, x, anchor, trail), RESULTS.inner_diverged),
             (rests_at_kink(problem, x, trail), RESULTS.at_kink),
         ):
             failure = RESULTS.where(found, name, RESULTS.successful)
@@ -117,7 +126,43 @@ def _hypergradient(
     reaches = reaches_outer(problem, x, anchor, response)
     if not reaches:
         result = first_failure(result, RESULTS.zero_hypergradient)
-    return eqx.tree_at(lambda h: h.result, out, result), reaches
+    out = eqx.tree_at(lambda h: h.result, out, result)
+    return out, reaches, has_grown(anchor, out.y)
+
+
+# From how many inner steps on the next ones are looked at in the program itself, of which
+# they are then a small part.
+_FOLLOWED = 4 * TRAIL
+
+
+def _may_have_diverged(response, result: RESULTS, grown: Bool[Array, ""]) -> bool:
+    """Whether the next inner steps have to be looked at by a program of their own. Where
+    the optimiser depends on x, its rates may be what is learned."""
+    if not isinstance(response, Unrolled) or is_traced(grown) or not grown:
+        return False
+    count = response.num_steps
+    few = isinstance(count, int) and count < _FOLLOWED
+    return bool(is_failure(result)) or (few and not callable(response.optimiser))
+
+
+@called_once
+def _diverges(problem, x, anchor, response, y) -> Bool[Array, ""]:
+    """Whether the next inner steps from y run off."""
+    x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
+
+    def trail():
+        return response.trail(problem, x, y, None)
+
+    if jax.eval_shape(trail) is None:
+        return jnp.asarray(False)
+    # Most of what has grown has led downhill, and then no step is taken. Not <=, so that
+    # infinity is not downhill.
+    downhill = problem.inner(x, y) < problem.inner(x, anchor)
+    return jax.lax.cond(
+        downhill,
+        lambda: jnp.asarray(False),
+        lambda: runs_off(problem, x, anchor, trail()),
+    )
 
 
 @on_auto_axes
@@ -158,11 +203,16 @@ def hypergradient(
     A `ValueError` if an objective is not a scalar, if the inner one does not depend on
     y, if a leaf of `x` or `anchor` is not a floating-point array, or if the hypergradient
     is zero for all x and y. If `throw` is `True`, an `eqx.EquinoxRuntimeError` if the
-    inner or the linear solve fails, or if a number is not finite.
+    inner or the linear solve fails, or if a number is not finite. That fewer than 64
+    unrolled steps diverge is found out outside of transformations only, and not where
+    their rates depend on x.
     """
     check_type(throw, bool, "throw", "hypergradient")
     # One program, whether it throws or not.
-    out, reaches = _hypergradient(problem, x, anchor, response)
+    out, reaches, grown = _hypergradient(problem, x, anchor, response)
+    if _may_have_diverged(response, out.result, grown):
+        if _diverges(problem, x, anchor, response, out.y):
+            out = eqx.tree_at(lambda h: h.result, out, RESULTS.inner_diverged)
     if throw:
         if not reaches:
             raise ValueError(RESULTS[RESULTS.zero_hypergradient])

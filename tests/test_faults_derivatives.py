@@ -548,6 +548,162 @@ def test_unrolled_steps_that_diverge(optimiser, diverges):
     assert out.result == expected
 
 
+class Coupled(blx.AbstractBilevelProblem[Array, Array]):
+    """A quadratic of curvatures 2 and less around x; and u^2 v^2 / 2."""
+
+    curvatures: Array
+    coupling: Array
+
+    def outer(self, x, y):
+        return jnp.sum((y - 1) ** 2)
+
+    def inner(self, x, y):
+        quadratic = 0.5 * jnp.sum(self.curvatures * (y - x) ** 2)
+        return quadratic + 0.5 * self.coupling * jnp.prod(y[:2]) ** 2
+
+
+def _coupled(dtype=jnp.float64, curvatures=(2.0, 1.0, 0.2), coupling=0.0):
+    return Coupled(jnp.asarray(curvatures, dtype), jnp.asarray(coupling, dtype))
+
+
+def _unrolled_run(problem, response, y0, num_steps=40, rate=1e-2, **kwargs):
+    pipeline = blx.GradientPipeline(response, optax.sgd(rate))
+    x = jnp.full(y0.shape, 0.5, y0.dtype)
+    fixed = dict(pipeline=pipeline, num_steps=num_steps)
+    return blx.solve(problem, blx.WarmStart(), x, y0, **fixed, **kwargs)
+
+
+_SAID = "The inner solve diverged.*a step size below 1 does not diverge"
+
+
+@pytest.mark.parametrize(
+    "dtype, num_steps, said, kept",
+    (
+        # y_k - x grows 1.5-fold in a step, and at most 1e38 is a number.
+        (jnp.float64, 1, f"^(?!At outer step).*{_SAID}", 40),
+        (jnp.float32, 5, f"At outer step ..: {_SAID}", None),
+        pytest.param(jnp.float32, 1, f"^(?!At outer step).*{_SAID}", 40, marks=slow),
+        pytest.param(jnp.float64, 5, f"^(?!At outer step).*{_SAID}", 40, marks=slow),
+    ),
+)
+def test_a_run_whose_unrolled_steps_diverge(dtype, num_steps, said, kept):
+    response = blx.Unrolled(optax.sgd(jnp.asarray(1.25, dtype)), num_steps)
+    problem, y0 = _coupled(dtype), jnp.arange(1.0, 4.0, dtype=dtype)
+    fixed = dict(certify=False)
+    with pytest.raises(eqx.EquinoxRuntimeError, match=said):
+        _unrolled_run(problem, response, y0, **fixed)
+    out = _unrolled_run(problem, response, y0, throw=False, **fixed)
+    assert out.result == blx.RESULTS.inner_diverged
+    assert np.isfinite(out.value) and out.value > 1e6
+    if kept is not None:
+        assert out.stats["num_steps"] == kept
+    # And it is right about that.
+    safe = blx.Unrolled(optax.sgd(jnp.asarray(0.95, dtype)), num_steps)
+    assert _unrolled_run(problem, safe, y0, **fixed).value < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps, rate", ((3, 2.5), (5, 1.5), (63, 1.1)))
+def test_a_few_unrolled_steps_that_diverge(num_steps, rate):
+    problem, y0 = _coupled(), jnp.arange(1.0, 4.0)
+    response = blx.Unrolled(optax.sgd(jnp.asarray(rate)), num_steps)
+    x = jnp.full(3, 0.5)
+    with pytest.raises(eqx.EquinoxRuntimeError, match=_SAID):
+        blx.hypergradient(problem, x, y0, response)
+    # A rate that depends on x may still be learned.
+    learned = blx.Unrolled(lambda x: optax.sgd(rate + 0 * x[0]), num_steps)
+    assert np.all(np.isfinite(blx.hypergradient(problem, x, y0, learned).gradient))
+
+
+def _rates(*rates):
+    given = jnp.asarray(rates)
+    return optax.sgd(lambda count: given[jnp.minimum(count, len(rates) - 1)])
+
+
+# All of these go far from where they began, have gradients that grow for a while, or
+# both.
+_NOT_BLAMED = {
+    "momentum": blx.Unrolled(optax.sgd(0.5, momentum=0.95), 5),
+    "Adam": blx.Unrolled(optax.adam(3.0), 5),
+    "sign": blx.Unrolled(optax.sign_sgd(4.0), 3),
+    # The largest is four times what diverges if repeated, and all of them contract.
+    "long steps": blx.Unrolled(_rates(0.52, 0.7, 0.5, 4.0), 4),
+    "alternating": blx.Unrolled(optax.sgd(0.95), 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(_NOT_BLAMED))
+def test_unrolled_steps_that_do_not_diverge(name):
+    problem, response = _coupled(), _NOT_BLAMED[name]
+    for start in (0.0, 0.51, 20.0):
+        y0 = jnp.full(3, start)
+        out = blx.hypergradient(problem, jnp.full(3, 0.5), y0, response, throw=False)
+        assert out.result == blx.RESULTS.successful
+        if name == "long steps":
+            continue
+        out = _unrolled_run(problem, response, y0, throw=False, certify=False)
+        assert out.result == blx.RESULTS.successful
+
+
+@pytest.mark.slow
+def test_a_gradient_that_grows_at_first():
+    """u^2 v^2 / 2 is too curved for this rate at its start, and not where it leads."""
+    problem, y0 = _coupled(curvatures=(0.0, 0.0, 1.0), coupling=1.0), np.array([3, 0.01])
+    y0 = jnp.array([*y0, 0.5])
+    response = blx.Unrolled(optax.sgd(0.24), 5)
+    x = jnp.full(3, 0.5)
+    out = blx.hypergradient(problem, x, y0, response, throw=False)
+    assert out.result == blx.RESULTS.successful
+    assert problem.inner(x, out.y) > 2 * problem.inner(x, y0)
+    out = _unrolled_run(problem, response, y0, throw=False, certify=False)
+    assert out.result == blx.RESULTS.successful
+    assert problem.inner(out.x, out.y) < problem.inner(out.x, y0)
+
+
+@pytest.mark.slow
+def test_a_warm_start_that_follows_x_far_away():
+    """F = (y - 1)^2 with a rate that drives x to and fro, ever further."""
+    response = blx.Unrolled(optax.sgd(0.45), 5)
+    y0 = jnp.zeros(3)
+    out = _unrolled_run(_coupled(), response, y0, 60, 1.2, throw=False, certify=False)
+    assert jnp.max(jnp.abs(out.y)) > 4
+    assert out.result == blx.RESULTS.successful
+
+
+@pytest.mark.slow
+def test_noisy_steps_are_not_judged():
+    data = jnp.linspace(-3, 3, 16)
+
+    def losses(x, y, batch, key):
+        return 0.5 * (y[0] - x[0] - 10 * batch) ** 2
+
+    problem = blx.FiniteSumProblem(losses, losses, data, data)
+    response = blx.Unrolled(optax.sgd(1.9), 5, batch_size=2)
+    x, y0 = jnp.ones(1), jnp.zeros(1)
+    out = blx.hypergradient(problem, x, y0, response)
+    # It has gone far, and uphill on all of the data.
+    assert jnp.abs(out.y[0]) > 4
+    assert problem.inner(x, out.y) > problem.inner(x, y0)
+    out = _unrolled_run(problem, response, y0)
+    assert out.result == blx.RESULTS.successful
+
+
+@pytest.mark.slow
+def test_rates_that_are_learned_are_not_blamed():
+    """From a rate that diverges to one that does not, by the hypergradient."""
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.log1p(jnp.sum(y**2)), lambda x, y: jnp.sum(y**2) + 0 * x[0]
+    )
+    response = blx.Unrolled(lambda x: optax.sgd(jnp.exp(x[0])), 5)
+    x, y0 = jnp.array([np.log(3.0)]), jnp.array([1.0, 2.0])
+    out = blx.hypergradient(problem, x, y0, response)
+    assert problem.inner(x, out.y) > 1e6
+    for _ in range(30):
+        x = x - 0.02 * blx.hypergradient(problem, x, y0, response).gradient
+    assert jnp.exp(x[0]) < 1
+
+
 def test_descent_that_does_not_diverge():
     problem = blx.BilevelProblem(_curved.outer, lambda x, y: 1e6 + jnp.sum((y - x) ** 2))
     # From the minimum, where rounding decides which value is larger; and in one step.

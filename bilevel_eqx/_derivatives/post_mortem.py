@@ -16,6 +16,7 @@ from .._tree import (
     tree_axpy,
     tree_dot,
     tree_eps,
+    tree_max,
     tree_norm,
     tree_scale,
     tree_sub,
@@ -155,18 +156,47 @@ def rests_at_kink(
 
 
 def runs_off(
-    problem: AbstractBilevelProblem, x: PyTree[Array], trail: PyTree[Array]
+    problem: AbstractBilevelProblem,
+    x: PyTree[Array],
+    anchor: PyTree[Array],
+    trail: PyTree[Array],
 ) -> Bool[Array, ""]:
-    """Whether the next steps of an inner solve become longer and lead uphill. Those of a
-    solve that oscillates, or that leaves a saddle, do not do both."""
-    layout = Layout(jtu.tree_map(lambda u: u[0], trail))
+    """Whether an inner solve from the anchor diverges: it has led far away and uphill,
+    and its next steps become longer and lead further uphill.
+
+    The next steps of a solve that goes to and fro, or that leaves a saddle, do not do
+    both. Those of a large rate on a network, and those of Adam close to a minimum, do for
+    a while, but close to where they began, or below it.
+    """
+    y = jtu.tree_map(lambda u: u[0], trail)
+    layout = Layout(y)
     points = jax.vmap(layout.ravel)(trail)
-    lengths = jnp.sqrt(jnp.sum(jnp.diff(points, axis=0) ** 2, axis=1))
-    first, last = (problem.inner(x, layout.unravel(points[i])) for i in (0, -1))
+    # The squares of large numbers overflow long before these do.
+    scaled = points / nonzero(jnp.max(jnp.abs(points[0])))
+    lengths = jnp.sqrt(jnp.sum(jnp.diff(scaled, axis=0) ** 2, axis=1))
+    begun, first, last = jax.lax.map(
+        lambda point: problem.inner(x, layout.unravel(point)),
+        jnp.stack([layout.ravel(anchor), points[0], points[-1]]),
+    )
     eps = float(jnp.finfo(points.dtype).eps)
-    moves = lengths[-1] > eps**0.5 * vector_norm(points[-1])
-    grows = jnp.all(lengths[1:] > lengths[:-1]) & (lengths[-1] > 2 * lengths[0])
-    return moves & grows & (last > first)
+    moves = _above(lengths[-1], eps**0.5 * vector_norm(scaled[-1]))
+    grows = jnp.all(_above(lengths[1:], lengths[:-1])) & jnp.isfinite(lengths[0])
+    uphill = _above(first, begun) & _above(last, first)
+    return has_grown(anchor, y) & moves & grows & uphill
+
+
+def _above(a: Array, b: Array) -> Bool[Array, "..."]:
+    """Whether a is larger than b, or no number any more."""
+    return (a > b) | ~jnp.isfinite(a)
+
+
+def has_grown(before: PyTree[Array], now: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether the largest entry has grown so much that a solve may have diverged. It
+    costs next to nothing, and mostly nothing else need be asked."""
+    return tree_max(now) > _GROWTH * jnp.maximum(tree_max(before), 1)
+
+
+_GROWTH = 4.0
 
 
 # Of the change of the gradient over a step: where many kinks are crossed at once, one of

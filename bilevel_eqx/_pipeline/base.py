@@ -41,7 +41,8 @@ class AbstractPipeline(eqx.Module, Generic[State]):
         state: State,
     ) -> PyTree | None:
         """The points where the next few inner steps that it differentiates would lead,
-        with a leading axis; or `None`. At its end `solve` looks for a kink there."""
+        with a leading axis; or `None`. At its end `solve` looks there for a kink, and
+        whether they run off."""
         del problem, equilibrium, state
 
     @abc.abstractmethod

@@ -88,8 +88,19 @@ class Unrolled(AbstractResponse):
         [`bilevel_eqx.hypergradient`][] finds that out (`RESULTS.at_kink`) by 16 more
         steps, if there are at least 64 and no batches. [`bilevel_eqx.solve`][] takes them
         once, at its end, however few steps there are, and says it in a note of the
-        certificate. [`bilevel_eqx.best_response`][] does not look for kinks. By the same
-        steps `hypergradient` finds out that a solve diverges.
+        certificate. [`bilevel_eqx.best_response`][] does not look for kinks.
+
+    !!! warning "Rates that are too large"
+
+        Above twice one over the largest curvature of f, gradient descent diverges, and
+        the derivative grows along with it. `hypergradient` and `solve` say so
+        (`RESULTS.inner_diverged`), and which rate would not diverge. They look once y has
+        an entry above 4 that is 4 times the largest one of the anchor. If f is larger
+        there than at the anchor, and 16 more steps become longer and lead further uphill,
+        it diverges. For fewer than 64 steps, and at the end of `solve`, this is outside
+        of transformations only. Batches are not judged, and fewer than 64 steps whose
+        optimiser depends on x only at the end of `solve`: their rates may still be
+        learned.
 
     !!! warning "Adam"
 

@@ -17,7 +17,12 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 from .._arguments import as_rate, as_variables, check_count, check_positive
 from .._compat import called_once, is_traced, not_differentiable
 from .._custom_types import typechecked, X, Y
-from .._derivatives.post_mortem import post_mortem, rests_at_kink
+from .._derivatives.post_mortem import (
+    has_grown,
+    post_mortem,
+    rests_at_kink,
+    runs_off,
+)
 from .._equilibrium.base import (
     AbstractEquilibrium,
     amended,
@@ -154,7 +159,10 @@ def solve(
     cannot have, or for one that the pipeline does not aim at. An
     `eqx.EquinoxRuntimeError`, unless `throw` is `False`, if a solve that the pipeline
     relies on fails, if the hypergradient can only be zero, if something is not finite
-    (it says at which step), or if the tolerance is not reached. For the checkpoint, an
+    (it says at which step), if the tolerance is not reached, or, outside of
+    transformations, if the inner steps through which a `GradientPipeline` differentiates
+    have diverged by the end of the run (see [`bilevel_eqx.Unrolled`][]). For the
+    checkpoint, an
     `OSError`, before any work is done, if its folder does not exist
     (`FileNotFoundError`) or cannot be written in; a `FileExistsError` at a saving if
     another run has written the file meanwhile; and a `ValueError` if the file is
@@ -192,7 +200,7 @@ def solve(
     stream = None
     if batches is not None:
         stream = _stream(batches, run, start, num_steps, save_every, file)
-    end = None
+    end, diverged = None, False
     if not any(is_traced(leaf) for leaf in jtu.tree_leaves((run, start))):
         try:
             with contextlib.closing(reporter):
@@ -211,10 +219,16 @@ def solve(
                 raise
     if end is not None:
         interrupted = np.asarray(end.interrupted)
-        value, result, figures = _conclude_alone(
-            problem, tolerance, end.progress, interrupted
+        value, result, figures, grown = _conclude_alone(
+            problem, tolerance, end.progress, interrupted, y0
         )
         last, history = end.progress, end.history
+        if grown and not end.interrupted:
+            diverged = bool(_diverged(problem, equilibrium, pipeline, last.state, y0))
+        if diverged:
+            if not last.verdict.failed:
+                del figures["num_steps"]
+            result = RESULTS.inner_diverged
     elif stream is not None:
         raise _no_stream()
     elif checkpoint is not None:
@@ -252,7 +266,10 @@ def solve(
                 _interruption(int(last.num_steps), num_steps, checkpoint)
             )
         throw_if_failed(
-            solution, result, lambda: figures, lambda: _post_mortem(problem, x0, y0, last)
+            solution,
+            result,
+            lambda: figures,
+            lambda: _post_mortem(problem, x0, y0, last, diverged),
         )
     if certify:
         x, y = solution.x, solution.y
@@ -327,6 +344,13 @@ def _at_kink(problem, equilibrium, pipeline, state) -> Bool[Array, ""] | bool:
     return False if trail is None else rests_at_kink(problem, state.x, trail)
 
 
+@called_once
+def _diverged(problem, equilibrium, pipeline, state, y0) -> Bool[Array, ""] | bool:
+    """Whether the inner steps that were differentiated run off."""
+    trail = pipeline.trail(problem, equilibrium, state)
+    return False if trail is None else runs_off(problem, state.x, y0, trail)
+
+
 _AT_KINK = (
     "the inner steps go to and fro across a kink of the inner objective, such as an L1 "
     "norm, a hinge or a ReLU has: their derivatives, and the hypergradients of this run, "
@@ -389,14 +413,29 @@ def _conclude(
     return problem.outer(end.state.x, end.state.y), result, figures
 
 
-def _post_mortem(problem, x0: PyTree, y0: PyTree, last: Progress) -> dict[str, Array]:
-    """What is found out at the last good step."""
+def _post_mortem(
+    problem, x0: PyTree, y0: PyTree, last: Progress, diverged: bool
+) -> dict[str, Array]:
+    """What is found out at the last good step. Where the inner steps have run off, x may
+    have followed them: then at the start."""
     x, y = last.state.x, last.state.y
+    if diverged:
+        return post_mortem(problem, x0 if has_grown(x0, x) else x, y0, y0)
     grown = {"first_x": tree_max(x0), "last_x": tree_max(x)}
     return grown | post_mortem(problem, x, y0, y)
 
 
-_conclude_alone = eqx.filter_jit(_conclude)
+@eqx.filter_jit
+def _conclude_alone(
+    problem: AbstractBilevelProblem,
+    tolerance: ScalarLike | None,
+    end: Progress,
+    interrupted: Bool[Any, ""],
+    y0: PyTree,
+) -> tuple[Scalar, RESULTS, dict[str, Array], Bool[Array, ""]]:
+    """The same, and whether y has grown so much that its solve may have diverged."""
+    grown = has_grown(y0, end.state.y)
+    return *_conclude(problem, tolerance, end, interrupted), grown
 
 
 @eqx.filter_jit
