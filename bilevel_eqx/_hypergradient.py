@@ -116,9 +116,10 @@ def _hypergradient(
     out, state, _ = answered(problem, x, anchor, response)
     result = first_failure(out.result, finite_or_not(out.y))
     trail = response.trail(problem, x, out.y, state, least=_FOLLOWED)
+    grown = has_grown(anchor, out.y)
     if trail is not None:
         for found, name in (
-            (runs_off(problem, x, anchor, trail), RESULTS.inner_diverged),
+            (grown & runs_off(problem, x, anchor, trail), RESULTS.inner_diverged),
             (rests_at_kink(problem, x, trail), RESULTS.at_kink),
         ):
             failure = RESULTS.where(found, name, RESULTS.successful)
@@ -127,7 +128,7 @@ def _hypergradient(
     if not reaches:
         result = first_failure(result, RESULTS.zero_hypergradient)
     out = eqx.tree_at(lambda h: h.result, out, result)
-    return out, reaches, has_grown(anchor, out.y)
+    return out, reaches, grown
 
 
 # From how many inner steps on the next ones are looked at in the program itself, of which

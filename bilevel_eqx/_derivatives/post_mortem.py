@@ -161,8 +161,8 @@ def runs_off(
     anchor: PyTree[Array],
     trail: PyTree[Array],
 ) -> Bool[Array, ""]:
-    """Whether an inner solve from the anchor diverges: it has led far away and uphill,
-    and its next steps become longer and lead further uphill.
+    """Whether an inner solve from the anchor that has led far away (`has_grown`)
+    diverges: it has led uphill, and its next steps become longer and lead further uphill.
 
     The next steps of a solve that goes to and fro, or that leaves a saddle, do not do
     both. Those of a large rate on a network, and those of Adam close to a minimum, do for
@@ -174,15 +174,13 @@ def runs_off(
     # The squares of large numbers overflow long before these do.
     scaled = points / nonzero(jnp.max(jnp.abs(points[0])))
     lengths = jnp.sqrt(jnp.sum(jnp.diff(scaled, axis=0) ** 2, axis=1))
-    begun, first, last = jax.lax.map(
-        lambda point: problem.inner(x, layout.unravel(point)),
-        jnp.stack([layout.ravel(anchor), points[0], points[-1]]),
-    )
+    ends = anchor, y, jtu.tree_map(lambda u: u[-1], trail)
+    begun, first, last = (problem.inner(x, end) for end in ends)
     eps = float(jnp.finfo(points.dtype).eps)
     moves = _above(lengths[-1], eps**0.5 * vector_norm(scaled[-1]))
     grows = jnp.all(_above(lengths[1:], lengths[:-1])) & jnp.isfinite(lengths[0])
     uphill = _above(first, begun) & _above(last, first)
-    return has_grown(anchor, y) & moves & grows & uphill
+    return moves & grows & uphill
 
 
 def _above(a: Array, b: Array) -> Bool[Array, "..."]:
