@@ -199,13 +199,12 @@ class NullSpaceDescent(_AbstractValueDescent):
             self.linear_solver,
             self.selection_steps,
         )
-        result = implicit.judge(result, anchor, here.y, here.at)
+        result, inner = implicit.judge(result, anchor, here.y, here.at)
         outer = here.outer()
         value, gradient = outer.value, outer.hypergradient
         result = first_failure(
             result, outer.result, finite_or_not((value, gradient, here.y))
         )
-        inner = tree_norm(here.gradient)
         figures = figures_of(x, {"inner_residual": inner}, value=value, gradient=gradient)
         residual = jnp.hypot(inner, tree_norm(here.project(outer.y)))
         y = layout.unravel(here.y)
@@ -259,7 +258,7 @@ class NullSpaceAscent(_AbstractValueDescent):
         )
         here, value, gradient = worst.picture, worst.value, worst.gradient
         implicit = Implicit(self.solver, self.linear_solver)
-        result = implicit.judge(result, anchor, here.y, here.at)
+        result, _ = implicit.judge(result, anchor, here.y, here.at)
         finite = finite_or_not((value, gradient, here.y))
         figures = figures_of(x, stats, value=value, gradient=gradient)
         verdict = Verdict(first_failure(result, finite), figures)
