@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -200,3 +201,19 @@ def test_signatures_are_as_written(monkeypatch):
     assert solve["return"] == ("Solution[X, Y]", None)
     # And the text of a constant is its own, and not that of `tuple`.
     assert written.constants["CLASS_COLOURS"] == "One colour for each class."
+
+
+def test_no_line_begins_with_the_mark_after_a_formula(monkeypatch):
+    pytest.importorskip("mkdocs", reason="This needs the extra `docs`.")
+    monkeypatch.syspath_prepend(str(DOCS))
+    mathematics = importlib.import_module("mathematics")
+    if shutil.which("node") is None or not mathematics.CACHE.exists():
+        pytest.skip("This needs Node.js, and KaTeX as the build of the site keeps it.")
+    page = (
+        r'<span class="arithmatex">\(x = y\)</span>, <div class="arithmatex">\[z\]</div>'
+    )
+    written = mathematics.formulas_set({DOCS: page})[DOCS]
+    # Within the last part, in which a browser does not break a line.
+    last = written.split('<span class="base">')[2]
+    assert '<span class="mark">,</span></span></span></span></span> <div' in last
+    assert "\\(" not in written and "\\[" not in written
