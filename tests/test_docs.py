@@ -199,6 +199,11 @@ def test_signatures_are_as_written(monkeypatch):
     assert solve["num_steps"] == ("int", None)
     assert solve["throw"] == ("bool", "True")
     assert solve["return"] == ("Solution[X, Y]", None)
+    # A name that is not public is spelled out.
+    assert written.of("bilevel_eqx._equilibrium.base.certify")["max_products"][1] == "128"
+    ascent = written.of("bilevel_eqx._pipeline.penalty.PenaltyAscent.__init__")
+    falling = "optax.adam(lambda count: 0.02 / (1 + count / 1000))"
+    assert ascent["optimiser"][1] == falling
     # And the text of a constant is its own, and not that of `tuple`.
     assert written.constants["CLASS_COLOURS"] == "One colour for each class."
 
