@@ -187,6 +187,15 @@ def test_dead_links_are_found(tmp_path, monkeypatch):
     ]
 
 
+def test_pictures_are_links_to_themselves(monkeypatch):
+    pytest.importorskip("mkdocs", reason="This needs the extra `docs`.")
+    monkeypatch.syspath_prepend(str(DOCS))
+    links = importlib.import_module("links")
+    image = '<img alt="A &gt; B" src="../figures/a.png" width="9" />'
+    page = links.on_page_content(f"<p>{image}</p>", page=None, config=None, files=None)
+    assert page == f'<p><a class="picture" href="../figures/a.png">{image}</a></p>'
+
+
 def test_signatures_are_as_written(monkeypatch):
     """And not as Python sees them: such a default has thousands of characters."""
     pytest.importorskip("griffe", reason="This needs the extra `docs`.")

@@ -46,7 +46,7 @@ def test_page(name):
     for block in blocks:
         assert block in script or textwrap.indent(block, " " * 4) in script, block
     assert f"../figures/gallery_{name}.png" in page
-    assert (FIGURES / f"gallery_{name}.png").stat().st_size <= 80_000
+    assert (FIGURES / f"gallery_{name}.png").stat().st_size <= 100_000
 
 
 @pytest.fixture
