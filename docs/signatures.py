@@ -123,8 +123,10 @@ class _SpellOut(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         found = self.values.get(node.id, set())
-        # A name with two meanings stays.
-        return ast.parse(*found, mode="eval").body if len(found) == 1 else node
+        # A name with two meanings stays, and one for what would fill the signature.
+        if len(found) != 1 or len(*found) > 60:
+            return node
+        return ast.parse(*found, mode="eval").body
 
 
 def _named_value(node: ast.AST) -> tuple[str, str] | None:

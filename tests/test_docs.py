@@ -208,7 +208,8 @@ def test_signatures_are_as_written(monkeypatch):
     assert solve["num_steps"] == ("int", None)
     assert solve["throw"] == ("bool", "True")
     assert solve["return"] == ("Solution[X, Y]", None)
-    # A name that is not public is spelled out.
+    # A name that is not public is spelled out if that is short.
+    assert solve["record"][1] == "record_metrics"
     assert written.of("bilevel_eqx._equilibrium.base.certify")["max_products"][1] == "128"
     ascent = written.of("bilevel_eqx._pipeline.penalty.PenaltyAscent.__init__")
     falling = "optax.adam(lambda count: 0.02 / (1 + count / 1000))"
