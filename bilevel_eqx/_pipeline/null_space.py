@@ -215,7 +215,7 @@ class NullSpaceAscent(_AbstractValueDescent):
     r"""Aims at [`bilevel_eqx.Pessimistic`][] by descending
     $\phi(x) = \max \{F(x, y) : y \in S(x), \|y - c\| \le R\}$:
 
-    1. the center $c = \Pi(y_0, S(x))$ is found, and y moved along $S(x)$ to where F is
+    1. the centre $c = \Pi(y_0, S(x))$ is found, and y moved along $S(x)$ to where F is
        largest in the ball, by trust-region steps. One step finds the worst point of all
        where $S(x)$ is a plane and F quadratic, and a local one elsewhere.
     2. There, by Danskin's theorem,
