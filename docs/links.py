@@ -2,8 +2,11 @@
 
 `mkdocs` checks the links that it finds in Markdown. This checks those in HTML too, and
 those that plugins and the theme have made, with their anchors.
+
+It also makes each picture a link to itself, by which a browser shows it in its full size.
 """
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
@@ -12,6 +15,7 @@ from mkdocs.exceptions import PluginError
 
 
 _ROOT = "http://site.invalid/"
+_IMAGE = re.compile(r'<img\b[^>]*?\bsrc="([^"]+)"[^>]*>')
 
 
 class _Page(HTMLParser):
@@ -58,8 +62,19 @@ def dead_links(site: Path, prefix: str = "") -> list[str]:
     return dead
 
 
+#
+# Called by mkdocs
+#
+
+
+def on_page_content(html, *, page, config, files):
+    """The text of a page is set, and its pictures become links."""
+    del page, config, files
+    return _IMAGE.sub(r'<a class="picture" href="\1">\g<0></a>', html)
+
+
 def on_post_build(*, config):
-    """Called by mkdocs when all pages are written."""
+    """All pages are written, and their links are followed."""
     prefix = urlsplit(config.site_url or "").path.lstrip("/")
     dead = dead_links(Path(config.site_dir), prefix)
     if dead:

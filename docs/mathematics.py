@@ -32,9 +32,11 @@ CACHE = Path(__file__).parent.parent / ".cache" / f"katex-{VERSION}"
 
 _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]\s*'
-    r"</(?P=tag)>",
+    r"</(?P=tag)>(?P<mark>[.,:;!?)]*)",
     re.DOTALL,
 )
+# What closes the last part of a formula in a line.
+_END = "</span></span></span>"
 # One process sets all formulas of the site. `strict` is for LaTeX that only KaTeX allows.
 _SET_ALL = """
 const katex = require(process.argv[1]);
@@ -106,7 +108,14 @@ def formulas_set(pages: dict[Path, str]) -> dict[Path, str]:
 
     def replace(match: re.Match[str]) -> str:
         tag, key = match["tag"], (html.unescape(match["tex"]), match["kind"] == "[")
-        return f'<{tag} class="arithmatex">{finished[key]}</{tag}>'
+        formula, mark = finished[key], match["mark"]
+        if mark:
+            # A browser may break the line after a formula, but not within a part of it.
+            # So the mark after it goes in there, and no line begins with a comma.
+            formula = (
+                f'{formula.removesuffix(_END)}<span class="mark">{mark}</span>{_END}'
+            )
+        return f'<{tag} class="arithmatex">{formula}</{tag}>'
 
     return {path: _FORMULA.sub(replace, page) for path, page in pages.items()}
 

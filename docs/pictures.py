@@ -34,4 +34,6 @@ if __name__ == "__main__":
     import matplotlib
 
     matplotlib.use("agg")
+    # Twice as many as those of the figure, for dense screens.
+    matplotlib.rcParams["savefig.dpi"] = 240
     run_page(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "figures")

@@ -3,10 +3,12 @@
 The API pages are made by importing the package, since the docstrings of `__init__` are
 set at run time. But there `ScalarLike` is a union of eight types, `X` is `~X`, a field
 with a converter has forgotten its type, and a default such as `LBFGS()` is everything
-that it holds. So annotations and defaults come from the source.
+that it holds. So annotations and defaults come from the source; and where a default is a
+name that a user cannot import, what it stands for.
 """
 
 import ast
+import collections
 import inspect
 import itertools
 from pathlib import Path
@@ -61,10 +63,16 @@ class _Written:
         self.classes: dict[str, ast.ClassDef] = {}
         # The docstring below each constant of a module, by the constant's name.
         self.constants: dict[str, str] = {}
+        # What the name of a number, or of a function that is one expression, stands for
+        # in each module that has it.
+        self.values: dict[str, set[str]] = collections.defaultdict(set)
         for file in sorted((root / package).rglob("*.py")):
             parts = file.relative_to(root).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
-            self._read(ast.parse(file.read_text()), ".".join(parts))
+            tree = ast.parse(file.read_text())
+            self._read(tree, ".".join(parts))
+            for name, value in filter(None, map(_named_value, tree.body)):
+                self.values[name].add(value)
 
     def _read(self, tree: ast.AST, path: str) -> None:
         for node in ast.iter_child_nodes(tree):
@@ -82,10 +90,16 @@ class _Written:
 
     def of(self, path: str) -> Signature:
         """That of the function at `path`, or the fields that it is made from."""
-        if path in self.functions:
-            return self.functions[path]
         owner = self.classes.get(path.removesuffix(".__init__"))
-        return {} if owner is None else self._fields(owner)
+        fields = {} if owner is None else self._fields(owner)
+        found = self.functions.get(path, fields)
+        return {name: (kind, self._spelled_out(d)) for name, (kind, d) in found.items()}
+
+    def _spelled_out(self, default: str | None) -> str | None:
+        if default is None:
+            return None
+        tree = ast.parse(default, mode="eval")
+        return ast.unparse(_SpellOut(self.values).visit(tree))
 
     def _fields(self, owner: ast.ClassDef) -> Signature:
         """The fields of a class, and those that it inherits within the package."""
@@ -99,6 +113,33 @@ class _Written:
                 annotation = ast.unparse(child.annotation)
                 found[child.target.id] = annotation, _default(child.value)
         return found
+
+
+class _SpellOut(ast.NodeTransformer):
+    """Replaces names by what they stand for."""
+
+    def __init__(self, values: dict[str, set[str]]) -> None:
+        self.values = values
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        found = self.values.get(node.id, set())
+        # A name with two meanings stays, and one for what would fill the signature.
+        if len(found) != 1 or len(*found) > 60:
+            return node
+        return ast.parse(*found, mode="eval").body
+
+
+def _named_value(node: ast.AST) -> tuple[str, str] | None:
+    """The name and the number, or the function as a lambda, of a simple definition."""
+    match node:
+        case ast.Assign(targets=[ast.Name(name)], value=ast.Constant() as value):
+            return name, ast.unparse(value)
+        case ast.FunctionDef(name, body=[*_, ast.Return(ast.expr() as value)] as body):
+            # One expression, maybe below a docstring.
+            if len(body) == 1 or (len(body) == 2 and isinstance(body[0], ast.Expr)):
+                names = ", ".join(argument.arg for argument in node.args.args)
+                return name, f"lambda {names}: {ast.unparse(value)}"
+    return None
 
 
 def _signature(function: ast.FunctionDef) -> Signature:

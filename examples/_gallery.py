@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from _figure import lighten, options
 
@@ -23,6 +24,8 @@ from bilevel_eqx import plot
 
 
 Results = dict[str, Any]
+# Two for each pixel of a page, where they are half as wide: screens of today show both.
+DOTS_PER_INCH = 300
 
 
 def main(
@@ -46,7 +49,7 @@ def main(
     args.output.mkdir(parents=True, exist_ok=True)
     picture = args.output / f"gallery_{name}.png"
     with plot.house_style():
-        draw(results).savefig(picture, dpi=150)
+        draw(results).savefig(picture, dpi=DOTS_PER_INCH)
     lighten(picture)
     print(f"The claim holds. The picture is {picture}")
 
@@ -60,3 +63,17 @@ def digits(seed: int, *ends: int) -> list[tuple[np.ndarray, np.ndarray]]:
     order = np.random.default_rng(seed).permutation(len(labels))
     images = np.asarray(images[order] / 16, "float32")
     return list(zip(np.split(images, ends), np.split(labels[order], ends)))
+
+
+def draw_images(results: Results) -> Any:
+    """A row of images for each of the results that is not a single number."""
+    rows = {name: images for name, images in results.items() if np.ndim(images) > 0}
+    shape = len(rows), len(next(iter(rows.values())))
+    figure, axes = plt.subplots(*shape, figsize=(6, 1.4), layout="constrained")
+    for row, (name, images) in zip(axes, rows.items()):
+        row[0].set_ylabel(name)
+        for ax, image in zip(row, images):
+            ax.imshow(np.reshape(image, (8, 8)), cmap="gray_r")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    return figure

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -186,6 +187,15 @@ def test_dead_links_are_found(tmp_path, monkeypatch):
     ]
 
 
+def test_pictures_are_links_to_themselves(monkeypatch):
+    pytest.importorskip("mkdocs", reason="This needs the extra `docs`.")
+    monkeypatch.syspath_prepend(str(DOCS))
+    links = importlib.import_module("links")
+    image = '<img alt="A &gt; B" src="../figures/a.png" width="9" />'
+    page = links.on_page_content(f"<p>{image}</p>", page=None, config=None, files=None)
+    assert page == f'<p><a class="picture" href="../figures/a.png">{image}</a></p>'
+
+
 def test_signatures_are_as_written(monkeypatch):
     """And not as Python sees them: such a default has thousands of characters."""
     pytest.importorskip("griffe", reason="This needs the extra `docs`.")
@@ -198,5 +208,27 @@ def test_signatures_are_as_written(monkeypatch):
     assert solve["num_steps"] == ("int", None)
     assert solve["throw"] == ("bool", "True")
     assert solve["return"] == ("Solution[X, Y]", None)
+    # A name that is not public is spelled out if that is short.
+    assert solve["record"][1] == "record_metrics"
+    assert written.of("bilevel_eqx._equilibrium.base.certify")["max_products"][1] == "128"
+    ascent = written.of("bilevel_eqx._pipeline.penalty.PenaltyAscent.__init__")
+    falling = "optax.adam(lambda count: 0.02 / (1 + count / 1000))"
+    assert ascent["optimiser"][1] == falling
     # And the text of a constant is its own, and not that of `tuple`.
     assert written.constants["CLASS_COLOURS"] == "One colour for each class."
+
+
+def test_no_line_begins_with_the_mark_after_a_formula(monkeypatch):
+    pytest.importorskip("mkdocs", reason="This needs the extra `docs`.")
+    monkeypatch.syspath_prepend(str(DOCS))
+    mathematics = importlib.import_module("mathematics")
+    if shutil.which("node") is None or not mathematics.CACHE.exists():
+        pytest.skip("This needs Node.js, and KaTeX as the build of the site keeps it.")
+    page = (
+        r'<span class="arithmatex">\(x = y\)</span>, <div class="arithmatex">\[z\]</div>'
+    )
+    written = mathematics.formulas_set({DOCS: page})[DOCS]
+    # Within the last part, in which a browser does not break a line.
+    last = written.split('<span class="base">')[2]
+    assert '<span class="mark">,</span></span></span></span></span> <div' in last
+    assert "\\(" not in written and "\\[" not in written

@@ -39,14 +39,14 @@ def test_every_page_is_tested():
 def test_page(name):
     """The code of a page is in its script, the script is short, and the figure small."""
     script = (EXAMPLES / f"{name}.py").read_text()
-    assert script.count("\n") <= 120
+    assert script.count("\n") <= (60 if name == "distillation" else 120)
     page = (PAGES / f"{name}.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert blocks
     for block in blocks:
         assert block in script or textwrap.indent(block, " " * 4) in script, block
     assert f"../figures/gallery_{name}.png" in page
-    assert (FIGURES / f"gallery_{name}.png").stat().st_size <= 80_000
+    assert (FIGURES / f"gallery_{name}.png").stat().st_size <= 100_000
 
 
 @pytest.fixture

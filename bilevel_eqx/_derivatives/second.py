@@ -21,9 +21,11 @@ from .._tree import (
     tree_axpy,
     tree_dot,
     tree_eps,
+    tree_size,
     tree_struct,
     tree_sub,
     tree_zeros_like,
+    vector_dots,
     where,
 )
 from .first import inner_gradient
@@ -102,12 +104,14 @@ def expansion(
     def gradients(y):
         return jax.grad(problem.inner, argnums=(1, 0))(x, y)
 
-    (gradient, _), push = jax.linearize(gradients, y)
-    if tells_change(problem, y, tags):
-        _, gradient, hessian = curved_hessian(problem, x, y, tags)
-    else:
+    if not tells_change(problem, y, tags):
+        (gradient, _), push = jax.linearize(gradients, y)
         hessian = lx.FunctionLinearOperator(_Component(push, 0), tree_struct(y), tags)
-    return gradient, hessian, _Component(push, 1)
+        return gradient, hessian, _Component(push, 1)
+    _, gradient, hessian, cross_transposed = curved_hessian(problem, x, y, tags)
+    if cross_transposed is None:
+        cross_transposed = _Component(jax.linearize(gradients, y)[1], 1)
+    return gradient, hessian, cross_transposed
 
 
 def tells_change(problem: AbstractBilevelProblem, y: PyTree, tags: Any) -> bool:
@@ -247,27 +251,54 @@ def squares_condition(
     return condition
 
 
+class TransposedRows(eqx.Module):
+    r"""$q \mapsto B^\top q$, for the rows of B in a pytree like x."""
+
+    rows: PyTree[Array]
+
+    def __call__(self, q: Float[Array, " n"]) -> PyTree[Array]:
+        def product(rows):
+            highest = jax.lax.Precision.HIGHEST
+            return jnp.tensordot(q.astype(rows.dtype), rows, 1, precision=highest)
+
+        return jax.tree.map(product, self.rows)
+
+
 def curved_hessian(
     problem: AbstractBilevelProblem, x: PyTree[Array], y: Float[Array, " n"], tags: Any
-) -> tuple[Scalar, Float[Array, " n"], CurvedHessian]:
-    """f, f_y and the matrix of H, with the one a step of steepest descent further."""
-    rows = jnp.eye(y.size, dtype=y.dtype)
+) -> tuple[Scalar, Float[Array, " n"], CurvedHessian, TransposedRows | None]:
+    r"""f, f_y and the matrix of H, with the one a step of steepest descent further; and
+    the map $q \mapsto B^\top q$, if x is small enough for a matrix."""
+    unit = jnp.eye(y.size, dtype=y.dtype)
+    # The rows of B come with those of H, and need no program of their own.
+    argnums = (1, 0) if tree_size(x) <= DENSE_SIZE else (1,)
 
-    def at(point, _):
-        value, gradient, product = value_gradient_and_product(
-            lambda y: problem.inner(x, y), point
-        )
-        matrix = jax.vmap(product)(rows)
-        g, H = jax.lax.stop_gradient((gradient, matrix))
-        square, curvature = jnp.vdot(g, g), jnp.abs(jnp.vdot(g, g @ H))
+    def next_and_this(_, carry):
+        this, _ = carry
+
+        def slopes_and_value(y):
+            value, slopes = jax.value_and_grad(problem.inner, argnums)(x, y)
+            return slopes, value.astype(y.dtype)
+
+        slopes, push, value = jax.linearize(slopes_and_value, this[0], has_aux=True)
+        rows = jax.vmap(push)(unit)
+        g, H = jax.lax.stop_gradient((slopes[0], rows[0]))
+        square, curvature = jnp.abs(vector_dots(g, g, g @ H))
         length = where(curvature == 0, 0, square / nonzero(curvature))
-        return jax.lax.stop_gradient(point) - length * g, (value, gradient, matrix)
+        further = jax.lax.stop_gradient(this[0]) - length * g
+        return (further, value, slopes[0], rows), this
+
+    def empty(u):
+        return jnp.zeros((y.size, *u.shape), u.dtype)
 
     # Twice the same, in one loop: that is half as long a program.
-    _, (value, gradient, matrix) = jax.lax.scan(at, y, length=2)
-    hessian = lx.MatrixLinearOperator(matrix[0], frozenset(tags) | {lx.symmetric_tag})
-    further = jax.lax.stop_gradient(matrix[1])
-    return value[0], gradient[0], CurvedHessian(hessian, further)
+    rows = tuple(jax.tree.map(empty, (y, x)[: len(argnums)]))
+    start = y, jnp.zeros((), y.dtype), jnp.zeros_like(y), rows
+    further, here = jax.lax.fori_loop(0, 2, next_and_this, (start, start))
+    _, value, gradient, (matrix, *cross) = here
+    hessian = lx.MatrixLinearOperator(matrix, frozenset(tags) | {lx.symmetric_tag})
+    curved = CurvedHessian(hessian, jax.lax.stop_gradient(further[-1][0]))
+    return value, gradient, curved, TransposedRows(*cross) if cross else None
 
 
 def gauss_newton_hessian(

@@ -133,7 +133,7 @@ class Measures(NamedTuple):
         here = self.picture
         confined = set_y(here.problem).confines
         curvature = self.newton.curvature
-        left = curvature * vector_norm(self.newton.step) + self.newton.rest
+        left = curvature * self.newton.length + self.newton.rest
         size = self.outer.size + self.reach
         if here.is_root:
             residual = share(left, curvature * size)
@@ -193,7 +193,7 @@ def measure(
     $F_x - B^\top H^+ u + t$ for `tangential`, which is a pair of u and t.
     """
     newton = here.newton_step(outer.size)
-    unit = newton.step / nonzero(vector_norm(newton.step))
+    unit = newton.step / nonzero(newton.length)
     # The terms of F_y with other signs, which do not cancel in J^T F_y.
     mixed = tree_waves(unit) * (jnp.abs(outer.y) + jnp.abs(outer.change_y))
     slope, direct = outer.y, outer.x

@@ -23,9 +23,10 @@ InnerSolver = optx.AbstractIterativeSolver | None
 """The type of an inner solver. With `None` the anchor must be a solution."""
 
 
-def _options(problem: AbstractBilevelProblem, x: PyTree[Array]) -> dict[str, Any]:
+def _options(problem, x, curved: bool | None) -> dict[str, Any]:
     """The `options` of `optimistix.minimise` for the inner problem at x."""
     options = {"hessian": HessianAt(problem, x), "projection": None, "residual": None}
+    options["curved"] = curved
     if set_y(problem).confines:
         options["projection"] = set_y(problem).project
     if isinstance(problem, AbstractLeastSquaresProblem):
@@ -49,8 +50,12 @@ def minimise_inner(
     y: PyTree[Array],
     solver: optx.AbstractMinimiser | optx.AbstractLeastSquaresSolver,
     max_steps: int | None = None,
+    curved: bool | None = None,
 ) -> optx.Solution:
-    """Runs a minimiser on the inner problem at x, from y. It does not throw."""
+    """Runs a minimiser on the inner problem at x, from y. It does not throw.
+
+    `curved` says whether H depends on y, if that is known already: a minimiser may ask.
+    """
     # Some minimisers have their own largest number of steps.
     counts = says(solver, "counts_its_steps", False)
     args, max_steps = (problem, x), None if counts else max_steps
@@ -63,7 +68,7 @@ def minimise_inner(
         return optx.least_squares(
             _residual, solver, y, args, max_steps=max_steps, throw=False
         )
-    options = _options(problem, x)
+    options = _options(problem, x, curved)
     return optx.minimise(
         _objective, solver, y, args, options, max_steps=max_steps, throw=False
     )

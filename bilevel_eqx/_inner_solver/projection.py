@@ -17,7 +17,16 @@ from .._derivatives.second import value_gradient_and_product
 from .._linalg.newton_direction import newton_direction
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._optimiser.backtracking import backtrack
-from .._tree import Layout, nonzero, tree_dtype, tree_eps, tree_struct, vector_norm, where
+from .._tree import (
+    Layout,
+    nonzero,
+    tree_dtype,
+    tree_eps,
+    tree_struct,
+    vector_dots,
+    vector_norm,
+    where,
+)
 
 
 class _ProjectionState(eqx.Module):
@@ -33,6 +42,8 @@ class _ProjectionState(eqx.Module):
     is_trial: Bool[Array, ""]
     by_values: Bool[Array, ""]
     terminate: Bool[Array, ""]
+    # The structure of what the objective returns beside its value.
+    aux: Any = eqx.field(static=True)
 
 
 class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
@@ -59,8 +70,9 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         user's `linear_solver`.
     - `residual`: a function of `y` that returns the residual of a sum of squares. The
         steps are then $-A^+ r$, where A is its Jacobian.
+    - `curved`: whether the Hessian depends on y. Otherwise it is found out.
 
-    The responses of this package pass both.
+    The responses of this package pass all.
 
     ??? cite "Reference"
 
@@ -109,7 +121,8 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         zero, no = jnp.zeros((), tree_dtype(y)), jnp.array(False)
         start = Layout(y).ravel(y), jnp.zeros((), f_struct.dtype), zero
-        return _ProjectionState(jnp.array(0), zero, zero, *start, no, no, no)
+        aux = jtu.tree_structure(aux_struct)
+        return _ProjectionState(jnp.array(0), zero, zero, *start, no, no, no, aux)
 
     def step(self, fn, y, args, options, state, tags):
         # In one vector, which makes the program shorter.
@@ -137,9 +150,9 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         def move():
             symmetric = lx.symmetric_tag
             hessian = lx.FunctionLinearOperator(product, tree_struct(v), symmetric)
-            shrunk = norm / nonzero(first_norm)
-            newton = self._newton(layout, v, gradient, hessian, options, curved, shrunk)
-            slope = jnp.vdot(gradient, newton)
+            here = layout, v, gradient, norm, hessian
+            newton = self._newton(*here, options, curved, norm / nonzero(first_norm))
+            slope, square = vector_dots(newton, gradient, newton)
             # With negative curvature the Newton step may climb; then take its opposite.
             direction = where(slope < 0, newton, -newton)
 
@@ -158,11 +171,13 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
                 highest=where(is_trial, jnp.inf, value),
                 max_trials=_MAX_TRIALS,
             )
-            length = t.astype(v.dtype) * vector_norm(direction)
-            small = length <= self.atol + rtol * vector_norm(new_v)
+            length = t.astype(v.dtype) * jnp.sqrt(square)
+            small = length <= self.atol + rtol * vector_norm(v)
             return new_v, length, small | (t == 0), is_trial
 
-        curved = _hessian_depends_on_y(objective, v)
+        curved = options.get("curved")
+        if curved is None:
+            curved = _hessian_depends_on_y(objective, v)
         solved = norm <= rtol * first_norm
         if curved:
             # Small beside the first one is not enough where f flattens, as a logistic
@@ -177,9 +192,8 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
         terminate = done | (~is_trial & (num_steps >= self.max_steps))
         new_y = layout.unravel(new_v)
         # Computed only if there is something to compute.
-        aux = eqx.filter_eval_shape(fn, new_y, args)[1]
-        if jtu.tree_leaves(aux):
-            _, aux = fn(new_y, args)
+        has_aux = state.aux.num_leaves > 0
+        aux = fn(new_y, args)[1] if has_aux else jtu.tree_unflatten(state.aux, [])
         here = v, value, norm
         state = _ProjectionState(
             num_steps,
@@ -189,10 +203,11 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             is_trial,
             state.by_values | is_worse,
             terminate,
+            state.aux,
         )
         return new_y, state, aux
 
-    def _newton(self, layout, v, gradient, hessian, options, curved, shrunk):
+    def _newton(self, layout, v, gradient, norm, hessian, options, curved, shrunk):
         """The Newton step, up to its sign."""
         residual, hessian_at = options.get("residual"), options.get("hessian")
         if self.linear_solver is not None:
@@ -209,7 +224,7 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             return lx.linear_solve(A, r, Pseudoinverse(), throw=False).value
         if curved:
             rtol = jnp.minimum(0.1, jnp.sqrt(shrunk))
-            return newton_direction(hessian, gradient, rtol)
+            return newton_direction(hessian, gradient, rtol, size=norm)
         return lx.linear_solve(hessian, gradient, Pseudoinverse(), throw=False).value
 
     def terminate(self, fn, y, args, options, state, tags):

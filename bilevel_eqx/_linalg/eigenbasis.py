@@ -213,6 +213,7 @@ def negative_curvature(basis: Eigenbasis, scale: ScalarLike = 0.0) -> Scalar:
 
 
 def negative_share(values: Float[Array, " k"], scale: ScalarLike = 0.0) -> Scalar:
-    """The same for eigenvalues alone."""
-    largest = jnp.maximum(jnp.max(jnp.abs(values)), scale)
-    return jnp.maximum(0, -jnp.min(values)) / nonzero(largest)
+    """The same for eigenvalues alone, in ascending order but for zeros."""
+    lowest = jnp.min(values)
+    largest = jnp.maximum(jnp.maximum(-lowest, values[-1]), scale)
+    return jnp.maximum(0, -lowest) / nonzero(largest)

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array, Float, Scalar, ScalarLike
 
-from .._tree import nonzero, where
+from .._tree import nonzero, vector_dots, where
 from .zero_curvature import rounding_of
 
 
@@ -16,6 +16,8 @@ def newton_direction(
     hessian: lx.AbstractLinearOperator,
     downhill: Float[Array, " n"],
     rtol: ScalarLike = 0.0,
+    *,
+    size: Scalar,
 ) -> Float[Array, " n"]:
     r"""A direction of descent: $H^{-1}$ applied to `downhill` by conjugate gradients,
     as far as the curvature is positive.
@@ -23,13 +25,14 @@ def newton_direction(
     Where the curvature along `downhill` is not positive, `downhill` itself, divided by
     the size of that curvature.
 
+    `size` is the norm of `downhill`, which callers know.
+
     Not [`bilevel_eqx.TruncatedCG`][], which goes on along directions without curvature: a
     direction of descent has no use for them, and the program is a third as long.
     """
     eps = jnp.finfo(downhill.dtype).eps
     # Of order one, so that no square below overflows or underflows.
-    scale = jnp.max(jnp.abs(downhill))
-    b = downhill / nonzero(scale)
+    b = downhill / nonzero(size)
     square = jnp.vdot(b, b)
     enough = jnp.maximum(jnp.asarray(rtol, b.dtype), eps) ** 2 * square
     most = min(_NUM_STEPS, 2 * b.size + 1)
@@ -41,7 +44,7 @@ def newton_direction(
     def step(carry):
         count, q, r, p, rr, largest, _ = carry
         Hp = hessian.mv(p)
-        pp, pHp = jnp.vdot(p, p), jnp.vdot(p, Hp)
+        pp, pHp = vector_dots(p, p, Hp)
         curvature = pHp / nonzero(pp)
         largest = jnp.maximum(largest, jnp.abs(curvature))
         # Negated, so that NaN is bad too.
@@ -55,4 +58,4 @@ def newton_direction(
 
     zero = jnp.zeros((), b.dtype)
     carry = jnp.array(0), jnp.zeros_like(b), b, b, square, zero, jnp.array(False)
-    return scale * jax.lax.while_loop(unfinished, step, carry)[1]
+    return nonzero(size) * jax.lax.while_loop(unfinished, step, carry)[1]

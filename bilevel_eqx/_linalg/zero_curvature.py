@@ -62,6 +62,11 @@ def is_flat(
 _LEFTOVER = 1e-2
 
 
+def ends(values: Float[Array, " k"]) -> Float[Array, " 2"]:
+    """The first and the last of sorted values, which are the extreme ones."""
+    return values[:: max(1, values.size - 1)]
+
+
 def uncertainty(
     values: Float[Array, " k"],
     size: int,
@@ -69,12 +74,12 @@ def uncertainty(
     change: Float[Array, " k"] | None = None,
     curved: bool = False,
 ) -> Float[Array, " k"]:
-    """How far eigenvalues may be from those at the minimum, one by one.
+    """How far sorted eigenvalues may be from those at the minimum, one by one.
 
     `change` is that over a step of descent, where it is known; `curved` says that H
     depends on y.
     """
-    largest = jnp.max(jnp.abs(values), initial=0)
+    largest = jnp.max(jnp.abs(ends(values)), initial=0)
     error = rounding_of(largest, size)
     eps = float(jnp.finfo(values.dtype).eps)
     if change is not None:

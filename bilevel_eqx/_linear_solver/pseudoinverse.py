@@ -19,7 +19,7 @@ from .._derivatives.operators import (
 from .._linalg.decompositions import check_precision, eigh, eigvalsh, inv, qr, svd
 from .._linalg.eigenbasis import lanczos
 from .._linalg.power_iteration import DENSE_SIZE
-from .._linalg.zero_curvature import clearance, margin, uncertainty
+from .._linalg.zero_curvature import clearance, ends, margin, uncertainty
 from .._tree import (
     Layout,
     tree_axpy,
@@ -175,14 +175,18 @@ class _DenseInverse(eqx.Module):
 
     @property
     def largest(self):
-        return jnp.max(jnp.abs(self.values), initial=0)
+        return jnp.max(jnp.abs(ends(self.values)), initial=0)
 
     def __call__(self, vector):
-        coordinates = self.left @ self.out_layout.ravel(vector)
+        q = self.solution(self.coordinates(vector))
+        return q, lx.RESULTS.successful, _counts(self.clearance)
+
+    def coordinates(self, vector):
+        return self.left @ self.out_layout.ravel(vector)
+
+    def solution(self, coordinates):
         # Not `right.T @ ...`, which is several times slower on a CPU.
-        q = (self.reciprocal * coordinates) @ self.right
-        stats = _counts(self.clearance)
-        return self.in_layout.unravel(q), lx.RESULTS.successful, stats
+        return self.in_layout.unravel((self.reciprocal * coordinates) @ self.right)
 
     def transpose(self):
         return _DenseInverse(
@@ -221,7 +225,7 @@ def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
         left, values, right = _svd(matrix)
         rows = [right, left.T]
     if rcond is not None:
-        largest = jnp.max(jnp.abs(values), initial=0)
+        largest = jnp.max(jnp.abs(ends(values)), initial=0)
         uncertain = jnp.full_like(values, rcond * largest)
     else:
         size, curved = max(matrix.shape), _is_curved(operator)

@@ -199,13 +199,12 @@ class NullSpaceDescent(_AbstractValueDescent):
             self.linear_solver,
             self.selection_steps,
         )
-        result = implicit.judge(result, anchor, here.y, here.at)
+        result, inner = implicit.judge(result, anchor, here.y, here.at)
         outer = here.outer()
         value, gradient = outer.value, outer.hypergradient
         result = first_failure(
             result, outer.result, finite_or_not((value, gradient, here.y))
         )
-        inner = tree_norm(here.gradient)
         figures = figures_of(x, {"inner_residual": inner}, value=value, gradient=gradient)
         residual = jnp.hypot(inner, tree_norm(here.project(outer.y)))
         y = layout.unravel(here.y)
@@ -216,7 +215,7 @@ class NullSpaceAscent(_AbstractValueDescent):
     r"""Aims at [`bilevel_eqx.Pessimistic`][] by descending
     $\phi(x) = \max \{F(x, y) : y \in S(x), \|y - c\| \le R\}$:
 
-    1. the center $c = \Pi(y_0, S(x))$ is found, and y moved along $S(x)$ to where F is
+    1. the centre $c = \Pi(y_0, S(x))$ is found, and y moved along $S(x)$ to where F is
        largest in the ball, by trust-region steps. One step finds the worst point of all
        where $S(x)$ is a plane and F quadratic, and a local one elsewhere.
     2. There, by Danskin's theorem,
@@ -259,7 +258,7 @@ class NullSpaceAscent(_AbstractValueDescent):
         )
         here, value, gradient = worst.picture, worst.value, worst.gradient
         implicit = Implicit(self.solver, self.linear_solver)
-        result = implicit.judge(result, anchor, here.y, here.at)
+        result, _ = implicit.judge(result, anchor, here.y, here.at)
         finite = finite_or_not((value, gradient, here.y))
         figures = figures_of(x, stats, value=value, gradient=gradient)
         verdict = Verdict(first_failure(result, finite), figures)

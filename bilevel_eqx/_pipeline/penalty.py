@@ -29,7 +29,7 @@ class PenaltyState(eqx.Module):
 
     x: PyTree[Array]
     y: PyTree[Array]
-    # The inner minimum next to y, and the center of the ball.
+    # The inner minimum next to y, and the centre of the ball.
     z: PyTree[Array]
     center: PyTree[Array]
     inner_curvature: Scalar
@@ -94,7 +94,7 @@ class PenaltyAscent(AbstractPipeline[PenaltyState]):
         del key
         if equilibrium.within is None and hessian_depends_on_x(problem, x, y):
             raise ValueError(
-                "`PenaltyAscent` neglects how the center of the ball moves with x, which "
+                "`PenaltyAscent` neglects how the centre of the ball moves with x, which "
                 "is right only where the inner Hessian does not depend on x. Here it "
                 "does: use `NullSpaceAscent`."
             )

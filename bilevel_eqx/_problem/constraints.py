@@ -27,9 +27,11 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._tree import (
     nonzero,
+    root,
     tree_axpy,
     tree_cast,
     tree_dot,
+    tree_dots,
     tree_materialised,
     tree_scale,
     tree_struct,
@@ -62,18 +64,19 @@ class Stationarity(eqx.Module):
         """D times an operator."""
         return operator if self._tangent is None else self._tangent @ operator
 
-    def distance(self) -> Scalar:
-        """That of the solution along the residual, if H does not depend on y."""
+    def distance(self) -> tuple[Scalar, Scalar]:
+        """That of the solution along the residual, if H does not depend on y; and the
+        norm of the residual."""
         g = self.residual
         Hg = self.free_hessian.mv(g)
-        gg = tree_dot(g, g)
-        if lx.is_symmetric(self.free_hessian):
-            curvature = jnp.abs(tree_dot(g, Hg))
-        else:
+        gg, gHg = tree_dots(g, g, Hg)
+        curvature = jnp.abs(gHg)
+        if not lx.is_symmetric(self.free_hessian):
             # The Jacobian of a root may turn the residual by a right angle.
             curvature = jnp.sqrt(gg * tree_dot(Hg, Hg))
         distance = gg / nonzero(curvature) * jnp.sqrt(gg)
-        return where((curvature == 0) & (gg != 0), jnp.inf, distance)
+        distance = where((curvature == 0) & (gg != 0), jnp.inf, distance)
+        return distance, root(gg)
 
     def definite_hessian(self) -> lx.AbstractLinearOperator:
         """K where v can move, and 1/t across the face, where it cannot."""
@@ -223,8 +226,8 @@ def _projected_jvp(primals, tangents):
 def _step_size(gradient: PyTree[Array], hessian: lx.AbstractLinearOperator) -> Scalar:
     """That of steepest descent. The derivative depends on it only by rounding."""
     gradient = jax.lax.stop_gradient(gradient)
-    curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
-    square = tree_dot(gradient, gradient)
+    square, along = tree_dots(gradient, gradient, hessian.mv(gradient))
+    curvature = jnp.abs(along)
     t = where((curvature == 0) | (square == 0), 1, square / nonzero(curvature))
     return jax.lax.stop_gradient(t)
 

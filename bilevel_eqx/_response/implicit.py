@@ -40,7 +40,6 @@ from .._tree import (
     tree_dot,
     tree_eps,
     tree_materialised,
-    tree_norm,
     tree_scale,
     tree_struct,
     tree_sub,
@@ -122,11 +121,11 @@ class Implicit(AbstractResponse):
         shaped = says(self.linear_solver, "keeps_shapes", False)
         problem, layout = flat_if_uniform(problem, anchor, shaped)
         anchor = layout.ravel(anchor)
-        v, result, stats = self.minimum(problem, x, anchor)
-        at, cross_transposed = self._expansion(problem, x, v)
+        curved = hessian_depends_on_y(problem, x, anchor)
+        v, result, stats = self.minimum(problem, x, anchor, curved)
+        at, cross_transposed = self._expansion(problem, x, v, curved)
         failure = self._failure(problem, x, anchor, at)
-        result = self.judge(result, anchor, v, at, failure)
-        stats["inner_residual"] = tree_norm(at.residual)
+        result, stats["inner_residual"] = self.judge(result, anchor, v, at, failure)
 
         # Nothing of it is in a program that does not ask for it.
         def push(tangent):
@@ -181,8 +180,9 @@ class Implicit(AbstractResponse):
 
         return jax.lax.scan(step, y, length=TRAIL)[1]
 
-    def minimum(self, problem, x, anchor):
-        """The last point of the inner solver, whether it is finite, and `stats`."""
+    def minimum(self, problem, x, anchor, curved=None):
+        """The last point of the inner solver, whether it is finite, and `stats`; `curved`
+        as for `minimise_inner`."""
         check_mesh_of_solve((problem, x, anchor))
         if self.solver is None:
             return anchor, RESULTS.successful, {}
@@ -205,7 +205,7 @@ class Implicit(AbstractResponse):
                 "optax optimiser. If a minimiser of your own uses "
                 '`options["projection"]`, give it the class attribute `projects = True`.'
             )
-        solution = minimise_inner(problem, x, anchor, self.solver, self.max_steps)
+        solution = minimise_inner(problem, x, anchor, self.solver, self.max_steps, curved)
         result = RESULTS.successful
         for theirs, ours in (
             (optx.RESULTS.nonfinite, RESULTS.nonfinite_step),
@@ -214,10 +214,11 @@ class Implicit(AbstractResponse):
             result = RESULTS.where(solution.result == theirs, ours, result)
         return solution.value, result, _steps(solution)
 
-    def _expansion(self, problem, x, y) -> tuple[Stationarity, Callable]:
-        """The first-order condition of the inner problem at (x, y), and B^T."""
+    def _expansion(self, problem, x, y, curved) -> tuple[Stationarity, Callable]:
+        """The first-order condition of the inner problem at (x, y), and B^T; `curved`
+        says whether H depends on y."""
         check_symmetry(problem, self.linear_solver)
-        tags = tags_for(problem, self.linear_solver, hessian_depends_on_y(problem, x, y))
+        tags = tags_for(problem, self.linear_solver, curved)
         gradient, H, cross_transposed = expansion(problem, x, y, tags, self.linear_solver)
         return set_y(problem).stationarity(gradient, H, y, tags), cross_transposed
 
@@ -229,17 +230,18 @@ class Implicit(AbstractResponse):
         return None
 
     def judge(self, result, anchor, y, at, failure=None):
-        """Whether y is an inner solution. The test does not depend on the scale of f."""
+        """Whether y is an inner solution, and the norm of the residual. The test does not
+        depend on the scale of f."""
+        distance, norm = at.distance()
         # Not `finite_or_not`, which takes more operations.
-        finite = jnp.isfinite(tree_dot(at.residual, at.residual))
+        finite = jnp.isfinite(norm)
         if failure is None:
             failure = RESULTS.where(
                 finite, RESULTS.inner_not_converged, RESULTS.nonfinite_step
             )
         if self.solver is None or self.tolerance is None:
             verdict = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite_step)
-            return first_failure(result, verdict)
-        distance = at.distance()
+            return first_failure(result, verdict), norm
         # Not `tree_norm`, which takes care of a derivative that is not asked for here.
         displacement = tree_sub(y, anchor)
         scale = jnp.sqrt(tree_dot(y, y)) + jnp.sqrt(tree_dot(displacement, displacement))
@@ -248,7 +250,7 @@ class Implicit(AbstractResponse):
         # Not <=, because at an infinite y both sides may be infinite.
         converged = distance < self.tolerance * scale + floor
         verdict = RESULTS.where(converged, RESULTS.successful, failure)
-        return first_failure(result, verdict)
+        return first_failure(result, verdict), norm
 
 
 _MINIMISERS = optx.AbstractMinimiser, optx.AbstractLeastSquaresSolver
@@ -347,10 +349,11 @@ class _Pullback(eqx.Module):
 
 @eqx.filter_custom_jvp
 def _argmin(response: Implicit, problem, x, anchor):
-    y, result, _ = response.minimum(problem, x, anchor)
-    at, _ = response._expansion(problem, x, y)
+    curved = hessian_depends_on_y(problem, x, anchor)
+    y, result, _ = response.minimum(problem, x, anchor, curved)
+    at, _ = response._expansion(problem, x, y, curved)
     failure = response._failure(problem, x, anchor, at)
-    return y, response.judge(result, anchor, y, at, failure)
+    return y, response.judge(result, anchor, y, at, failure)[0]
 
 
 @_argmin.def_jvp
@@ -360,7 +363,7 @@ def _argmin_jvp(primals, tangents):
     # Called again, not computed here: y is then differentiable too, and second
     # derivatives are right.
     y, result = _argmin(response, problem, x, anchor)
-    at, _ = response._expansion(problem, x, y)
+    at, _ = response._expansion(problem, x, y, hessian_depends_on_y(problem, x, y))
 
     K = augmented(response.linear_solver, at.hessian)
     solver = throwing(response.linear_solver)

@@ -21,7 +21,7 @@ from .._problem.flat import flat
 from .._problem.root import check_has_objective
 from .._solution_set.nearest import Displacement, nearest_to
 from .._solution_set.picture import flat_picture
-from .._tree import tree_materialised, tree_norm, tree_struct
+from .._tree import tree_materialised, tree_struct
 from .base import AbstractResponse, Pulled, Response
 from .implicit import Implicit
 
@@ -167,14 +167,14 @@ class MinimumDisplacement(AbstractResponse):
         )
         here = displacement.picture
         stats["selection_steps"] = num_steps
-        result = implicit.judge(result, anchor, here.y, here.at)
+        judged = implicit.judge(result, anchor, here.y, here.at)
+        result, stats["inner_residual"] = judged
         tangential = displacement.tangential_residual
         stats["displacement_residual"] = tangential
         if self.selection_tolerance is not None:
             near = tangential <= self.selection_tolerance
             verdict = RESULTS.where(near, RESULTS.successful, RESULTS.not_selected)
             result = first_failure(result, verdict)
-        stats["inner_residual"] = tree_norm(here.gradient)
         return displacement, layout, result, stats
 
 

@@ -119,15 +119,13 @@ class Displacement(NamedTuple):
         Beyond the dense size these are Ritz values in a Krylov space of $P u$.
         """
         here, push = self.picture, self._push()
-        W = here.operator(lambda v: push(v)[1])
+        in_x, W = here.parts(push)
         num_steps = here.share_of_products(0.5, 84)
         along = here.project(u)
         basis = eigenbasis_within(here.project, W, along, num_steps)
         curvatures = where(basis.values == 0, jnp.inf, basis.values)
         v = basis.combine(basis.coordinates(along) / curvatures, along)
-        # The matrix where there is one, which makes the program shorter.
-        null_space_term, Wv = push(v)[0], W.mv(v)
-        return basis, (u - Wv, tree_scale(-1, null_space_term))
+        return basis, (u - W.mv(v), tree_scale(-1, in_x(v)))
 
 
 def nearest_to(

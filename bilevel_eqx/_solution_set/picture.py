@@ -28,12 +28,13 @@ from .._derivatives.second import (
     squares_condition,
     stationary_residual,
     tells_change,
+    TransposedRows,
     value_gradient_and_product,
 )
 from .._failure.results import RESULTS
 from .._linalg.eigenbasis import eigenbasis, negative_share, singular_values
 from .._linalg.power_iteration import DENSE_SIZE
-from .._linalg.zero_curvature import clearance, uncertainty
+from .._linalg.zero_curvature import clearance, ends, uncertainty
 from .._linear_solver.judged import judged
 from .._linear_solver.misc import augmented, explain, tags_for
 from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
@@ -48,9 +49,11 @@ from .._tree import (
     nonzero,
     tree_axpy,
     tree_dot,
+    tree_size,
     tree_sub,
     tree_waves,
     vector_norm,
+    vector_norms,
     where,
 )
 
@@ -89,6 +92,8 @@ class NewtonStep(NamedTuple):
     step: Float[Array, " n"]
     r"""$H^+ \nabla_y f$. In a set $D K^+ D r + t (r - D r)$, with the residual r of the
     condition that y is stationary. Rounding of the gradient is left out."""
+    length: Scalar
+    """The norm of the step."""
     rest: Scalar
     """The norm of what no step removes from the gradient: its part in the null space."""
     curvature: Scalar
@@ -127,6 +132,8 @@ class Picture(eqx.Module):
     at: Stationarity
     """What the set of y leaves of f_y and H."""
     linear_solver: lx.AbstractLinearSolver
+    cross: Callable | None
+    r"""$q \mapsto B^\top q$, where B is a matrix."""
     inverse: Any
     """The state of the linear solver that stands for the pseudoinverse."""
     spectrum: Float[Array, " k"] | None
@@ -144,7 +151,8 @@ class Picture(eqx.Module):
     @property
     def computed(self) -> tuple:
         """What is costly in it."""
-        return self.value, self.gradient, self.at.free_hessian, self.inverse
+        H = self.at.free_hessian
+        return self.value, self.gradient, H, self.cross, self.inverse
 
     @property
     def carried(self) -> Any:
@@ -285,22 +293,22 @@ class Picture(eqx.Module):
             q = self.step_from(self.y, along)
         else:
             rounding = 10 * jnp.finfo(size.dtype).eps * terms
-            q = self.solve(self._beyond(along, rounding))[0]
-        rest = vector_norm(along - H.mv(q))
-        if not set_y(self.problem).confines:
-            return NewtonStep(q, rest, curvature)
-        across = self.at.step_size.astype(size.dtype) * (residual - along)
-        return NewtonStep(self.at.along(q) + across, rest, curvature)
+            q = self._solved_beyond(along, rounding)
+        step, left = q, along - H.mv(q)
+        if set_y(self.problem).confines:
+            across = self.at.step_size.astype(size.dtype) * (residual - along)
+            step = self.at.along(q) + across
+        length, rest = vector_norms(step, left)
+        return NewtonStep(step, length, rest, curvature)
 
-    def _beyond(self, vector: Float[Array, " n"], rounding: Scalar):
-        """A vector without those of its coordinates, in the eigenvectors of H, that may
-        be rounding. A nearly singular H would turn them into a long step."""
+    def _solved_beyond(self, vector: Float[Array, " n"], rounding: Scalar):
+        """$H^+ v$ without those coordinates of v, in the eigenvectors of H, that may be
+        rounding. A nearly singular H would turn them into a long step."""
         if not self._knows_range:
-            return vector
-        rows = self.inverse.left
-        coordinates = rows @ vector
+            return self.pinv(vector)
+        coordinates = self.inverse.coordinates(vector)
         excess = jnp.maximum(0, jnp.abs(coordinates) - rounding)
-        return (jnp.sign(coordinates) * excess) @ rows
+        return self.inverse.solution(jnp.sign(coordinates) * excess)
 
     def cross_transposed(
         self,
@@ -310,6 +318,8 @@ class Picture(eqx.Module):
     ) -> PyTree[Array]:
         r"""$B^\top \mu = \nabla_x \langle \mu, \nabla_y f \rangle$, at another y if one
         is given. For a sum of squares, `image` is $A \mu$ where it is known better."""
+        if y is None and image is None and self.cross is not None:
+            return self.cross(multiplier)
         return self._constraint(self.y if y is None else y, multiplier, image)[0]
 
     def _constraint(self, y, multiplier, image=None):
@@ -388,6 +398,16 @@ class Picture(eqx.Module):
         """A symmetric operator on vectors like y; a matrix where the picture is dense."""
         return as_operator(product, self.y, self.is_dense)
 
+    def parts(
+        self, push: Push
+    ) -> tuple[Callable[[Float[Array, " n"]], PyTree], lx.AbstractLinearOperator]:
+        """The two values of a push: what is like x, as a function, and the symmetric
+        operator on vectors like y. Both are matrices where they are small."""
+        if not (self.is_dense and tree_size(self.x) <= DENSE_SIZE):
+            return lambda v: push(v)[0], self.operator(lambda v: push(v)[1])
+        in_x, in_y = jax.vmap(push)(jnp.eye(self.y.size, dtype=self.y.dtype))
+        return TransposedRows(in_x), lx.MatrixLinearOperator(in_y.T, lx.symmetric_tag)
+
     def along(self, operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
         r"""$P W P$, a symmetric operator within the tangent space."""
 
@@ -461,7 +481,7 @@ class Picture(eqx.Module):
         if values is None:
             num_steps = self.share_of_products(0.5, _LANCZOS_STEPS)
             values = eigenbasis(self.at.definite_hessian(), None, num_steps).values
-        return negative_share(values)
+        return negative_share(ends(values))
 
     def share_of_products(self, share: float, most: int) -> int:
         """A number of steps, each as costly as three products with H, that takes no more
@@ -480,9 +500,9 @@ class Picture(eqx.Module):
         """
         H = self.at.hessian
         remainder = H.T.mv(solution) - vector
+        left, size, image = vector_norms(H.mv(remainder), vector, H.mv(vector))
         # Not relative to H v alone: at an equilibrium v may lie in the null space.
-        scale = self.largest_curvature * vector_norm(vector) + vector_norm(H.mv(vector))
-        return vector_norm(H.mv(remainder)) / nonzero(scale)
+        return left / nonzero(self.largest_curvature * size + image)
 
     def moved(self, y: Float[Array, " n"]) -> "Picture":
         """The picture at another y of the same plane, where H is the same."""
@@ -540,7 +560,7 @@ def flat_picture(
     if computed is None:
         projector = None if bounded else linear_solver
         computed = (*_expansion(problem, x, y, dense, tags, projector), None)
-    value, gradient, H, inverse = computed
+    value, gradient, H, cross, inverse = computed
     at = set_y(problem).stationarity(gradient, H, y, tags)
     spectrum = None
     if bounded and inverse is None:
@@ -577,6 +597,7 @@ def flat_picture(
         value=value,
         gradient=gradient,
         at=at,
+        cross=cross,
         linear_solver=linear_solver,
         inverse=inverse,
         spectrum=spectrum,
@@ -587,26 +608,26 @@ def flat_picture(
 
 
 def _expansion(problem, x, y, dense: bool, tags, projector):
-    """f, f_y and H, from one linearisation."""
+    """f, f_y and H, from one linearisation, and B if it comes with them."""
     if isinstance(problem, AbstractRootProblem):
         residual, jacobian = gradient_and_hessian(problem, x, y, tags)
         jacobian = as_operator(jacobian.mv, y, True, tags) if dense else jacobian
-        return None, residual, jacobian
+        return None, residual, jacobian, None
     if tells_change(problem, y, tags):
         return curved_hessian(problem, x, y, tags)
     if not dense:
         gradient, H, _ = expansion(problem, x, y, tags, projector)
-        return problem.inner(x, y), gradient, H
+        return problem.inner(x, y), gradient, H, None
     if isinstance(problem, AbstractLeastSquaresProblem):
         gradient, H, _ = expansion(problem, x, y, tags, projector)
         assert isinstance(H, LeastSquaresHessian)
         A = as_operator(H.residual_jacobian.mv, y, True, ())
         C = None if H.curvature is None else as_operator(H.curvature.mv, y, True)
-        return problem.inner(x, y), gradient, LeastSquaresHessian(A, C, H.tags)
+        return problem.inner(x, y), gradient, LeastSquaresHessian(A, C, H.tags), None
     value, gradient, product = value_gradient_and_product(
         lambda y: problem.inner(x, y), y
     )
-    return value, gradient, as_operator(product, y, True, tags)
+    return value, gradient, as_operator(product, y, True, tags), None
 
 
 def picture(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
+from cycler import cycler
 
 
 # Their lightness differs clearly, so that they differ in greyscale too.
@@ -27,6 +28,7 @@ def house_style() -> Iterator[None]:
         "xtick.labelsize": 8,
         "ytick.labelsize": 8,
         "axes.linewidth": 0.6,
+        "axes.prop_cycle": cycler(color=(*CLASS_COLOURS, "black")),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "xtick.major.width": 0.6,
