@@ -2,7 +2,8 @@
 
 import contextlib
 import functools as ft
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import equinox as eqx
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, PyTree
 
-from ._compat import Fn, is_traced, manual_axes
+from ._compat import as_function, closure_to_pytree, Fn, is_traced, manual_axes
 
 
 def on_auto_axes(fn: Fn) -> Fn:
@@ -27,11 +28,13 @@ def on_auto_axes(fn: Fn) -> Fn:
     axes copies no data.
 
     Within a transformation `fn` is called as it is. What does not work on Explicit axes
-    calls `check_mesh`.
+    calls `check_mesh`. Within a `jax.shard_map` it is traced as on a single device.
     """
 
     @ft.wraps(fn)
     def wrapped(*args, **kwargs):
+        if _is_mapped():
+            return _as_on_one_device(fn, args, kwargs)
         leaves = jtu.tree_leaves((args, kwargs), is_leaf=_is_iterator)
         if any(map(is_traced, leaves)):
             return fn(*args, **kwargs)
@@ -55,6 +58,46 @@ def on_auto_axes(fn: Fn) -> Fn:
         return _on({a: explicit for explicit, a in auto.items()}, out)
 
     return cast(Fn, wrapped)
+
+
+def _is_mapped() -> bool:
+    """Whether this is within a `jax.shard_map`."""
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
+def _as_on_one_device(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Calls `fn` within a `jax.shard_map`, as a program that knows nothing of the mesh.
+
+    There the mesh is a part of the type of each array, and lineax takes arrays that come
+    from outside for others than those that it makes. It looks at them while it is traced,
+    and not at what comes of it.
+    """
+    opened = jtu.tree_map(
+        lambda u: closure_to_pytree(u) if inspect.isfunction(u) else u,
+        (args, kwargs),
+        is_leaf=_is_iterator,
+    )
+    dynamic, static = eqx.partition(opened, eqx.is_array, is_leaf=_is_iterator)
+    leaves, treedef = jtu.tree_flatten(dynamic)
+    check_mesh(leaves)
+    structure: Any = None
+
+    def arrays(*leaves):
+        nonlocal structure
+        args, kwargs = eqx.combine(
+            jtu.tree_unflatten(treedef, leaves), static, is_leaf=_is_iterator
+        )
+        found, others = eqx.partition(fn(*args, **kwargs), eqx.is_array)
+        found, found_treedef = jtu.tree_flatten(found)
+        structure = found_treedef, others
+        return found
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        shapes = [jax.ShapeDtypeStruct(u.shape, u.dtype) for u in leaves]
+        program = jax.make_jaxpr(arrays)(*shapes)
+    found = as_function(program.jaxpr, program.consts)(*leaves)
+    found_treedef, others = structure
+    return eqx.combine(jtu.tree_unflatten(found_treedef, found), others)
 
 
 def _is_iterator(node: Any) -> bool:
@@ -136,17 +179,18 @@ def check_mesh(tree: PyTree) -> None:
 
 
 def check_mesh_of_solve(tree: PyTree) -> None:
-    """`check_mesh`, for linear solves: they do not work in a `shard_map` either."""
+    """`check_mesh`, for linear solves. In a `shard_map` they work within a program that
+    does not know of it: see `on_auto_axes`."""
     check_mesh(tree)
-    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+    if _is_mapped():
         raise ValueError(
-            "Linear solves do not work within `jax.shard_map` yet: lineax takes arrays "
-            "of a mesh for others than those of none. For many runs at a time, put the "
-            "arrays that differ on a mesh with Auto axes, and call "
-            "`jax.jit(jax.vmap(fn))` on them. Or trace the function before, by "
-            "`jax.make_jaxpr`, and map its program, as the page *Several devices* of the "
-            "documentation shows. `Unrolled` and pipelines such as `SingleLoop` and "
-            "`PenaltyDescent` need neither, with `solve(..., certify=False)`."
+            "Within `jax.shard_map` linear solves work if they are called by `solve`, "
+            "`certify`, `hypergradient`, `best_response` or another function of this "
+            "package, but not in a response or a step of a pipeline that is called "
+            "directly: lineax takes arrays of a mesh for others than those of none. Call "
+            "one of these functions. Or trace your own function before, by "
+            "`jax.make_jaxpr`, and map its program "
+            "(`jax.extend.core.jaxpr_as_fun`)."
         )
 
 

@@ -33,7 +33,8 @@ def _started(arguments, num_devices):
 
 @pytest.mark.slow
 def test_on_four_devices():
-    options = ("-q", "-x", "-p", "no:cacheprovider")
+    # All of them, also those that are marked as slow.
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "")
     process = _started(("-m", "pytest", *options, HERE / "on_four_devices.py"), 4)
     output, _ = process.communicate()
     assert process.returncode == 0, output
