@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
-from .._tree import nonzero, vector_dots, where
+from .._tree import nonzero, where
 from .zero_curvature import rounding_of
 
 
@@ -44,7 +44,7 @@ def newton_direction(
     def step(carry):
         count, q, r, p, rr, largest, _ = carry
         Hp = hessian.mv(p)
-        pp, pHp = vector_dots(p, p, Hp)
+        pp, pHp = jnp.vdot(p, p), jnp.vdot(p, Hp)
         curvature = pHp / nonzero(pp)
         largest = jnp.maximum(largest, jnp.abs(curvature))
         # Negated, so that NaN is bad too.

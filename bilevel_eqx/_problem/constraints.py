@@ -31,7 +31,6 @@ from .._tree import (
     tree_axpy,
     tree_cast,
     tree_dot,
-    tree_dots,
     tree_materialised,
     tree_scale,
     tree_struct,
@@ -69,9 +68,10 @@ class Stationarity(eqx.Module):
         norm of the residual."""
         g = self.residual
         Hg = self.free_hessian.mv(g)
-        gg, gHg = tree_dots(g, g, Hg)
-        curvature = jnp.abs(gHg)
-        if not lx.is_symmetric(self.free_hessian):
+        gg = tree_dot(g, g)
+        if lx.is_symmetric(self.free_hessian):
+            curvature = jnp.abs(tree_dot(g, Hg))
+        else:
             # The Jacobian of a root may turn the residual by a right angle.
             curvature = jnp.sqrt(gg * tree_dot(Hg, Hg))
         distance = gg / nonzero(curvature) * jnp.sqrt(gg)
@@ -226,8 +226,8 @@ def _projected_jvp(primals, tangents):
 def _step_size(gradient: PyTree[Array], hessian: lx.AbstractLinearOperator) -> Scalar:
     """That of steepest descent. The derivative depends on it only by rounding."""
     gradient = jax.lax.stop_gradient(gradient)
-    square, along = tree_dots(gradient, gradient, hessian.mv(gradient))
-    curvature = jnp.abs(along)
+    curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
+    square = tree_dot(gradient, gradient)
     t = where((curvature == 0) | (square == 0), 1, square / nonzero(curvature))
     return jax.lax.stop_gradient(t)
 

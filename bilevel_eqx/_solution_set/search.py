@@ -13,7 +13,7 @@ from .._linalg.newton_direction import newton_direction
 from .._linalg.power_iteration import DENSE_SIZE
 from .._optimiser.backtracking import backtrack
 from .._problem.base import AbstractBilevelProblem
-from .._tree import nonzero, vector_dots, vector_norm, where
+from .._tree import nonzero, vector_norm, where
 from .picture import flat_picture, Picture, restore
 
 
@@ -66,8 +66,8 @@ def select(
         shrunk = jnp.sqrt(norm / nonzero(first_norm))
         rtol = 0.0 if here.is_plane else jnp.minimum(0.1, shrunk)
         direction = here.project(newton_direction(W, downhill, rtol, size=norm))
-        expected, square = vector_dots(direction, downhill, direction)
-        length, size = jnp.sqrt(square), vector_norm(here.y)
+        expected = jnp.vdot(downhill, direction)
+        length, size = vector_norm(direction), vector_norm(here.y)
         normal = here.pinv(here.gradient)
         off = vector_norm(normal)
 
