@@ -189,8 +189,7 @@ def check_mesh_of_solve(tree: PyTree) -> None:
             "package, but not in a response or a step of a pipeline that is called "
             "directly: lineax takes arrays of a mesh for others than those of none. Call "
             "one of these functions. Or trace your own function before, by "
-            "`jax.make_jaxpr`, and map its program "
-            "(`jax.extend.core.jaxpr_as_fun`)."
+            "`jax.make_jaxpr`, and map the function of its program."
         )
 
 
