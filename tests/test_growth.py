@@ -177,8 +177,9 @@ def test_memory():
     """A thousand runs leave nothing behind: no array, no object, no page."""
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("the memory of a process is read from /proc")
-    # The allocator has reached its size, and every cache its entries.
-    for seed in range(100):
+    # The allocator has reached its size, and every cache its entries: also those of the
+    # program that looks whether a run has diverged, which few of them need.
+    for seed in range(1000):
         _solve(seed, "warm")
     live, resident, compilations = _live(), _resident(), _compilations
     for seed in range(1000):
