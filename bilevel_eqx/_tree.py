@@ -197,18 +197,18 @@ _LARGE = 2**14
 
 def _is_finite(leaf: Array) -> Bool[Array, ""]:
     if leaf.ndim < 2 or leaf.size < _LARGE:
-        return _has_no_other(leaf)
+        return _entries_are_finite(leaf)
     # Sums of columns are a matrix product, which on a CPU is several times as fast. They
     # are finite only if all entries are; and if they are not, they may have overflown.
     sums = jnp.tensordot(jnp.ones(leaf.shape[0], leaf.dtype), leaf, 1)
     return jax.lax.cond(
-        _has_no_other(sums),
+        _entries_are_finite(sums),
         lambda: jnp.array(True),
-        lambda: _has_no_other(leaf),
+        lambda: _entries_are_finite(leaf),
     )
 
 
-def _has_no_other(leaf: Array) -> Bool[Array, ""]:
+def _entries_are_finite(leaf: Array) -> Bool[Array, ""]:
     # In the operations of lineax, which asks the same of what it is given: the compiler
     # then keeps one of the two.
     return jnp.invert(jnp.any(jnp.invert(jnp.isfinite(leaf))))
