@@ -77,27 +77,15 @@ def _as_on_one_device(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         (args, kwargs),
         is_leaf=_is_iterator,
     )
-    dynamic, static = eqx.partition(opened, eqx.is_array, is_leaf=_is_iterator)
-    leaves, treedef = jtu.tree_flatten(dynamic)
-    check_mesh(leaves)
-    structure: Any = None
-
-    def arrays(*leaves):
-        nonlocal structure
-        args, kwargs = eqx.combine(
-            jtu.tree_unflatten(treedef, leaves), static, is_leaf=_is_iterator
-        )
-        found, others = eqx.partition(fn(*args, **kwargs), eqx.is_array)
-        found, found_treedef = jtu.tree_flatten(found)
-        structure = found_treedef, others
-        return found
-
+    arrays = [u for u in jtu.tree_leaves(opened) if eqx.is_array(u)]
+    check_mesh(arrays)
+    args, kwargs = jtu.tree_map(
+        lambda u: jax.ShapeDtypeStruct(u.shape, u.dtype) if eqx.is_array(u) else u, opened
+    )
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        shapes = [jax.ShapeDtypeStruct(u.shape, u.dtype) for u in leaves]
-        program = jax.make_jaxpr(arrays)(*shapes)
-    found = as_function(program.jaxpr, program.consts)(*leaves)
-    found_treedef, others = structure
-    return eqx.combine(jtu.tree_unflatten(found_treedef, found), others)
+        program, structure, others = eqx.filter_make_jaxpr(fn)(*args, **kwargs)
+    found = as_function(program.jaxpr, program.consts)(*arrays)
+    return eqx.combine(jtu.tree_unflatten(jtu.tree_structure(structure), found), others)
 
 
 def _is_iterator(node: Any) -> bool:
