@@ -26,7 +26,6 @@ from ._failure.results import (
     figures_of,
     finite_or_not,
     first_failure,
-    is_failure,
     RESULTS,
 )
 from ._failure.throw import throw_if_failed
@@ -36,7 +35,6 @@ from ._problem.checks import check_problem
 from ._problem.proximal import proximal
 from ._response.base import AbstractResponse
 from ._response.proximal import Proximal
-from ._response.unrolled import Unrolled
 from ._tree import tree_norm
 
 
@@ -136,16 +134,6 @@ def _hypergradient(
 _FOLLOWED = 4 * TRAIL
 
 
-def _may_have_diverged(response, result: RESULTS, grown: Bool[Array, ""]) -> bool:
-    """Whether the next inner steps have to be looked at by a program of their own. Where
-    the optimiser depends on x, its rates may be what is learned."""
-    if not isinstance(response, Unrolled) or is_traced(grown) or not grown:
-        return False
-    count = response.num_steps
-    few = isinstance(count, int) and count < _FOLLOWED
-    return bool(is_failure(result)) or (few and not callable(response.optimiser))
-
-
 @called_once
 def _diverges(problem, x, anchor, response, y) -> Bool[Array, ""]:
     """Whether the next inner steps from y run off."""
@@ -211,7 +199,8 @@ def hypergradient(
     check_type(throw, bool, "throw", "hypergradient")
     # One program, whether it throws or not.
     out, reaches, grown = _hypergradient(problem, x, anchor, response)
-    if _may_have_diverged(response, out.result, grown):
+    # In a program of its own, since mostly it is not needed.
+    if not is_traced(grown) and grown and response.may_run_off(out.result, _FOLLOWED):
         if _diverges(problem, x, anchor, response, out.y):
             out = eqx.tree_at(lambda h: h.result, out, RESULTS.inner_diverged)
     if throw:

@@ -140,6 +140,12 @@ class AbstractResponse(eqx.Module):
         del problem, x, y, state, least
         return None
 
+    def may_run_off(self, result: RESULTS, least: int) -> bool:
+        """Whether its next steps have to be looked at where y has grown: those of a
+        response with this result, if it takes fewer than `least` steps or has failed."""
+        del result, least
+        return False
+
     @abc.abstractmethod
     def best_response(
         self, problem: AbstractBilevelProblem, x: PyTree, anchor: PyTree

@@ -16,7 +16,7 @@ from .._compat import is_traced
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
 from .._derivatives.post_mortem import TRAIL
-from .._failure.results import RESULTS
+from .._failure.results import is_failure, RESULTS
 from .._optimiser.step import optimiser_step, searches
 from .._problem.batches import check_batch_argument, on_inner_batch
 from .._problem.constraints import set_y
@@ -193,6 +193,11 @@ class Unrolled(AbstractResponse):
             return inner_gradient(on, x, anchor)
 
         return depends_on(gradient, x)
+
+    def may_run_off(self, result, least):
+        """Where the optimiser depends on x, its rates may be what is learned."""
+        few = isinstance(self.num_steps, int) and self.num_steps < least
+        return bool(is_failure(result)) or (few and not callable(self.optimiser))
 
     def trail(self, problem, x, y, state, *, least=0):
         """At a minimum of something smooth they stay where they are."""
