@@ -43,11 +43,7 @@ def tree_dot(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
 
 def tree_norm(a: PyTree[Array]) -> Scalar:
     """The two-norm of a pytree. Its derivative at zero is zero, not NaN."""
-    return root(tree_dot(a, a))
-
-
-def root(square: Scalar) -> Scalar:
-    """The square root. Its derivative at zero is zero, not infinite."""
+    square = tree_dot(a, a)
     is_zero = square == 0
     return where(is_zero, 0, jnp.sqrt(where(is_zero, 1, square)))
 

@@ -27,7 +27,6 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._tree import (
     nonzero,
-    root,
     tree_axpy,
     tree_cast,
     tree_dot,
@@ -63,9 +62,8 @@ class Stationarity(eqx.Module):
         """D times an operator."""
         return operator if self._tangent is None else self._tangent @ operator
 
-    def distance(self) -> tuple[Scalar, Scalar]:
-        """That of the solution along the residual, if H does not depend on y; and the
-        norm of the residual."""
+    def distance(self) -> Scalar:
+        """That of the solution along the residual, if H does not depend on y."""
         g = self.residual
         Hg = self.free_hessian.mv(g)
         gg = tree_dot(g, g)
@@ -75,8 +73,7 @@ class Stationarity(eqx.Module):
             # The Jacobian of a root may turn the residual by a right angle.
             curvature = jnp.sqrt(gg * tree_dot(Hg, Hg))
         distance = gg / nonzero(curvature) * jnp.sqrt(gg)
-        distance = where((curvature == 0) & (gg != 0), jnp.inf, distance)
-        return distance, root(gg)
+        return where((curvature == 0) & (gg != 0), jnp.inf, distance)
 
     def definite_hessian(self) -> lx.AbstractLinearOperator:
         """K where v can move, and 1/t across the face, where it cannot."""

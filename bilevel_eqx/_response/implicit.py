@@ -40,6 +40,7 @@ from .._tree import (
     tree_dot,
     tree_eps,
     tree_materialised,
+    tree_norm,
     tree_scale,
     tree_struct,
     tree_sub,
@@ -232,7 +233,7 @@ class Implicit(AbstractResponse):
     def judge(self, result, anchor, y, at, failure=None):
         """Whether y is an inner solution, and the norm of the residual. The test does not
         depend on the scale of f."""
-        distance, norm = at.distance()
+        norm = tree_norm(at.residual)
         # Not `finite_or_not`, which takes more operations.
         finite = jnp.isfinite(norm)
         if failure is None:
@@ -242,6 +243,7 @@ class Implicit(AbstractResponse):
         if self.solver is None or self.tolerance is None:
             verdict = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite_step)
             return first_failure(result, verdict), norm
+        distance = at.distance()
         # Not `tree_norm`, which takes care of a derivative that is not asked for here.
         displacement = tree_sub(y, anchor)
         scale = jnp.sqrt(tree_dot(y, y)) + jnp.sqrt(tree_dot(displacement, displacement))

@@ -162,8 +162,7 @@ def solve(
     (it says at which step), if the tolerance is not reached, or, outside of
     transformations, if the inner steps through which a `GradientPipeline` differentiates
     have diverged by the end of the run (see [`bilevel_eqx.Unrolled`][]). For the
-    checkpoint, an
-    `OSError`, before any work is done, if its folder does not exist
+    checkpoint, an `OSError`, before any work is done, if its folder does not exist
     (`FileNotFoundError`) or cannot be written in; a `FileExistsError` at a saving if
     another run has written the file meanwhile; and a `ValueError` if the file is
     damaged, is of another run, or has more steps than `num_steps`. A `KeyboardInterrupt`

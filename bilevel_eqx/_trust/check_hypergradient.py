@@ -538,7 +538,7 @@ def _followed(problem, points, count, anchor):
     # Relative to the size of y. A small gradient is not enough: it also vanishes towards
     # a minimum at infinity.
     size = tree_norm(y) + tree_norm(tree_sub(y, anchor))
-    distance = at.distance()[0] / nonzero(size)
+    distance = at.distance() / nonzero(size)
     if isinstance(problem, AbstractRootProblem):
         return values, y, distance, singular_values(at.free_hessian)
     return values, y, distance, eigenbasis(at.definite_hessian()).values
