@@ -86,7 +86,7 @@ def answered(
     state: Any = None,
 ) -> tuple[Hypergradient, Any, Scalar | None]:
     """The hypergradient without checks; the `state` and `slope` of the response."""
-    answer = response(problem, x, anchor, state)
+    answer = response.answer(problem, x, anchor, state)
     value, outer_x, outer_y = outer_gradients(problem, x, answer.y)
     pulled = answer.pullback(outer_y)
     gradient = jtu.tree_map(jnp.add, outer_x, pulled.cotangent)

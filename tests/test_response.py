@@ -617,3 +617,40 @@ def test_tasks_that_share_x():
     # Without the pull x is in no inner objective, and the derivative zero.
     found = jax.grad(loss)(x, blx.Implicit(*solvers))
     assert tree_allclose(found, jnp.zeros(2), rtol=1e-9)
+
+
+class _Doubled(blx.Implicit):
+    """A response of a user that changes what a response of ours returns."""
+
+    def __call__(self, problem, x, anchor, state=None):
+        answer = super().__call__(problem, x, anchor, state)
+        return eqx.tree_at(lambda a: a.y, answer, jax.tree.map(lambda u: 2 * u, answer.y))
+
+
+@pytest.mark.parametrize("kind", ("implicit", "proximal", "nearest"))
+def test_answer_is_the_response_without_its_jacobian(kind):
+    problem, x, y0 = make_linear(LinearBilevel, jnp.float64)
+    solvers = blx.Projection(), blx.Pseudoinverse()
+    response = {
+        "implicit": blx.Implicit(*solvers),
+        "proximal": blx.Proximal(0.1, *solvers),
+        "nearest": blx.MinimumDisplacement(),
+    }[kind]
+
+    @eqx.filter_jit
+    def both(x):
+        short, whole = response.answer(problem, x, y0), response(problem, x, y0)
+        assert short.jacobian is None and whole.jacobian is not None
+        u = jax.tree.map(jnp.ones_like, y0)
+        return (short.y, short.pullback(u)), (whole.y, whole.pullback(u))
+
+    short, whole = both(x)
+    assert tree_allclose(short, whole, rtol=0)
+
+
+def test_call_of_a_subclass_is_what_a_hypergradient_asks():
+    problem, x, y0 = make_linear(LinearBilevel, jnp.float64)
+    solvers = blx.Projection(), blx.Pseudoinverse()
+    once = blx.hypergradient(problem, x, y0, blx.Implicit(*solvers)).y
+    twice = blx.hypergradient(problem, x, y0, _Doubled(*solvers)).y
+    assert tree_allclose(twice, jax.tree.map(lambda u: 2 * u, once), rtol=1e-12)

@@ -309,7 +309,7 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         """The inner update, which the first answer goes without."""
         assert self.inner_update is not None
         anchor = state.y if equilibrium.warm else state.y0
-        answer = self.inner_update(problem, x, anchor, state.inner_state)
+        answer = self.inner_update.answer(problem, x, anchor, state.inner_state)
         inner_state = answer.state if self._carries(equilibrium) else None
         verdict = Verdict(answer.result, figures_of(x, answer.stats))
         verdict = verdict_where(state.verdict.failed, state.verdict, verdict)

@@ -1,6 +1,7 @@
 """Responses: how the inner variables depend on the outer ones."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple
 
@@ -11,6 +12,7 @@ from jaxtyping import PyTree, Scalar
 from .._custom_types import X, Y
 from .._failure.results import RESULTS
 from .._problem.base import AbstractBilevelProblem
+from .._tree import tree_struct
 
 
 class Pulled(NamedTuple):
@@ -125,6 +127,16 @@ class AbstractResponse(eqx.Module):
         A [`bilevel_eqx.Response`][].
         """
 
+    def answer(
+        self,
+        problem: AbstractBilevelProblem,
+        x: PyTree,
+        anchor: PyTree,
+        state: Any = None,
+    ) -> Response:
+        """The response where nobody asks for its `jacobian`, which may then be `None`."""
+        return self(problem, x, anchor, state)
+
     def trail(
         self,
         problem: AbstractBilevelProblem,
@@ -155,3 +167,28 @@ class AbstractResponse(eqx.Module):
     @abc.abstractmethod
     def reaches(self, problem: AbstractBilevelProblem, x: PyTree, anchor: PyTree) -> bool:
         """Whether y can depend on x at all."""
+
+
+class AbstractSolvedResponse(AbstractResponse):
+    """A response whose Jacobian takes a linear solve. To trace that is a sixth of what a
+    hypergradient takes before its first answer, and only a user asks for it."""
+
+    @abc.abstractmethod
+    def _answer(self, problem, x, anchor, state) -> tuple[Response, Callable]:
+        """The response without its Jacobian, and the function of a tangent of x that is
+        the Jacobian."""
+
+    def answer(self, problem, x, anchor, state=None):
+        if type(self).__call__ is not AbstractSolvedResponse.__call__:
+            # That of a subclass, which may change what is returned.
+            return self(problem, x, anchor, state)
+        return self._answer(problem, x, anchor, state)[0]
+
+    def __call__(self, problem, x, anchor, state=None):
+        response, push = self._answer(problem, x, anchor, state)
+        jacobian = lx.FunctionLinearOperator(push, tree_struct(x))
+        return dataclasses.replace(response, jacobian=jacobian)
+
+
+NOT_ASKED_FOR: Any = None
+"""Stands for the Jacobian that nobody asks for."""

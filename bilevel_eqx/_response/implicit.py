@@ -42,14 +42,13 @@ from .._tree import (
     tree_materialised,
     tree_norm,
     tree_scale,
-    tree_struct,
     tree_sub,
 )
-from .base import AbstractResponse, Pulled, Response
+from .base import AbstractSolvedResponse, NOT_ASKED_FOR, Pulled, Response
 from .carried import Carried, check_takes_guess, nothing_carried, options_from
 
 
-class Implicit(AbstractResponse):
+class Implicit(AbstractSolvedResponse):
     r"""Solves the inner problem from the anchor, and differentiates the solution by the
     implicit function theorem:
 
@@ -117,7 +116,7 @@ class Implicit(AbstractResponse):
             return None
         return nothing_carried(self.linear_solver, problem, anchor)
 
-    def __call__(self, problem, x, anchor, state=None):
+    def _answer(self, problem, x, anchor, state):
         # In one vector, which makes the program shorter.
         shaped = says(self.linear_solver, "keeps_shapes", False)
         problem, layout = flat_if_uniform(problem, anchor, shaped)
@@ -128,7 +127,6 @@ class Implicit(AbstractResponse):
         failure = self._failure(problem, x, anchor, at)
         result, stats["inner_residual"] = self.judge(result, anchor, v, at, failure)
 
-        # Nothing of it is in a program that does not ask for it.
         def push(tangent):
             solver = throwing(self.linear_solver)
             K = augmented(self.linear_solver, at.hessian)
@@ -142,12 +140,12 @@ class Implicit(AbstractResponse):
             J = at.applied_to(-(lx.invert(at.hessian, solver) @ B))
             return layout.unravel(J.mv(tangent))
 
-        jacobian = lx.FunctionLinearOperator(push, tree_struct(x))
         if not self.carry_adjoint:
             state = None
         pullback = _Pullback(at, cross_transposed, self.linear_solver, layout, state)
         y = layout.unravel(v)
-        return Response(y, jacobian, result, stats, pullback, presumes=_Itself())
+        response = Response(y, NOT_ASKED_FOR, result, stats, pullback, presumes=_Itself())
+        return response, push
 
     def best_response(self, problem, x, anchor):
         # In one vector, as where the hypergradient is computed: H is then the same.

@@ -21,12 +21,12 @@ from .._problem.flat import flat
 from .._problem.root import check_has_objective
 from .._solution_set.nearest import Displacement, nearest_to
 from .._solution_set.picture import flat_picture
-from .._tree import tree_materialised, tree_struct
-from .base import AbstractResponse, Pulled, Response
+from .._tree import tree_materialised
+from .base import AbstractSolvedResponse, NOT_ASKED_FOR, Pulled, Response
 from .implicit import Implicit
 
 
-class MinimumDisplacement(AbstractResponse):
+class MinimumDisplacement(AbstractSolvedResponse):
     r"""The inner minimum nearest to the anchor, with its true derivative:
 
     $$y^* = \Pi(a, S(x)) = \operatorname{argmin}_{y \in S(x)} \|y - a\|, \qquad
@@ -112,7 +112,7 @@ class MinimumDisplacement(AbstractResponse):
     def init(self, problem, x, anchor):
         return anchor
 
-    def __call__(self, problem, x, anchor, state=None):
+    def _answer(self, problem, x, anchor, state):
         displacement, layout, result, stats = self.nearest(problem, x, anchor, state)
         here = displacement.picture
 
@@ -132,10 +132,9 @@ class MinimumDisplacement(AbstractResponse):
             cotangent, result = displacement.pull(layout.ravel(u))
             return Pulled(cotangent, result, {})
 
-        jacobian = lx.FunctionLinearOperator(push, tree_struct(x))
         y = layout.unravel(here.y)
         # The nearest point at the next x is close to this one.
-        return Response(y, jacobian, result, stats, pullback, state=y)
+        return Response(y, NOT_ASKED_FOR, result, stats, pullback, state=y), push
 
     def best_response(self, problem, x, anchor):
         problem = closure_converted(problem, x, anchor)

@@ -12,11 +12,11 @@ from .._arguments import as_rate, check_positive
 from .._inner_solver.minimum import InnerSolver
 from .._problem.proximal import proximal
 from .._tree import tree_dtype
-from .base import AbstractResponse
+from .base import AbstractSolvedResponse
 from .implicit import Implicit
 
 
-class Proximal(AbstractResponse):
+class Proximal(AbstractSolvedResponse):
     r"""Solves the inner problem with a pull towards the anchor $a$, and differentiates
     implicitly (Equations 3 and 4 of the paper):
 
@@ -62,12 +62,12 @@ class Proximal(AbstractResponse):
     def init(self, problem, x, anchor):
         return self._implicit().init(problem, x, anchor)
 
-    def __call__(self, problem, x, anchor, state=None):
+    def _answer(self, problem, x, anchor, state):
         # In the type of y, since it leaves the program with the answer.
         epsilon = jnp.asarray(self.epsilon, tree_dtype(anchor))
         presumes = _Proximity(anchor, epsilon)
-        answer = self._implicit()(presumes(problem), x, anchor, state)
-        return dataclasses.replace(answer, presumes=presumes)
+        answer, push = self._implicit()._answer(presumes(problem), x, anchor, state)
+        return dataclasses.replace(answer, presumes=presumes), push
 
     def best_response(self, problem, x, anchor):
         problem = proximal(problem, anchor, self.epsilon)
