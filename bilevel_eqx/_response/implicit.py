@@ -37,7 +37,7 @@ from .._tree import (
     Layout,
     tree_axpy,
     tree_cast,
-    tree_dot,
+    tree_dots,
     tree_eps,
     tree_materialised,
     tree_norm,
@@ -243,8 +243,9 @@ class Implicit(AbstractSolvedResponse):
             return first_failure(result, verdict), norm
         distance = at.distance()
         # Not `tree_norm`, which takes care of a derivative that is not asked for here.
-        displacement = tree_sub(y, anchor)
-        scale = jnp.sqrt(tree_dot(y, y)) + jnp.sqrt(tree_dot(displacement, displacement))
+        (yy,), displacement = tree_dots(y, y), tree_sub(y, anchor)
+        (dd,) = tree_dots(displacement, displacement)
+        scale = jnp.sqrt(yy) + jnp.sqrt(dd)
         eps = tree_eps(y)
         floor = eps * jnp.maximum(scale, eps)
         # Not <=, because at an infinite y both sides may be infinite.
