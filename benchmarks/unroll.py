@@ -108,12 +108,12 @@ def measure(problem, x, y, num_steps, args, rounds):
 
 
 def main(args: argparse.Namespace) -> None:
-    batch_size, sizes = 256, (784, 256, 256, 10)
+    batch_size, sizes, lengths = 256, (784, 256, 256, 10), (100, 1000)
     if args.quick:
-        batch_size, sizes = 32, (784, 32, 32, 10)
+        batch_size, sizes, lengths = 32, (20, 16, 16, 10), lengths[:1]
     problem, x, y = penalised_network(jr.key(0), batch_size, sizes, num_steps=0)
     figures = {}
-    for num_steps in (100, 1000):
+    for num_steps in lengths:
         # A round of the second takes about a minute on two cores.
         rounds = args.rounds if num_steps == 100 else max(3, args.rounds // 3)
         figures[f"K = {num_steps}"] = measure(problem, x, y, num_steps, args, rounds)

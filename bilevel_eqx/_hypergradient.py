@@ -134,6 +134,16 @@ def _hypergradient(
 _FOLLOWED = 4 * TRAIL
 
 
+def _has_diverged(problem, x, anchor, response, y, result, grown) -> bool:
+    """Whether the inner steps that led to y diverge, if that can be asked."""
+    if is_traced(grown) or not grown:
+        return False
+    if not response.may_run_off(result, _FOLLOWED):
+        return False
+    # In a program of its own, since mostly it is not needed.
+    return bool(_diverges(problem, x, anchor, response, y))
+
+
 @called_once
 def _diverges(problem, x, anchor, response, y) -> Bool[Array, ""]:
     """Whether the next inner steps from y run off."""
@@ -199,10 +209,8 @@ def hypergradient(
     check_type(throw, bool, "throw", "hypergradient")
     # One program, whether it throws or not.
     out, reaches, grown = _hypergradient(problem, x, anchor, response)
-    # In a program of its own, since mostly it is not needed.
-    if not is_traced(grown) and grown and response.may_run_off(out.result, _FOLLOWED):
-        if _diverges(problem, x, anchor, response, out.y):
-            out = eqx.tree_at(lambda h: h.result, out, RESULTS.inner_diverged)
+    if _has_diverged(problem, x, anchor, response, out.y, out.result, grown):
+        out = eqx.tree_at(lambda h: h.result, out, RESULTS.inner_diverged)
     if throw:
         if not reaches:
             raise ValueError(RESULTS[RESULTS.zero_hypergradient])
@@ -234,11 +242,12 @@ def _best_response(
     x: PyTree,
     anchor: PyTree,
     response: AbstractResponse,
-) -> tuple[PyTree, RESULTS]:
+) -> tuple[PyTree, RESULTS, Bool[Array, ""]]:
+    """The response, its result, and whether y has grown."""
     x, anchor = as_variables(x, "x"), as_variables(anchor, "anchor")
     check_problem(problem, x, anchor)
     y, result = response.best_response(problem, x, anchor)
-    return y, first_failure(result, finite_or_not(y))
+    return y, first_failure(result, finite_or_not(y)), has_grown(anchor, y)
 
 
 @on_auto_axes
@@ -270,11 +279,14 @@ def best_response(
     The inner variables, a pytree like `anchor`.
 
     **Raises:** as [`bilevel_eqx.hypergradient`][], but for kinks: steps that go to and
-    fro across one (`RESULTS.at_kink`) are not looked for here. The linear solves of a
+    fro across one (`RESULTS.at_kink`) are not looked for here. That unrolled steps
+    diverge is found out outside of transformations only. The linear solves of a
     derivative always raise if they fail: a derivative cannot return their result.
     """
-    y, result = _best_response(problem, x, anchor, response)
+    y, result, grown = _best_response(problem, x, anchor, response)
     if throw:
+        if _has_diverged(problem, x, anchor, response, y, result, grown):
+            result = RESULTS.inner_diverged
         figures = jtu.Partial(_figures_of_response, problem, x, anchor, response, y)
         return throw_if_failed(
             y, result, figures, lambda: _post_mortem(problem, x, anchor, response, y)

@@ -59,7 +59,7 @@ def classes_claim(records):
 
 
 def main():
-    args = options(__doc__, steps=20_000, quick_steps=16_000, quick_width=200)
+    args = options(__doc__, steps=20_000, quick_steps=10_000, quick_width=200)
     figure = Figure("soft_labels", args)
     records = each_seed(figure, args, soft_labels, experiment, keep="best")
     draw(figure, records[0], soft_labels, args)

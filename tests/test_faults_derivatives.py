@@ -610,9 +610,12 @@ def test_a_few_unrolled_steps_that_diverge(num_steps, rate):
     x = jnp.full(3, 0.5)
     with pytest.raises(eqx.EquinoxRuntimeError, match=_SAID):
         blx.hypergradient(problem, x, y0, response)
+    with pytest.raises(eqx.EquinoxRuntimeError, match=_SAID):
+        blx.best_response(problem, x, y0, response)
     # A rate that depends on x may still be learned.
     learned = blx.Unrolled(lambda x: optax.sgd(rate + 0 * x[0]), num_steps)
     assert np.all(np.isfinite(blx.hypergradient(problem, x, y0, learned).gradient))
+    assert np.all(np.isfinite(blx.best_response(problem, x, y0, learned)))
 
 
 def _rates(*rates):

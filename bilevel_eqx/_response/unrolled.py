@@ -97,10 +97,10 @@ class Unrolled(AbstractResponse):
         (`RESULTS.inner_diverged`), and which rate would not diverge. They look once y has
         an entry above 4 that is 4 times the largest one of the anchor. If f is larger
         there than at the anchor, and 16 more steps become longer and lead further uphill,
-        it diverges. For fewer than 64 steps, and at the end of `solve`, this is outside
-        of transformations only. Batches are not judged, and fewer than 64 steps whose
-        optimiser depends on x only at the end of `solve`: their rates may still be
-        learned.
+        it diverges. For fewer than 64 steps, in `best_response`, and at the end of
+        `solve`, this is outside of transformations only. Batches are not judged, and
+        fewer than 64 steps whose optimiser depends on x only at the end of `solve`: their
+        rates may still be learned.
 
     !!! warning "Adam"
 
