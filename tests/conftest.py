@@ -1,6 +1,5 @@
 import gc
 import os
-import pathlib
 import signal
 
 import equinox.internal as eqxi
@@ -48,20 +47,13 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Linux allows 65,530, and a module adds up to 3,000.
-_MANY_MAPS = 30_000
-
-
 @pytest.fixture(autouse=True, scope="module")
 def no_more_programs_than_needed():
     # Every compiled program maps memory, and a process may have only so many mappings:
     # beyond them the compiler crashes.
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    # Not after each module: they share small programs.
-    if not maps.exists() or len(maps.read_bytes().splitlines()) > _MANY_MAPS:
-        jax.clear_caches()
-        gc.collect()
+    jax.clear_caches()
+    gc.collect()
 
 
 def _settings():

@@ -41,7 +41,8 @@ def share(wrong: Scalar, right: Scalar) -> Scalar:
 
 def norm(a: PyTree[Array]) -> Scalar:
     """The two-norm, in fewer operations than `tree_norm`, which has a derivative at 0."""
-    return jnp.sqrt(*tree_dots(a, a))
+    (square,) = tree_dots(a, a)
+    return jnp.sqrt(square)
 
 
 class Slopes(NamedTuple):

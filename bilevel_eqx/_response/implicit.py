@@ -243,8 +243,8 @@ class Implicit(AbstractSolvedResponse):
             return first_failure(result, verdict), norm
         distance = at.distance()
         # Not `tree_norm`, which takes care of a derivative that is not asked for here.
-        (yy,), displacement = tree_dots(y, y), tree_sub(y, anchor)
-        (dd,) = tree_dots(displacement, displacement)
+        displacement = tree_sub(y, anchor)
+        (yy,), (dd,) = tree_dots(y, y), tree_dots(displacement, displacement)
         scale = jnp.sqrt(yy) + jnp.sqrt(dd)
         eps = tree_eps(y)
         floor = eps * jnp.maximum(scale, eps)
