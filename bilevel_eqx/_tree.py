@@ -46,7 +46,7 @@ def vector_dots(a: Float[Array, " n"], *others: Float[Array, " n"]) -> Float[Arr
 
     An inner product is three loops for XLA on a CPU, each of which it compiles. A product
     with a matrix is a call of a library. But it sums in one go, and is less accurate for
-    long vectors.
+    long vectors. Where a search decides by it, the search may take another way.
     """
     if not _ONE_LOOP < a.size <= _SHORT:
         return jnp.stack([jnp.vdot(a, b) for b in others])
@@ -60,11 +60,6 @@ def vector_dots(a: Float[Array, " n"], *others: Float[Array, " n"]) -> Float[Arr
 _ONE_LOOP, _SHORT = 32, 1024
 
 
-def vector_dot(a: Float[Array, " n"], b: Float[Array, " n"]) -> Scalar:
-    """The inner product of two vectors, as a program that compiles quickly."""
-    return vector_dots(a, b)[0]
-
-
 def tree_dots(a: PyTree[Array], *others: PyTree[Array]) -> tuple[Scalar, ...]:
     """The inner products of a pytree with others; those of vectors compile quickly."""
     if isinstance(a, jax.Array) and a.ndim == 1:
@@ -74,14 +69,14 @@ def tree_dots(a: PyTree[Array], *others: PyTree[Array]) -> tuple[Scalar, ...]:
 
 def tree_norm(a: PyTree[Array]) -> Scalar:
     """The two-norm of a pytree. Its derivative at zero is zero, not NaN."""
-    (square,) = tree_dots(a, a)
+    square = tree_dot(a, a)
     is_zero = square == 0
     return where(is_zero, 0, jnp.sqrt(where(is_zero, 1, square)))
 
 
 def vector_norm(a: Float[Array, " n"]) -> Scalar:
-    """The two-norm of a vector. `jnp.linalg.norm` takes thirteen operations."""
-    return jnp.sqrt(vector_dot(a, a))
+    """The two-norm of a vector, in three operations. `jnp.linalg.norm` takes thirteen."""
+    return jnp.sqrt(jnp.vdot(a, a))
 
 
 def vector_norms(*vectors: Float[Array, " n"]) -> Float[Array, " k"]:

@@ -23,7 +23,6 @@ from .._tree import (
     tree_dtype,
     tree_eps,
     tree_struct,
-    vector_dots,
     vector_norm,
     where,
 )
@@ -152,7 +151,7 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
             hessian = lx.FunctionLinearOperator(product, tree_struct(v), symmetric)
             here = layout, v, gradient, norm, hessian
             newton = self._newton(*here, options, curved, norm / nonzero(first_norm))
-            slope, square = vector_dots(newton, gradient, newton)
+            slope = jnp.vdot(gradient, newton)
             # With negative curvature the Newton step may climb; then take its opposite.
             direction = where(slope < 0, newton, -newton)
 
@@ -171,7 +170,7 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
                 highest=where(is_trial, jnp.inf, value),
                 max_trials=_MAX_TRIALS,
             )
-            length = t.astype(v.dtype) * jnp.sqrt(square)
+            length = t.astype(v.dtype) * vector_norm(newton)
             small = length <= self.atol + rtol * vector_norm(v)
             return new_v, length, small | (t == 0), is_trial
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
-from .._tree import nonzero, vector_dot, vector_dots, where
+from .._tree import nonzero, where
 from .zero_curvature import rounding_of
 
 
@@ -33,7 +33,7 @@ def newton_direction(
     eps = jnp.finfo(downhill.dtype).eps
     # Of order one, so that no square below overflows or underflows.
     b = downhill / nonzero(size)
-    square = vector_dot(b, b)
+    square = jnp.vdot(b, b)
     enough = jnp.maximum(jnp.asarray(rtol, b.dtype), eps) ** 2 * square
     most = min(_NUM_STEPS, 2 * b.size + 1)
 
@@ -44,7 +44,7 @@ def newton_direction(
     def step(carry):
         count, q, r, p, rr, largest, _ = carry
         Hp = hessian.mv(p)
-        pp, pHp = vector_dots(p, p, Hp)
+        pp, pHp = jnp.vdot(p, p), jnp.vdot(p, Hp)
         curvature = pHp / nonzero(pp)
         largest = jnp.maximum(largest, jnp.abs(curvature))
         # Negated, so that NaN is bad too.
@@ -53,7 +53,7 @@ def newton_direction(
         length = rr / nonzero(jnp.abs(pHp))
         length = where(bad & (count > 0), 0, length)
         q, r = q + length * p, r - length * Hp
-        new_rr = vector_dot(r, r)
+        new_rr = jnp.vdot(r, r)
         return count + 1, q, r, r + new_rr / nonzero(rr) * p, new_rr, largest, bad
 
     zero = jnp.zeros((), b.dtype)
