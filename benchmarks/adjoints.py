@@ -177,7 +177,10 @@ def main(args: argparse.Namespace) -> None:
     points = path(problem, x, y, args.rate, None, num_steps, d, 0.0)
     kinds = blx.pipelines.Nystrom, blx.pipelines.Diagonal, blx.pipelines.Kronecker
     # Kronecker is the diagonal for a vector.
-    A = [kind(d // 5, 1e-3) for kind in kinds[:2]][: 1 if args.quick else None]
+    kinds_of_A, kinds_of_B = kinds[:2], kinds
+    if args.quick:
+        kinds_of_A, kinds_of_B = kinds[:1], kinds[2:]
+    A = [kind(d // 5, 1e-3) for kind in kinds_of_A]
     figures = {"A": measure("A, logistic regression", problem, points, 0.0, A, 50)}
     sizes = (20, 8, 8, 10) if args.quick else (100, 16, 16, 10)
     network = penalised_network(jr.key(0), 256, sizes, num_steps=0, activation=jnp.tanh)
@@ -188,7 +191,7 @@ def main(args: argparse.Namespace) -> None:
     y = trained(problem, x, y, 0.5, 600 if args.quick else 3000)
     # Half as fast: with small penalties not even the damped Hessian is definite.
     points = path(problem, x, y, args.rate / 2, 0.5, num_steps, 150, 0.02)
-    B = [kind(20, 1e-2) for kind in kinds][-1 if args.quick else 0 :]
+    B = [kind(20, 1e-2) for kind in kinds_of_B]
     figures["B"] = measure("B, network", problem, points, 0.02, B, 50)
     _timing.write(args, figures, clock="none")
 

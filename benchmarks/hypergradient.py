@@ -31,7 +31,7 @@ import bilevel_eqx as blx
 
 
 # The widths of the narrow network.
-NARROW = (784, 32, 32, 10)
+NARROW, TINY = (784, 32, 32, 10), (20, 16, 16, 4)
 
 
 #
@@ -234,10 +234,10 @@ def measure(title, instance, small_instance, num_steps, args):
 def main(args: argparse.Namespace) -> None:
     key_A, key_B = jr.split(jr.key(0))
     tiny_A = penalised_regression(key_A, 400, 40)
-    tiny_B = penalised_network(key_B, 32, (20, 16, 16, 4), num_steps=2_000)
+    tiny_B = penalised_network(key_B, 32, TINY, num_steps=2_000)
     if args.quick:
         A = penalised_regression(key_A, 2_000, 100)
-        network, samples, num_steps = (20, 16, 16, 4), (64,), 500
+        network, samples, num_steps = TINY, (64,), 500
     else:
         A = penalised_regression(key_A, 20_000, 500)
         network, samples, num_steps = (784, 256, 256, 10), (256, 2_000), 300

@@ -41,32 +41,6 @@ def tree_dot(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
     return ft.reduce(jnp.add, jtu.tree_leaves(products) or [jnp.zeros((), dtype)])
 
 
-def vector_dots(a: Float[Array, " n"], *others: Float[Array, " n"]) -> Float[Array, " k"]:
-    """The inner products of a vector with others, as a program that compiles quickly.
-
-    An inner product is three loops for XLA on a CPU, each of which it compiles. A product
-    with a matrix is a call of a library. But it sums in one go, and is less accurate for
-    long vectors. Where a search decides by it, the search may take another way.
-    """
-    if not _ONE_LOOP < a.size <= _SHORT:
-        return jnp.stack([jnp.vdot(a, b) for b in others])
-    # A matrix of one row would be an inner product again.
-    rows = others if len(others) > 1 else others * 2
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(jnp.stack(rows), a, precision=highest)[: len(others)]
-
-
-# Up to how many entries XLA sums in one loop, and a product with a matrix is as accurate.
-_ONE_LOOP, _SHORT = 32, 1024
-
-
-def tree_dots(a: PyTree[Array], *others: PyTree[Array]) -> tuple[Scalar, ...]:
-    """The inner products of a pytree with others; those of vectors compile quickly."""
-    if isinstance(a, jax.Array) and a.ndim == 1:
-        return tuple(vector_dots(a, *others))
-    return tuple(tree_dot(a, b) for b in others)
-
-
 def tree_norm(a: PyTree[Array]) -> Scalar:
     """The two-norm of a pytree. Its derivative at zero is zero, not NaN."""
     square = tree_dot(a, a)
@@ -82,6 +56,16 @@ def vector_norm(a: Float[Array, " n"]) -> Scalar:
 def vector_norms(*vectors: Float[Array, " n"]) -> Float[Array, " k"]:
     """The two-norms of several vectors of one size, in the operations of one."""
     return jnp.sqrt(jnp.sum(jnp.square(jnp.stack(vectors)), axis=1))
+
+
+def vector_dots(a: Float[Array, " n"], *others: Float[Array, " n"]) -> Float[Array, " k"]:
+    """The inner products of a vector with several others.
+
+    One product with a matrix compiles in less time than two inner products. But it sums
+    in one go, and is less accurate than they are for long vectors.
+    """
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(jnp.stack(others), a, precision=highest)
 
 
 def tree_max(a: PyTree[Array]) -> Scalar:

@@ -30,7 +30,6 @@ from .._tree import (
     tree_axpy,
     tree_cast,
     tree_dot,
-    tree_dots,
     tree_materialised,
     tree_scale,
     tree_struct,
@@ -67,9 +66,9 @@ class Stationarity(eqx.Module):
         """That of the solution along the residual, if H does not depend on y."""
         g = self.residual
         Hg = self.free_hessian.mv(g)
-        gg, gHg = tree_dots(g, g, Hg)
+        gg = tree_dot(g, g)
         if lx.is_symmetric(self.free_hessian):
-            curvature = jnp.abs(gHg)
+            curvature = jnp.abs(tree_dot(g, Hg))
         else:
             # The Jacobian of a root may turn the residual by a right angle.
             curvature = jnp.sqrt(gg * tree_dot(Hg, Hg))

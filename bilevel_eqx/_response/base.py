@@ -127,13 +127,7 @@ class AbstractResponse(eqx.Module):
         A [`bilevel_eqx.Response`][].
         """
 
-    def answer(
-        self,
-        problem: AbstractBilevelProblem,
-        x: PyTree,
-        anchor: PyTree,
-        state: Any = None,
-    ) -> Response:
+    def answer(self, problem, x, anchor, state=None) -> Response:
         """The response where nobody asks for its `jacobian`, which may then be `None`."""
         return self(problem, x, anchor, state)
 

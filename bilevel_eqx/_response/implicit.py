@@ -37,7 +37,7 @@ from .._tree import (
     Layout,
     tree_axpy,
     tree_cast,
-    tree_dots,
+    tree_dot,
     tree_eps,
     tree_materialised,
     tree_norm,
@@ -244,8 +244,7 @@ class Implicit(AbstractSolvedResponse):
         distance = at.distance()
         # Not `tree_norm`, which takes care of a derivative that is not asked for here.
         displacement = tree_sub(y, anchor)
-        (yy,), (dd,) = tree_dots(y, y), tree_dots(displacement, displacement)
-        scale = jnp.sqrt(yy) + jnp.sqrt(dd)
+        scale = jnp.sqrt(tree_dot(y, y)) + jnp.sqrt(tree_dot(displacement, displacement))
         eps = tree_eps(y)
         floor = eps * jnp.maximum(scale, eps)
         # Not <=, because at an infinite y both sides may be infinite.
