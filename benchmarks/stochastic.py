@@ -372,16 +372,19 @@ def draw(figures: dict[str, dict[str, Any]], path: Path, clock: str) -> None:
 
 
 def _draw_lines(ax, figure: dict[str, Any], against: str) -> None:
+    from matplotlib import rcParams
     from matplotlib.ticker import NullFormatter
 
-    medians = []
+    num_colours, medians = len(rcParams["axes.prop_cycle"]), []
     for i, (name, row) in enumerate(figure["methods"].items()):
         if "curve" not in row:
             continue
         # From the first recorded point on, since the axis is logarithmic.
         line = {key: np.asarray(value)[1:] for key, value in row["curve"].items()}
         band = [np.where(np.isfinite(line[k]), line[k], np.nan) for k in ("low", "high")]
-        ax.plot(line[against], line["median"], color=f"C{i}", label=name)
+        # There are more methods than colours.
+        style = ("-", "--", ":")[i // num_colours]
+        ax.plot(line[against], line["median"], style, color=f"C{i}", label=name)
         ax.fill_between(line[against], *band, color=f"C{i}", alpha=0.2, lw=0)
         medians.extend(line["median"][np.isfinite(line["median"])])
     ax.set_xscale("log")
