@@ -45,14 +45,15 @@ class _Cliff(blx.AbstractBilevelProblem):
         return jnp.stack([jnp.ones(()), c, (1 + c) / 2])
 
 
-class _Ellipse(_Cliff):
-    """Its inner minima are a curve: a circle up to the edge, an ellipse beyond it."""
+class _Ellipse(blx.AbstractLeastSquaresProblem, _Cliff):
+    """Its inner minima are a curve: a circle up to the edge, an ellipse beyond it. (A sum
+    of squares: for other objectives the search would begin where it is to end.)"""
 
     def outer(self, x, y):
         return -0.5 * x + 0.0 * jnp.sum(y)
 
-    def inner(self, x, y):
-        return 0.25 * (jnp.sum(self._curvature(x) * y**2) - 1) ** 2
+    def inner_residual(self, x, y):
+        return (jnp.sum(self._curvature(x) * y**2) - 1) / 2**0.5
 
 
 @dataclasses.dataclass(frozen=True)

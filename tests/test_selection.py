@@ -1,9 +1,13 @@
 """Points of S(x), and how they move: the nearest one, with its true derivative; what is
 said of quadratics in a ball; and spectra of operators too large to decompose."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
+import jax.random as jr
 import lineax as lx
 import numpy as np
 import optax
@@ -22,6 +26,7 @@ from helpers import (
     tree_has_dtype,
 )
 from jaxtyping import Array
+from scipy import optimize
 
 import bilevel_eqx as blx
 from bilevel_eqx._linalg.eigenbasis import (
@@ -299,6 +304,61 @@ def test_all_concepts_are_one_where_the_minimum_is_unique(kind, equilibrium):
     assert tree_allclose(solution.y, y, rtol=1e-7)
     assert np.linalg.norm(gradient) < 1e-6
     assert solution.value < problem.outer(x0, jnp.asarray(truth.truth(x0)[0]))
+
+
+class FittedNetwork(blx.AbstractBilevelProblem):
+    """x are the inputs of 12 samples, which a network of 105 weights fits exactly. S(x)
+    is so curved that many of its points are nearer to y0 than all others around."""
+
+    labels: Array
+
+    def residual(self, x, y):
+        for i, layer in enumerate(y):
+            x = jnp.concatenate([jnp.tanh(x) if i else x, jnp.ones((12, 1))], axis=1)
+            x = x @ layer
+        return x[:, 0] - self.labels
+
+    def inner(self, x, y):
+        return 0.5 * jnp.sum(self.residual(x, y) ** 2)
+
+    def outer(self, x, y):
+        return jnp.sum(x**2) + sum(jnp.sum(u**2) for u in y)
+
+
+def _penalised_distance(problem, x, y0):
+    """The distance from y0 to S(x), by SciPy: what minimises |y - y0|^2 + |r|^2 / weight
+    as the weight falls."""
+    start, unflatten = jax.flatten_util.ravel_pytree(y0)
+
+    @jax.jit
+    def squares(v, weight):
+        residual = problem.residual(x, unflatten(v)) / jnp.sqrt(weight)
+        return jnp.concatenate([residual, v - start])
+
+    jacobian: Any = jax.jit(jax.jacfwd(squares))
+    v = np.asarray(start)
+    for weight in 10.0 ** np.arange(1, -8, -1):
+        v = optimize.least_squares(squares, v, jacobian, args=(weight,)).x
+    assert np.abs(problem.residual(x, unflatten(jnp.asarray(v)))).max() < 1e-5
+    return np.linalg.norm(v - start)
+
+
+@pytest.mark.slow
+def test_none_of_many_nearest_points_but_a_near_one():
+    shapes = (3, 8), (9, 8), (9, 1)
+    closer = []
+    for seed in range(5):
+        keys = jr.split(jr.key(seed), 5)
+        x, labels = jr.normal(keys[0], (12, 2)), jr.normal(keys[1], (12,))
+        problem = FittedNetwork(labels)
+        y0 = [0.5 * jr.normal(k, shape) for k, shape in zip(keys[2:], shapes)]
+        y = blx.best_response(problem, x, y0, nearest)
+        distance = optax.tree.norm(jax.tree.map(jnp.subtract, y, y0))
+        assert optax.tree.norm(jax.grad(problem.inner, argnums=1)(x, y)) < 1e-8
+        closer.append(_penalised_distance(problem, x, y0) / distance)
+    # Neither is sure to find the nearest of all.
+    assert min(closer) > 0.96, closer
+    assert np.mean(closer) > 0.98
 
 
 class Ellipse(blx.AbstractLeastSquaresProblem):

@@ -46,8 +46,12 @@ class MinimumDisplacement(AbstractSolvedResponse):
 
     If $S(x)$ is a plane (linear least squares; any quadratic), then $W = I$, and the
     point and its derivative need no solve beyond that of $H^+$. If $S(x)$ is curved,
-    Newton's method along it finds the nearest point. It is differentiable with respect
-    to the anchor too.
+    Newton's method along it finds a point that is nearest among its neighbours. Such
+    points may be many. So up to 1,024 variables, and if f is no sum of squares, the
+    search begins at the end of the path of the minima of
+    $f(x, y) + \frac\delta2 \|y - a\|^2$ for $\delta \to 0$ (Tikhonov), where that is
+    nearer than the minimum of f that `solver` finds. It is differentiable with respect to
+    the anchor too.
 
     If the inner minimum is unique, this is [`bilevel_eqx.Implicit`][].
 
