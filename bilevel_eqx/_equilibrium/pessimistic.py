@@ -19,7 +19,7 @@ from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.constraints import set_x
 from .._problem.flat import flat
 from .._response.minimum_displacement import MinimumDisplacement
-from .._solution_set.nearest import nearest_to
+from .._solution_set.nearest import has_path, nearest_to, start_of_search
 from .._solution_set.picture import Picture, picture
 from .._solution_set.selected_value import second_derivative, Sphere
 from .._solution_set.ties import gains_and_gradients, MOST_ASCENDED
@@ -171,7 +171,10 @@ class Pessimistic(AbstractEquilibrium):
         start = y
         if not here.is_plane:
             # The search for the center of the ball starts at y0 only if S(x) is curved.
-            start = minimise_inner(here.problem, x, anchor, Projection()).value
+            if has_path(here.problem, x, anchor):
+                start, _ = start_of_search(here.problem, x, anchor, anchor)
+            else:
+                start = minimise_inner(here.problem, x, anchor, Projection()).value
         center, _ = nearest_to(
             here.problem, x, start, anchor, Pseudoinverse(), _CENTER_STEPS
         )

@@ -45,6 +45,9 @@ class _ProjectionState(eqx.Module):
     aux: Any = eqx.field(static=True)
 
 
+_NUM_STEPS = 50
+
+
 class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
     r"""Newton steps with a pseudoinverse, $y \leftarrow y - t H^+ \nabla_y f(x, y)$.
 
@@ -89,10 +92,16 @@ class Projection(optx.AbstractMinimiser[Any, Any, _ProjectionState]):
 
     counts_its_steps: ClassVar[bool] = True
 
+    @property
+    def is_default(self) -> bool:
+        """Whether it may be run as by default, or with more steps."""
+        exact = self.rtol is None and self.atol == 0
+        return exact and self.linear_solver is None and self.max_steps >= _NUM_STEPS
+
     def __init__(
         self,
         linear_solver: lx.AbstractLinearSolver | None = None,
-        max_steps: int = 50,
+        max_steps: int = _NUM_STEPS,
         rtol: float | None = None,
         atol: float = 0.0,
     ):

@@ -1,10 +1,10 @@
-"""The inner minimum that lies at the end of a path from an anchor."""
+"""An inner minimum, and the one at the end of a path from an anchor."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._linalg.power_iteration import largest_curvature
 from .._problem.base import AbstractBilevelProblem
@@ -26,24 +26,44 @@ _RTOL = 1e-6
 _MAX_STEPS = 200
 
 
-def proximal_path(
-    problem: AbstractBilevelProblem, x: PyTree[Array], anchor: Float[Array, " n"]
-) -> Float[Array, " n"]:
-    r"""The end of the path from an anchor a that is made of the minima of
+class TwoMinima(NamedTuple):
+    direct: Float[Array, " n"]
+    """What Newton's method leads to from the start."""
+    end: Float[Array, " n"]
+    """The end of the path from the anchor."""
+    num_steps: Int[Array, ""]
+    """Those that led to the first."""
+
+
+def two_minima(
+    problem: AbstractBilevelProblem,
+    x: PyTree[Array],
+    start: Float[Array, " n"],
+    anchor: Float[Array, " n"],
+) -> TwoMinima:
+    r"""The inner minimum that `Projection` finds from a start, and the end of the path
+    from an anchor a that is made of the minima of
     $f(x, y) + \frac\delta2 \|y - a\|^2$, as $\delta$ falls to zero.
 
     If these are the least of all, the end is the inner minimum nearest to a (Tikhonov).
     Here they are local minima, found by Newton's method from the one before, so that
-    nothing is certain. But a minimiser of f alone ends farther from a.
+    nothing is certain. But a minimiser of f alone often ends farther from a.
+
+    Both are in one loop, which makes the program shorter.
     """
     largest = largest_curvature(lambda y: problem.inner(x, y), anchor)
     exact = 100 * float(jnp.finfo(anchor.dtype).eps)
 
-    def follow(y, weight):
+    def follow(y, stage):
+        weight, restarts = stage
         rtol: Any = where(weight == 0, exact, max(_RTOL, exact))
         solver = Projection(rtol=rtol, max_steps=_MAX_STEPS)
         nearby = proximal(problem, anchor, weight * largest)
-        return minimise_inner(nearby, x, y, solver, curved=True).value, None
+        y = where(restarts, anchor, y)
+        found = minimise_inner(nearby, x, y, solver, curved=True)
+        return found.value, (found.value, found.stats["num_steps"])
 
-    weights = jnp.asarray(_WEIGHTS, anchor.dtype)
-    return jax.lax.scan(follow, anchor, weights)[0]
+    weights = jnp.asarray((0.0, *_WEIGHTS), anchor.dtype)
+    stages = weights, jnp.arange(weights.size) == 1
+    _, (minima, num_steps) = jax.lax.scan(follow, start, stages)
+    return TwoMinima(minima[0], minima[-1], num_steps[0])

@@ -7,7 +7,7 @@ import jax
 import jax.tree_util as jtu
 import lineax as lx
 
-from .._arguments import check_count, check_positive
+from .._arguments import check_count, check_positive, says
 from .._compat import batched_as, nondifferentiable
 from .._derivatives.first import inner_gradient
 from .._failure.results import first_failure, RESULTS
@@ -19,7 +19,7 @@ from .._problem.closure import closure_converted
 from .._problem.constraints import set_y
 from .._problem.flat import flat
 from .._problem.root import check_has_objective
-from .._solution_set.nearest import Displacement, nearest_to
+from .._solution_set.nearest import Displacement, has_path, nearest_to, start_of_search
 from .._solution_set.picture import flat_picture
 from .._tree import tree_materialised
 from .base import AbstractSolvedResponse, NOT_ASKED_FOR, Pulled, Response
@@ -47,11 +47,11 @@ class MinimumDisplacement(AbstractSolvedResponse):
     If $S(x)$ is a plane (linear least squares; any quadratic), then $W = I$, and the
     point and its derivative need no solve beyond that of $H^+$. If $S(x)$ is curved,
     Newton's method along it finds a point that is nearest among its neighbours. Such
-    points may be many. So up to 1,024 variables, and if f is no sum of squares, the
-    search begins at the end of the path of the minima of
+    points may be many. So up to 1,024 variables, if f is no sum of squares and `solver`
+    is the default, the search begins at the end of the path of the minima of
     $f(x, y) + \frac\delta2 \|y - a\|^2$ for $\delta \to 0$ (Tikhonov), where that is
-    nearer than the minimum of f that `solver` finds. It is differentiable with respect to
-    the anchor too.
+    nearer than the minimum of f that the solver finds. The point is differentiable with
+    respect to the anchor too.
 
     If the inner minimum is unique, this is [`bilevel_eqx.Implicit`][].
 
@@ -164,7 +164,11 @@ class MinimumDisplacement(AbstractSolvedResponse):
         anchor = layout.ravel(anchor)
         implicit = self._implicit()
         start = anchor if guess is None else layout.ravel(guess)
-        y, result, stats = implicit.minimum(problem, x, start)
+        if says(self.solver, "is_default", False) and has_path(problem, x, anchor):
+            y, num_steps = start_of_search(problem, x, start, anchor)
+            result, stats = RESULTS.successful, {"inner_steps": num_steps}
+        else:
+            y, result, stats = implicit.minimum(problem, x, start)
         displacement, num_steps = nearest_to(
             problem, x, y, anchor, self.linear_solver, self.selection_steps
         )

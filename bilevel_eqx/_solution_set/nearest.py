@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 from .._derivatives.first import inner_gradient
 from .._derivatives.second import hessian_depends_on_y
 from .._failure.results import finite_or_not, first_failure, RESULTS
-from .._inner_solver.proximal_path import proximal_path
+from .._inner_solver.proximal_path import two_minima
 from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linear_solver.truncated_cg import TruncatedCG
@@ -147,8 +147,6 @@ def nearest_to(
         def half_square(y):
             return 0.5 * jnp.sum((y - anchor) ** 2)
 
-        if y.size <= DENSE_SIZE and not isinstance(problem, AbstractLeastSquaresProblem):
-            y = _nearer(problem, x, y, anchor)
         here, num_steps = select(problem, x, y, half_square, linear_solver, max_steps)
     else:
         # After a projection there is nothing to do; but y may be any minimum.
@@ -158,28 +156,38 @@ def nearest_to(
     return Displacement(here, anchor), num_steps
 
 
-def _nearer(
+def start_of_search(
     problem: AbstractBilevelProblem,
     x: PyTree[Array],
-    y: Float[Array, " n"],
+    guess: Float[Array, " n"],
     anchor: Float[Array, " n"],
-) -> Float[Array, " n"]:
-    """Where to begin the search: at y, or at the end of a path from the anchor if that is
-    nearer.
+) -> tuple[Float[Array, " n"], Int[Array, ""]]:
+    """Where a search for the nearest point begins: at the inner minimum found from a
+    guess, or at the end of a path from the anchor if that is nearer; and the number of
+    steps that led to the former.
 
-    A search follows S(x) from y, in steps that are short where S(x) is curved, to the
-    next point that is nearest among its neighbours. The path leads to a nearer one at
-    once. Its steps are products with H, which cost little where H is small enough to be
-    decomposed in each step of the search. (Of a sum of squares the search takes cheap
-    steps, and begins near.)
+    A search follows S(x), in steps that are short where S(x) is curved, to the next point
+    that is nearest among its neighbours. The path leads to a nearer one at once. Its
+    steps are products with H, which cost little where H is small enough to be decomposed
+    in each step of the search. (Of a sum of squares the search takes cheap steps, and
+    begins near.)
     """
-    there = proximal_path(problem, x, anchor)
+    direct, end, num_steps = two_minima(problem, x, guess, anchor)
 
     def slope(y):
         return vector_norm(inner_gradient(problem, x, y))
 
-    distance, before = vector_norm(there - anchor), vector_norm(y - anchor)
+    nearer = vector_norm(end - anchor) < vector_norm(direct - anchor)
     # What is nearer only because it is not at a minimum does not count.
-    eps = float(jnp.finfo(y.dtype).eps)
-    minimal = slope(there) <= jnp.maximum(slope(y), eps**0.5 * slope(anchor))
-    return where(minimal & (distance < before), there, y)
+    eps = float(jnp.finfo(direct.dtype).eps)
+    minimal = slope(end) <= jnp.maximum(slope(direct), eps**0.5 * slope(anchor))
+    return where(minimal & nearer, end, direct), num_steps
+
+
+def has_path(
+    problem: AbstractBilevelProblem, x: PyTree[Array], anchor: Float[Array, " n"]
+) -> bool:
+    """Whether a search begins as in `start_of_search`."""
+    squares = isinstance(problem, AbstractLeastSquaresProblem)
+    small = anchor.size <= DENSE_SIZE and not squares
+    return small and hessian_depends_on_y(problem, x, anchor)
