@@ -10,6 +10,7 @@ import lineax as lx
 from .._arguments import check_count, check_positive, says
 from .._compat import batched_as, nondifferentiable
 from .._derivatives.first import inner_gradient
+from .._derivatives.second import hessian_depends_on_y
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.minimum import InnerSolver
 from .._inner_solver.projection import Projection
@@ -164,11 +165,14 @@ class MinimumDisplacement(AbstractSolvedResponse):
         anchor = layout.ravel(anchor)
         implicit = self._implicit()
         start = anchor if guess is None else layout.ravel(guess)
-        if says(self.solver, "is_default", False) and has_path(problem, x, anchor):
+        curved = hessian_depends_on_y(problem, x, anchor)
+        by_default = says(self.solver, "is_default", False)
+        if curved and by_default and has_path(problem, anchor):
+            # `judge` says whether it is finite.
             y, num_steps = start_of_search(problem, x, start, anchor)
             result, stats = RESULTS.successful, {"inner_steps": num_steps}
         else:
-            y, result, stats = implicit.minimum(problem, x, start)
+            y, result, stats = implicit.minimum(problem, x, start, curved)
         displacement, num_steps = nearest_to(
             problem, x, y, anchor, self.linear_solver, self.selection_steps
         )

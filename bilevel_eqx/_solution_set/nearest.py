@@ -184,10 +184,7 @@ def start_of_search(
     return where(minimal & nearer, end, direct), num_steps
 
 
-def has_path(
-    problem: AbstractBilevelProblem, x: PyTree[Array], anchor: Float[Array, " n"]
-) -> bool:
-    """Whether a search begins as in `start_of_search`."""
+def has_path(problem: AbstractBilevelProblem, anchor: Float[Array, " n"]) -> bool:
+    """Whether a search begins as in `start_of_search`, if S(x) is curved."""
     squares = isinstance(problem, AbstractLeastSquaresProblem)
-    small = anchor.size <= DENSE_SIZE and not squares
-    return small and hessian_depends_on_y(problem, x, anchor)
+    return anchor.size <= DENSE_SIZE and not squares
