@@ -111,7 +111,13 @@ def _increment(new: Array, near: Array) -> _Increment:
     tiny = top < 2.0**16 * jnp.finfo(top.dtype).tiny
     top = where(tiny, 1, top)
     scale = 2.0**-15 * (top / jnp.frexp(top)[0])
-    return _Increment((increment / scale).astype(_NARROW[new.dtype]), scale)
+    narrow = _NARROW[new.dtype]
+    # Rounded before it is narrow: where a narrow value is at once made wide again, as on
+    # the way forward, XLA leaves both out, and then errors would add up. (On a GPU: see
+    # `xla_allow_excess_precision`.)
+    bits = jnp.finfo(narrow)
+    rounded = jax.lax.reduce_precision(increment / scale, bits.nexp, bits.nmant)
+    return _Increment(rounded.astype(narrow), scale)
 
 
 def _moved(near: PyTree[Array], increments: PyTree, sign: int) -> PyTree[Array]:
