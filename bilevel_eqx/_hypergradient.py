@@ -29,6 +29,7 @@ from ._failure.results import (
     RESULTS,
 )
 from ._failure.throw import throw_if_failed
+from ._linalg.precision import in_full_precision_if_small
 from ._mesh import on_auto_axes
 from ._problem.base import AbstractBilevelProblem
 from ._problem.checks import check_problem
@@ -136,9 +137,10 @@ _FOLLOWED = 4 * TRAIL
 
 def _has_diverged(problem, x, anchor, response, y, result, grown) -> bool:
     """Whether the inner steps that led to y diverge, if that can be asked."""
-    if is_traced(grown) or not grown:
+    if is_traced(grown):
         return False
-    if not response.may_run_off(result, _FOLLOWED):
+    # First what needs no number from the device.
+    if not response.may_run_off(result, _FOLLOWED) or not grown:
         return False
     # In a program of its own, since mostly it is not needed.
     return bool(_diverges(problem, x, anchor, response, y))
@@ -165,6 +167,7 @@ def _diverges(problem, x, anchor, response, y) -> Bool[Array, ""]:
 
 
 @on_auto_axes
+@in_full_precision_if_small("anchor")
 def hypergradient(
     problem: AbstractBilevelProblem[X, Y],
     x: X,
@@ -251,6 +254,7 @@ def _best_response(
 
 
 @on_auto_axes
+@in_full_precision_if_small("anchor")
 def best_response(
     problem: AbstractBilevelProblem[X, Y],
     x: X,

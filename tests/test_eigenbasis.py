@@ -35,7 +35,8 @@ def test_no_eigenvalue_comes_back(dtype):
     assert found[-6] <= 1 + 1e3 * eps
     vectors = basis.T @ rotation
     residual = values[:, None] * vectors - vectors * found
-    assert np.max(np.abs(residual[:, -5:])) < 1e3 * eps * 50
+    # As exact as the basis is orthogonal.
+    assert np.max(np.abs(residual[:, -5:])) < 10 * eps**0.75 * 50
 
 
 @pytest.mark.parametrize("dtype", dtypes)

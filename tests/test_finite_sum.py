@@ -148,6 +148,7 @@ def _product(block_size, num_samples):
     return push(Y), list(_jaxprs(jax.make_jaxpr(push)(Y).jaxpr))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="blocks are for a CPU")
 def test_blocks_for_the_cache():
     """They are read for the product alone: once forward and once back."""
     expected, _ = _product(None, 60_000)

@@ -114,11 +114,13 @@ def test_minima_in_sets(name, descent):
     end = run(_quadratic(0))
     assert jnp.max(jnp.abs(end.x - project(end.x))) < 1e-12
     # Only in the half-space are all directions but one free, as badly conditioned as they
-    # are.
-    free = {ProjectedQuasiNewton: 1e-6, SpectralProjectedGradient: 1e-2}
-    assert _residual(end, project) < (
-        free[type(descent)] if name == "half-space" else 1e-12
-    )
+    # are. Values know x to the root of their rounding, and which gradient steps come
+    # nearer is a matter of the last bits.
+    few, free = {
+        ProjectedQuasiNewton: (1e-12, 1e-6),
+        SpectralProjectedGradient: (1e-7, 1e-2),
+    }[type(descent)]
+    assert _residual(end, project) < (free if name == "half-space" else few)
 
 
 def test_single_precision_and_a_batch():

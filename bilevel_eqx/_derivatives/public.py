@@ -8,11 +8,13 @@ from jaxtyping import PyTree, ScalarLike
 from .._arguments import as_variables
 from .._compat import is_traced
 from .._custom_types import typechecked
+from .._linalg.precision import in_full_precision_if_small
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .second import cross_derivative_operator, gradient_and_hessian
 
 
+@in_full_precision_if_small("y")
 @typechecked
 def inner_hessian(
     problem: AbstractBilevelProblem,
@@ -50,6 +52,7 @@ def inner_hessian(
     return gradient_and_hessian(problem, x, y, tags)[1]
 
 
+@in_full_precision_if_small("y")
 @typechecked
 def cross_derivative(
     problem: AbstractBilevelProblem, x: PyTree, y: PyTree

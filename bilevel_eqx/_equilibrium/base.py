@@ -13,6 +13,7 @@ from .._arguments import as_variables, check_count, says
 from .._compat import called_once, is_traced
 from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linalg.precision import in_full_precision
 from .._linalg.zero_curvature import least_clear, smallest
 from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
@@ -241,6 +242,7 @@ class AbstractEquilibrium(eqx.Module):
 
 
 @on_auto_axes
+@in_full_precision
 @called_once
 @typechecked
 def certify(

@@ -26,6 +26,7 @@ from .._tree import (
 )
 from .decompositions import eigh, svd
 from .power_iteration import DENSE_SIZE, largest_magnitude, NUM_STEPS
+from .precision import in_full_precision
 
 
 _LANCZOS_STEPS = 64
@@ -46,6 +47,7 @@ class Eigenbasis(eqx.Module):
         return unravel(self.vectors @ coordinates)
 
 
+@in_full_precision
 def eigenbasis(
     operator: lx.AbstractLinearOperator,
     start: PyTree[Array] | None = None,

@@ -11,6 +11,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
 from .._arguments import as_rate, check_count, check_positive
+from .._linalg.precision import in_full_precision
 from .._tree import nonzero, where
 from .misc import check_factorisable, check_square
 from .preconditioner import AbstractPreconditioner, probed
@@ -97,6 +98,7 @@ def _as_matrices(leaf: Array, num_axes: int) -> Float[Array, "... m n"]:
     return leaf.reshape(*lead, *shape[:1], *(1,) * (not shape), math.prod(shape[1:]))
 
 
+@in_full_precision
 def _fit(z: Float[Array, "p ..."], image: Float[Array, "p ..."]) -> Block:
     Z, W = (_as_matrices(u, u.ndim - 1) for u in (z, image))
     p, m, n = Z.shape
@@ -148,6 +150,7 @@ def _factor(matrix: Array) -> Factor:
     return Factor(jnp.maximum(eigenvalues, 0), vectors)
 
 
+@in_full_precision
 def _solve(block: Block, r: Array, damping: ScalarLike) -> Array:
     R = _as_matrices(r, r.ndim)
     left, right = block.left, block.right

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, ScalarLike
 from .._arguments import as_rate, check_count, check_positive
 from .._compat import is_traced
 from .._linalg.decompositions import eigh
+from .._linalg.precision import in_full_precision
 from .._tree import nonzero, tree_axpy, tree_dot, tree_dtype, tree_scale
 from .misc import check_square, relative
 
@@ -95,6 +96,7 @@ class Neumann(lx.AbstractLinearSolver):
             return self._filter(state, vector)
         return self._sum(state, vector)
 
+    @in_full_precision
     def _filter(self, spectrum, vector):
         b, unravel = jax.flatten_util.ravel_pytree(vector)
         s = spectrum.eigenvalues

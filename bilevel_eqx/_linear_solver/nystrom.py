@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree, ScalarLike
 
 from .._arguments import as_rate, check_count, check_positive
 from .._derivatives.operators import damped
+from .._linalg.precision import in_full_precision
 from .._tree import Layout, tree_eps, tree_norm, tree_sub, where
 from .misc import check_factorisable, check_square, relative
 from .preconditioner import AbstractPreconditioner
@@ -23,6 +24,7 @@ class Sketch(eqx.Module):
     eigenvalues: Float[Array, " r"]
 
 
+@in_full_precision
 def sketch(operator: lx.AbstractLinearOperator, rank: int) -> Sketch:
     r"""$\hat H = (H \Omega) (\Omega^\top H \Omega)^+ (H \Omega)^\top$ for an orthonormal
     random $\Omega$, from as many products with H as $\Omega$ has columns. It is NaN if
@@ -57,6 +59,7 @@ def sketch(operator: lx.AbstractLinearOperator, rank: int) -> Sketch:
     return Sketch(vectors, jnp.maximum(singular_values**2 - shift, 0))
 
 
+@in_full_precision
 def applied(
     vectors: Float[Array, "n r"],
     factors: Float[Array, " r"],

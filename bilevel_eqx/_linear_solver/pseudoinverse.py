@@ -19,6 +19,7 @@ from .._derivatives.operators import (
 from .._linalg.decompositions import check_precision, eigh, eigvalsh, inv, qr, svd
 from .._linalg.eigenbasis import lanczos
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linalg.precision import in_full_precision
 from .._linalg.zero_curvature import clearance, ends, margin, uncertainty
 from .._tree import (
     Layout,
@@ -69,6 +70,7 @@ class Pseudoinverse(lx.AbstractLinearSolver):
         if self.max_steps is not None:
             check_count(self.max_steps, "max_steps", "Pseudoinverse")
 
+    @in_full_precision
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         del options
         if isinstance(operator, AugmentedHessian):
@@ -90,6 +92,7 @@ class Pseudoinverse(lx.AbstractLinearSolver):
     def _is_small(self, operator):
         return min(operator.in_size(), operator.out_size()) <= self.dense_size
 
+    @in_full_precision
     def compute(self, state, vector, options):
         del options
         return state(vector)
@@ -360,6 +363,7 @@ def _dense_factor_inverse(operator: LeastSquaresHessian, rcond) -> _DenseFactorI
     )
 
 
+@in_full_precision
 def krylov_inverse(
     operator: lx.AbstractLinearOperator,
     start: Float[Array, " n"],

@@ -9,6 +9,7 @@ from .._custom_types import typechecked
 from .._derivatives.operators import damped
 from .._derivatives.public import cross_derivative, inner_hessian, is_nonzero
 from .._derivatives.second import derivative_in_x, squares_condition
+from .._linalg.precision import in_full_precision_if_small
 from .._linear_solver.judged import throwing
 from .._linear_solver.misc import augmented, check_symmetry
 from .._problem.base import AbstractBilevelProblem
@@ -16,6 +17,7 @@ from .._problem.constraints import set_y
 from .._problem.root import AbstractRootProblem
 
 
+@in_full_precision_if_small("y")
 @typechecked
 def response_jacobian(
     problem: AbstractBilevelProblem,

@@ -197,7 +197,7 @@ class Unrolled(AbstractResponse):
     def may_run_off(self, result, least):
         """Where the optimiser depends on x, its rates may be what is learned."""
         few = isinstance(self.num_steps, int) and self.num_steps < least
-        return bool(is_failure(result)) or (few and not callable(self.optimiser))
+        return (few and not callable(self.optimiser)) or bool(is_failure(result))
 
     def trail(self, problem, x, y, state, *, least=0):
         """At a minimum of something smooth they stay where they are."""

@@ -33,6 +33,7 @@ from .._equilibrium.base import (
 from .._failure.results import first_failure, RESULTS
 from .._failure.sentences import where_x_went
 from .._failure.throw import throw_if_failed
+from .._linalg.precision import in_full_precision_if_small
 from .._mesh import check_mesh, on_auto_axes, spans_processes
 from .._pipeline.base import AbstractPipeline
 from .._pipeline.registry import check_pair, default_pipeline, pipeline_named
@@ -56,6 +57,7 @@ def record_metrics(x: PyTree, y: PyTree, metrics: dict[str, Any]) -> dict[str, A
 
 
 @on_auto_axes
+@in_full_precision_if_small("y0")
 def solve(
     problem: AbstractBilevelProblem[X, Y],
     equilibrium: AbstractEquilibrium,

@@ -26,6 +26,7 @@ from .._hypergradient import hypergradient
 from .._inner_solver.projected_gradient import ProjectedGradient
 from .._inner_solver.projection import Projection
 from .._linalg.eigenbasis import eigenbasis, singular_values
+from .._linalg.precision import in_full_precision
 from .._linear_solver.neumann import Neumann
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._linear_solver.truncated_cg import TruncatedCG
@@ -119,6 +120,7 @@ class HypergradientCheck:
 
 
 @on_auto_axes
+@in_full_precision
 def check_hypergradient(
     problem: AbstractBilevelProblem,
     x: PyTree,

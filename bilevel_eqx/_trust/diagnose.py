@@ -31,6 +31,7 @@ from .._inner_solver.projection import Projection
 from .._linalg.decompositions import eigh
 from .._linalg.eigenbasis import lanczos
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linalg.precision import in_full_precision
 from .._linalg.zero_curvature import margin, uncertainty
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._linear_solver.truncated_cg import TruncatedCG
@@ -228,6 +229,7 @@ class Diagnosis:
 
 
 @on_auto_axes
+@in_full_precision
 def diagnose(
     problem: AbstractBilevelProblem,
     x: PyTree,

@@ -23,6 +23,7 @@ from .._derivatives.second import (
 from .._hypergradient import Hypergradient
 from .._linalg.decompositions import eigvalsh
 from .._linalg.eigenbasis import extreme_eigenvalues, lanczos
+from .._linalg.precision import in_full_precision
 from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
@@ -89,6 +90,7 @@ Curvature = Literal["dense", "lanczos"] | ScalarLike
 
 
 @on_auto_axes
+@in_full_precision
 def error_bound(
     problem: AbstractBilevelProblem[X, Y],
     x: X,

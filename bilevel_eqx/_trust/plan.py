@@ -18,6 +18,7 @@ from .._failure.results import is_failure
 from .._hypergradient import answered
 from .._inner_solver.projection import Projection
 from .._linalg.power_iteration import DENSE_SIZE
+from .._linalg.precision import in_full_precision_if_small
 from .._linear_solver.diagonal import Diagonal
 from .._linear_solver.neumann import Neumann
 from .._linear_solver.nystrom import Nystrom
@@ -98,6 +99,7 @@ class Plan(eqx.Module):
         return "\n".join([self.reason, "", *table])
 
 
+@in_full_precision_if_small("y")
 def plan(
     problem: AbstractBilevelProblem,
     x: PyTree,

@@ -14,6 +14,7 @@ from .._arguments import as_variables, check_count, check_type
 from .._compat import called_once
 from .._derivatives.first import inner_gradient
 from .._inner_solver.projection import Projection
+from .._linalg.precision import in_full_precision
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._mesh import on_auto_axes
 from .._problem.base import AbstractBilevelProblem
@@ -73,6 +74,7 @@ class RetrainGap(eqx.Module):
 
 
 @on_auto_axes
+@in_full_precision
 def retrain_gap(
     problem: AbstractBilevelProblem,
     solution: Solution,
