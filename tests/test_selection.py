@@ -361,6 +361,49 @@ def test_none_of_many_nearest_points_but_a_near_one():
     assert np.mean(closer) > 0.98
 
 
+@pytest.mark.slow
+def test_a_path_goes_on_at_the_next_x():
+    """It leads to where a new one leads, in fewer steps; and from a path that is of no
+    use as far as a new one."""
+    keys = jr.split(jr.key(2), 6)
+    x, labels = jr.normal(keys[0], (12, 2)), jr.normal(keys[1], (12,))
+    problem = FittedNetwork(labels)
+    y0 = [
+        0.5 * jr.normal(k, shape) for k, shape in zip(keys[2:], ((3, 8), (9, 8), (9, 1)))
+    ]
+    new = nearest.init(problem, x, y0)
+    counted = []
+
+    class Counted(FittedNetwork):
+        def inner(self, x, y):
+            jax.debug.callback(lambda: counted.append(1))
+            return super().inner(x, y)
+
+    @eqx.filter_jit
+    def run(x, state):
+        out = nearest(Counted(labels), x, y0, state)
+        difference = jax.tree.map(jnp.subtract, out.y, y0)
+        slope = optax.tree.norm(jax.grad(problem.inner, argnums=1)(x, out.y))
+        return out.state, optax.tree.norm(difference), slope
+
+    def numbers(x, state):
+        counted.clear()
+        state, distance, slope = jax.block_until_ready(run(x, state))
+        jax.effects_barrier()
+        assert slope < 1e-8
+        return state, float(distance), len(counted)
+
+    known, _, _ = numbers(x, new)
+    near = x + 1e-3 * jr.normal(keys[5], x.shape)
+    _, anew, many = numbers(near, new)
+    _, further, few = numbers(near, known)
+    assert abs(further - anew) < 1e-6 * anew
+    assert few < 0.8 * many
+    useless = jax.tree.map(lambda u: jnp.nan * u, known.path)
+    _, again, _ = numbers(near, known._replace(y=new.y, path=useless))
+    assert abs(again - anew) < 1e-6 * anew
+
+
 class Ellipse(blx.AbstractLeastSquaresProblem):
     """Its size is 1 + x. From elsewhere, one step gets near and not there."""
 

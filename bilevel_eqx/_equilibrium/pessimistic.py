@@ -172,7 +172,7 @@ class Pessimistic(AbstractEquilibrium):
         if not here.is_plane:
             # The search for the center of the ball starts at y0 only if S(x) is curved.
             if has_path(here.problem, anchor):
-                start, _ = start_of_search(here.problem, x, anchor, anchor)
+                start, *_ = start_of_search(here.problem, x, anchor, anchor)
             else:
                 start = minimise_inner(here.problem, x, anchor, Projection()).value
         center, _ = nearest_to(

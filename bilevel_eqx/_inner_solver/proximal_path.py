@@ -29,10 +29,15 @@ _MAX_STEPS = 200
 class TwoMinima(NamedTuple):
     direct: Float[Array, " n"]
     """What Newton's method leads to from the start."""
-    end: Float[Array, " n"]
-    """The end of the path from the anchor."""
+    path: Float[Array, "k n"]
+    """The points of the path from the anchor. The last one is an inner minimum."""
     num_steps: Int[Array, ""]
     """Those that led to the first."""
+
+
+def path_not_known(anchor: Float[Array, " n"]) -> Float[Array, "k n"]:
+    """What stands for a path if there is none yet."""
+    return jnp.broadcast_to(anchor, (len(_WEIGHTS), anchor.size))
 
 
 def two_minima(
@@ -40,14 +45,16 @@ def two_minima(
     x: PyTree[Array],
     start: Float[Array, " n"],
     anchor: Float[Array, " n"],
+    path: Float[Array, "k n"] | None = None,
 ) -> TwoMinima:
-    r"""The inner minimum that `Projection` finds from a start, and the end of the path
-    from an anchor a that is made of the minima of
-    $f(x, y) + \frac\delta2 \|y - a\|^2$, as $\delta$ falls to zero.
+    r"""The inner minimum that `Projection` finds from a start, and the path from an
+    anchor a that is made of the minima of $f(x, y) + \frac\delta2 \|y - a\|^2$, as
+    $\delta$ falls to zero.
 
     If these are the least of all, the end is the inner minimum nearest to a (Tikhonov).
-    Here they are local minima, found by Newton's method from the one before, so that
-    nothing is certain. But a minimiser of f alone often ends farther from a.
+    Here they are local minima, found by Newton's method from the one before, or, where f
+    and its penalty are lower there, from that of a `path` at another x. So nothing is
+    certain, but a minimiser of f alone often ends farther from a.
 
     Both are in one loop, which makes the program shorter.
     """
@@ -55,15 +62,18 @@ def two_minima(
     exact = 100 * float(jnp.finfo(anchor.dtype).eps)
 
     def follow(y, stage):
-        weight, restarts = stage
+        weight, restarts, known = stage
         rtol: Any = where(weight == 0, exact, max(_RTOL, exact))
         solver = Projection(rtol=rtol, max_steps=_MAX_STEPS)
         nearby = proximal(problem, anchor, weight * largest)
         y = where(restarts, anchor, y)
+        if known is not None:
+            y = where(nearby.inner(x, known) < nearby.inner(x, y), known, y)
         found = minimise_inner(nearby, x, y, solver, curved=True)
         return found.value, (found.value, found.stats["num_steps"])
 
     weights = jnp.asarray((0.0, *_WEIGHTS), anchor.dtype)
-    stages = weights, jnp.arange(weights.size) == 1
+    known = None if path is None else jnp.concatenate([start[None], path])
+    stages = weights, jnp.arange(weights.size) == 1, known
     _, (minima, num_steps) = jax.lax.scan(follow, start, stages)
-    return TwoMinima(minima[0], minima[-1], num_steps[0])
+    return TwoMinima(minima[0], minima[1:], num_steps[0])

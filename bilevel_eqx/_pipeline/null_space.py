@@ -243,7 +243,7 @@ class NullSpaceAscent(_AbstractValueDescent):
         nearest = MinimumDisplacement(
             self.solver, self.linear_solver, selection_tolerance=None
         )
-        center, layout, result, stats = nearest.nearest(problem, x, y0)
+        center, layout, result, stats, _ = nearest.nearest(problem, x, y0)
         anchor = layout.ravel(y0)
         # On a plane the center knows all of the ball.
         start = center.picture.y if center.picture.is_plane else layout.ravel(y)

@@ -1,11 +1,12 @@
 """The response of a cold start: the inner minimum nearest to the anchor."""
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import lineax as lx
+from jaxtyping import Array, Float, PyTree
 
 from .._arguments import check_count, check_positive, says
 from .._compat import batched_as, nondifferentiable
@@ -14,6 +15,7 @@ from .._derivatives.second import hessian_depends_on_y
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.minimum import InnerSolver
 from .._inner_solver.projection import Projection
+from .._inner_solver.proximal_path import path_not_known
 from .._linear_solver.judged import throwing
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.closure import closure_converted
@@ -25,6 +27,14 @@ from .._solution_set.picture import flat_picture
 from .._tree import tree_materialised
 from .base import AbstractSolvedResponse, NOT_ASKED_FOR, Pulled, Response
 from .implicit import Implicit
+
+
+class _Guess(NamedTuple):
+    """The answer at another x, which is close to the next one; and the path that led to
+    it, if one was followed."""
+
+    y: PyTree[Array]
+    path: Float[Array, "k n"] | None
 
 
 class MinimumDisplacement(AbstractSolvedResponse):
@@ -115,10 +125,18 @@ class MinimumDisplacement(AbstractSolvedResponse):
         return Implicit(self.solver, self.linear_solver, self.tolerance, self.max_steps)
 
     def init(self, problem, x, anchor):
-        return anchor
+        flat_problem, layout = flat(problem, anchor)
+        vector = layout.ravel(anchor)
+        follows = self._follows_path(flat_problem, vector)
+        return _Guess(anchor, path_not_known(vector) if follows else None)
+
+    def _follows_path(self, problem, anchor):
+        """Whether a search begins at the end of a path, if S(x) is curved."""
+        return says(self.solver, "is_default", False) and has_path(problem, anchor)
 
     def _answer(self, problem, x, anchor, state):
-        displacement, layout, result, stats = self.nearest(problem, x, anchor, state)
+        nearest = self.nearest(problem, x, anchor, state)
+        displacement, layout, result, stats, path = nearest
         here = displacement.picture
 
         def push(x_tangent):
@@ -138,8 +156,8 @@ class MinimumDisplacement(AbstractSolvedResponse):
             return Pulled(cotangent, result, {})
 
         y = layout.unravel(here.y)
-        # The nearest point at the next x is close to this one.
-        return Response(y, NOT_ASKED_FOR, result, stats, pullback, state=y), push
+        state = _Guess(y, path)
+        return Response(y, NOT_ASKED_FOR, result, stats, pullback, state=state), push
 
     def best_response(self, problem, x, anchor):
         problem = closure_converted(problem, x, anchor)
@@ -152,8 +170,9 @@ class MinimumDisplacement(AbstractSolvedResponse):
         return self._implicit().reaches(problem, x, anchor)
 
     def nearest(self, problem, x, anchor, guess=None):
-        """The nearest point with its local picture, the layout of y, the result, and
-        statistics of the search, which starts at the guess or at the anchor."""
+        """The nearest point with its local picture, the layout of y, the result,
+        statistics of the search, which starts at the guess or at the anchor, and the path
+        that it followed."""
         if set_y(problem).confines:
             raise ValueError(
                 "`MinimumDisplacement` searches for the nearest inner minimum along the "
@@ -164,12 +183,12 @@ class MinimumDisplacement(AbstractSolvedResponse):
         problem, layout = flat(problem, anchor)
         anchor = layout.ravel(anchor)
         implicit = self._implicit()
-        start = anchor if guess is None else layout.ravel(guess)
+        start = anchor if guess is None else layout.ravel(guess.y)
+        path = None if guess is None else guess.path
         curved = hessian_depends_on_y(problem, x, anchor)
-        by_default = says(self.solver, "is_default", False)
-        if curved and by_default and has_path(problem, anchor):
+        if curved and self._follows_path(problem, anchor):
             # `judge` says whether it is finite.
-            y, num_steps = start_of_search(problem, x, start, anchor)
+            y, num_steps, path = start_of_search(problem, x, start, anchor, path)
             result, stats = RESULTS.successful, {"inner_steps": num_steps}
         else:
             y, result, stats = implicit.minimum(problem, x, start, curved)
@@ -186,7 +205,7 @@ class MinimumDisplacement(AbstractSolvedResponse):
             near = tangential <= self.selection_tolerance
             verdict = RESULTS.where(near, RESULTS.successful, RESULTS.not_selected)
             result = first_failure(result, verdict)
-        return displacement, layout, result, stats
+        return displacement, layout, result, stats, path
 
 
 def _pull_of_constraint(problem, x, y, multiplier, image):
@@ -205,7 +224,7 @@ def _pull_of_constraint(problem, x, y, multiplier, image):
 
 @eqx.filter_custom_jvp
 def _nearest_point(response: MinimumDisplacement, problem, x, anchor):
-    displacement, layout, result, _ = response.nearest(problem, x, anchor)
+    displacement, layout, result, *_ = response.nearest(problem, x, anchor)
     return layout.unravel(displacement.picture.y), result
 
 

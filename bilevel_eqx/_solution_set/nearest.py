@@ -161,10 +161,11 @@ def start_of_search(
     x: PyTree[Array],
     guess: Float[Array, " n"],
     anchor: Float[Array, " n"],
-) -> tuple[Float[Array, " n"], Int[Array, ""]]:
+    path: Float[Array, "k n"] | None = None,
+) -> tuple[Float[Array, " n"], Int[Array, ""], Float[Array, "k n"]]:
     """Where a search for the nearest point begins: at the inner minimum found from a
-    guess, or at the end of a path from the anchor if that is nearer; and the number of
-    steps that led to the former.
+    guess, or at the end of a path from the anchor if that is nearer; the number of steps
+    that led to the former; and the path, of which one at another x may be known.
 
     A search follows S(x), in steps that are short where S(x) is curved, to the next point
     that is nearest among its neighbours. The path leads to a nearer one at once. Its
@@ -172,7 +173,8 @@ def start_of_search(
     in each step of the search. (Of a sum of squares the search takes cheap steps, and
     begins near.)
     """
-    direct, end, num_steps = two_minima(problem, x, guess, anchor)
+    direct, path, num_steps = two_minima(problem, x, guess, anchor, path)
+    end = path[-1]
 
     def slope(y):
         return vector_norm(inner_gradient(problem, x, y))
@@ -181,7 +183,7 @@ def start_of_search(
     # What is nearer only because it is not at a minimum does not count.
     eps = float(jnp.finfo(direct.dtype).eps)
     minimal = slope(end) <= jnp.maximum(slope(direct), eps**0.5 * slope(anchor))
-    return where(minimal & nearer, end, direct), num_steps
+    return where(minimal & nearer, end, direct), num_steps, path
 
 
 def has_path(problem: AbstractBilevelProblem, anchor: Float[Array, " n"]) -> bool:

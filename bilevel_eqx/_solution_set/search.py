@@ -64,7 +64,7 @@ def select(
         # The more exactly, the closer: this still converges superlinearly. On a plane one
         # exact step may be all.
         shrunk = jnp.sqrt(norm / nonzero(first_norm))
-        rtol = 0.0 if here.is_plane else jnp.minimum(0.1, shrunk)
+        rtol = 0.0 if here.is_plane else jnp.minimum(0.01, shrunk)
         direction = here.project(newton_direction(W, downhill, rtol, size=norm))
         expected = jnp.vdot(downhill, direction)
         length, size = vector_norm(direction), vector_norm(here.y)
