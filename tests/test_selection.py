@@ -314,7 +314,8 @@ class FittedNetwork(blx.AbstractBilevelProblem):
 
     def residual(self, x, y):
         for i, layer in enumerate(y):
-            x = jnp.concatenate([jnp.tanh(x) if i else x, jnp.ones((12, 1))], axis=1)
+            ones = jnp.ones((len(x), 1), x.dtype)
+            x = jnp.concatenate([jnp.tanh(x) if i else x, ones], axis=1)
             x = x @ layer
         return x[:, 0] - self.labels
 
@@ -359,6 +360,23 @@ def test_none_of_many_nearest_points_but_a_near_one():
     # Neither is sure to find the nearest of all.
     assert min(closer) > 0.96, closer
     assert np.mean(closer) > 0.98
+
+
+@pytest.mark.slow
+def test_a_strongly_curved_set_in_single_precision():
+    """Twenty points: the whole step of Newton's method along S(x) is a hundred times too
+    long. The same share of all its components leads nowhere."""
+    shapes = (3, 12), (13, 12), (13, 1)
+    residuals = []
+    for seed in (0, 1, 3, 5):
+        keys = jr.split(jr.key(seed), 5)
+        x = jr.normal(keys[0], (20, 2), jnp.float32)
+        problem = FittedNetwork(jr.normal(keys[1], (20,), jnp.float32))
+        y0 = [0.5 * jr.normal(k, s, jnp.float32) for k, s in zip(keys[2:], shapes)]
+        out = blx.hypergradient(problem, x, y0, nearest, throw=False)
+        assert out.stats["inner_residual"] < 1e-4
+        residuals.append(out.stats["displacement_residual"])
+    assert max(residuals) < 1e-3, residuals
 
 
 @pytest.mark.slow

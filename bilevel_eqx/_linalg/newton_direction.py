@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
-from .._tree import nonzero, where
+from .._tree import nonzero, vector_norm, where
 from .zero_curvature import rounding_of
 
 
@@ -18,6 +18,7 @@ def newton_direction(
     rtol: ScalarLike = 0.0,
     *,
     size: Scalar,
+    radius: Scalar | None = None,
 ) -> Float[Array, " n"]:
     r"""A direction of descent: $H^{-1}$ applied to `downhill` by conjugate gradients,
     as far as the curvature is positive.
@@ -25,7 +26,9 @@ def newton_direction(
     Where the curvature along `downhill` is not positive, `downhill` itself, divided by
     the size of that curvature.
 
-    `size` is the norm of `downhill`, which callers know.
+    `size` is the norm of `downhill`, which callers know. The direction is not longer than
+    the `radius`: conjugate gradients end where they go beyond, as Steihaug's do (*The
+    conjugate gradient method and trust regions in large scale optimization*, 1983).
 
     Not [`bilevel_eqx.TruncatedCG`][], which goes on along directions without curvature: a
     direction of descent has no use for them, and the program is a third as long.
@@ -35,11 +38,12 @@ def newton_direction(
     b = downhill / nonzero(size)
     square = jnp.vdot(b, b)
     enough = jnp.maximum(jnp.asarray(rtol, b.dtype), eps) ** 2 * square
-    most = min(_NUM_STEPS, 2 * b.size + 1)
+    most_steps = min(_NUM_STEPS, 2 * b.size + 1)
+    most = None if radius is None else radius / nonzero(size)
 
     def unfinished(carry):
         count, _, _, _, rr, _, stop = carry
-        return (count < most) & (rr > enough) & ~stop
+        return (count < most_steps) & (rr > enough) & ~stop
 
     def step(carry):
         count, q, r, p, rr, largest, _ = carry
@@ -53,6 +57,9 @@ def newton_direction(
         length = rr / nonzero(jnp.abs(pHp))
         length = where(bad & (count > 0), 0, length)
         q, r = q + length * p, r - length * Hp
+        if most is not None:
+            share = jnp.minimum(1, most / nonzero(vector_norm(q)))
+            q, bad = share * q, bad | (share < 1)
         new_rr = jnp.vdot(r, r)
         return count + 1, q, r, r + new_rr / nonzero(rr) * p, new_rr, largest, bad
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Int, PyTree, Scalar
@@ -176,13 +177,16 @@ def start_of_search(
     direct, path, num_steps = two_minima(problem, x, guess, anchor, path)
     end = path[-1]
 
-    def slope(y):
-        return vector_norm(inner_gradient(problem, x, y))
+    def measured(y):
+        return vector_norm(inner_gradient(problem, x, y)), vector_norm(y - anchor)
 
-    nearer = vector_norm(end - anchor) < vector_norm(direct - anchor)
+    # In one batch, which makes the program shorter.
+    points = jnp.stack([end, direct, anchor])
+    (slope, least, first), (distance, other, _) = jax.vmap(measured)(points)
+    nearer = distance < other
     # What is nearer only because it is not at a minimum does not count.
     eps = float(jnp.finfo(direct.dtype).eps)
-    minimal = slope(end) <= jnp.maximum(slope(direct), eps**0.5 * slope(anchor))
+    minimal = slope <= jnp.maximum(least, eps**0.5 * first)
     return where(minimal & nearer, end, direct), num_steps, path
 
 

@@ -22,6 +22,8 @@ class _Search(NamedTuple):
     num_steps: Int[Array, ""]
     # The norm of the slope along S(x), before the first step.
     first_norm: Scalar
+    # No step is longer: where S(x) is strongly curved, no way back leads to it from afar.
+    radius: Scalar
     # The next step is not to be taken: y is as good as it gets.
     settled: Bool[Array, ""]
     done: Bool[Array, ""]
@@ -30,6 +32,10 @@ class _Search(NamedTuple):
 
 
 _MAX_TRIALS = 20
+
+
+# In units of y.
+_SHORTEST = 1e-5
 
 
 def select(
@@ -53,7 +59,7 @@ def select(
     def at(y):
         return flat_picture(problem, x, y, linear_solver)
 
-    def advance(here: Picture, first_norm: Scalar):
+    def advance(here: Picture, first_norm: Scalar, radius: Scalar):
         value, slope = jax.value_and_grad(objective)(here.y)
         mu = here.multiplier(slope)
         lagrangian = here.lagrangian(lambda x, y: objective(y), mu)
@@ -65,7 +71,8 @@ def select(
         # exact step may be all.
         shrunk = jnp.sqrt(norm / nonzero(first_norm))
         rtol = 0.0 if here.is_plane else jnp.minimum(0.01, shrunk)
-        direction = here.project(newton_direction(W, downhill, rtol, size=norm))
+        direction = newton_direction(W, downhill, rtol, size=norm, radius=radius)
+        direction = here.project(direction)
         expected = jnp.vdot(downhill, direction)
         length, size = vector_norm(direction), vector_norm(here.y)
         normal = here.pinv(here.gradient)
@@ -80,7 +87,7 @@ def select(
 
         # From a point off S(x) the way back may lead uphill.
         uphill = 2 * jnp.abs(jnp.vdot(slope, normal)).astype(value.dtype)
-        t, new_y, reached = backtrack(
+        t, new_y, _ = backtrack(
             trial,
             here.y,
             value,
@@ -94,11 +101,15 @@ def select(
         # At such a step rounding decides, and it is taken nonetheless: near the end it
         # squares the error.
         settled = (expected <= eps * jnp.abs(value)) & on_set
-        # At a kink, which no tangent knows of, steps shrink and gain next to nothing.
-        gained = value - reached
-        settled = settled | ((t <= 0.125) & (gained <= 1e-4 * jnp.abs(value)))
+        # A step of the length that was possible, which uses it well, and not the same
+        # share of the whole direction.
+        taken = t.astype(y.dtype) * length
+        shorter = t < 1
+        radius = where(shorter, taken, 2 * radius)
+        # At a kink, which no tangent knows of, they become ever shorter.
+        settled = settled | (shorter & (taken <= _SHORTEST * size))
         stop = small | (t == 0)
-        return where(small, here.y, new_y), first_norm, settled, stop
+        return where(small, here.y, new_y), first_norm, radius, settled, stop
 
     def unfinished(search: _Search):
         return ~search.done
@@ -109,20 +120,22 @@ def select(
         here = at(search.y)
         last = search.settled | (search.num_steps >= max_steps)
         yes = jnp.array(True)
-        new_y, first_norm, settled, stop = jax.lax.cond(
+        new_y, first_norm, radius, settled, stop = jax.lax.cond(
             last,
-            lambda: (search.y, search.first_norm, yes, yes),
-            lambda: advance(here, search.first_norm),
+            lambda: (search.y, search.first_norm, search.radius, yes, yes),
+            lambda: advance(here, search.first_norm, search.radius),
         )
         num_steps = search.num_steps + (~last).astype(search.num_steps.dtype)
         done = last | stop
-        return _Search(new_y, num_steps, first_norm, settled, done, here.carried)
+        return _Search(new_y, num_steps, first_norm, radius, settled, done, here.carried)
 
     no, zero, none = jnp.array(False), jnp.array(0), jnp.zeros((), y.dtype)
     structure = eqx.filter_eval_shape(lambda y: at(y).computed, y)
     dense = y.size <= DENSE_SIZE
     blank = _zeros(structure) if dense else None
-    search = jax.lax.while_loop(unfinished, body, _Search(y, zero, none, no, no, blank))
+    far = jnp.full((), jnp.inf, y.dtype)
+    start = _Search(y, zero, none, far, no, no, blank)
+    search = jax.lax.while_loop(unfinished, body, start)
     computed = None
     if dense:
         rest = eqx.filter(structure, _is_shape, inverse=True)
