@@ -403,10 +403,11 @@ def test_a_residual_whose_jacobian_moves_with_x(dense_size):
     assert np.all(error < bound * np.finfo(float).eps * np.array(sensitivity)[:, None])
 
 
-@pytest.mark.parametrize("degree, tolerance", ((3, 1e-4), (6, 2e-3)))
+@pytest.mark.parametrize("degree, tolerance", ((3, 1e-4), (6, 1e-3)))
 def test_a_polynomial_fit_in_single_precision(degree, tolerance):
-    # x are the targets. The condition number is 1.8e4 for degree 6, and the tolerance is
-    # that times eps.
+    # x are the targets. The condition number is 1.8e4 for degree 6. That times eps is
+    # 2e-3, and a GPU's rounding needs more of it than a CPU's.
+    tolerance *= 1 if jax.default_backend() == "cpu" else 2
     grid = np.linspace(0, 1, 20)
     A = np.vander(grid, degree + 1)
     t = np.cos(np.arange(degree + 1))

@@ -35,8 +35,9 @@ def test_no_eigenvalue_comes_back(dtype):
     assert found[-6] <= 1 + 1e3 * eps
     vectors = basis.T @ rotation
     residual = values[:, None] * vectors - vectors * found
-    # As exact as the basis is orthogonal.
-    assert np.max(np.abs(residual[:, -5:])) < 10 * eps**0.75 * 50
+    # On a GPU only as exact as the basis is orthogonal.
+    bound = 1e3 * eps if jax.default_backend() == "cpu" else 10 * eps**0.75
+    assert np.max(np.abs(residual[:, -5:])) < bound * 50
 
 
 @pytest.mark.parametrize("dtype", dtypes)

@@ -307,8 +307,8 @@ def test_all_concepts_are_one_where_the_minimum_is_unique(kind, equilibrium):
 
 
 class FittedNetwork(blx.AbstractBilevelProblem):
-    """x are the inputs of 12 samples, which a network of 105 weights fits exactly. S(x)
-    is so curved that many of its points are nearer to y0 than all others around."""
+    """x are the inputs of some samples, which a network fits exactly. S(x) is so curved
+    that many of its points are nearer to y0 than all others around."""
 
     labels: Array
 
@@ -324,6 +324,15 @@ class FittedNetwork(blx.AbstractBilevelProblem):
 
     def outer(self, x, y):
         return jnp.sum(x**2) + sum(jnp.sum(u**2) for u in y)
+
+
+def _fitted(keys, num_samples, width, dtype=jnp.float64):
+    """The problem, x and y0."""
+    x = jr.normal(keys[0], (num_samples, 2), dtype)
+    labels = jr.normal(keys[1], (num_samples,), dtype)
+    shapes = (3, width), (width + 1, width), (width + 1, 1)
+    y0 = [0.5 * jr.normal(k, shape, dtype) for k, shape in zip(keys[2:], shapes)]
+    return FittedNetwork(labels), x, y0
 
 
 def _penalised_distance(problem, x, y0):
@@ -346,13 +355,9 @@ def _penalised_distance(problem, x, y0):
 
 @pytest.mark.slow
 def test_none_of_many_nearest_points_but_a_near_one():
-    shapes = (3, 8), (9, 8), (9, 1)
     closer = []
     for seed in range(5):
-        keys = jr.split(jr.key(seed), 5)
-        x, labels = jr.normal(keys[0], (12, 2)), jr.normal(keys[1], (12,))
-        problem = FittedNetwork(labels)
-        y0 = [0.5 * jr.normal(k, shape) for k, shape in zip(keys[2:], shapes)]
+        problem, x, y0 = _fitted(jr.split(jr.key(seed), 5), 12, 8)
         y = blx.best_response(problem, x, y0, nearest)
         distance = optax.tree.norm(jax.tree.map(jnp.subtract, y, y0))
         assert optax.tree.norm(jax.grad(problem.inner, argnums=1)(x, y)) < 1e-8
@@ -366,13 +371,9 @@ def test_none_of_many_nearest_points_but_a_near_one():
 def test_a_strongly_curved_set_in_single_precision():
     """Twenty points: the whole step of Newton's method along S(x) is a hundred times too
     long. The same share of all its components leads nowhere."""
-    shapes = (3, 12), (13, 12), (13, 1)
     residuals = []
     for seed in (0, 1, 3, 5):
-        keys = jr.split(jr.key(seed), 5)
-        x = jr.normal(keys[0], (20, 2), jnp.float32)
-        problem = FittedNetwork(jr.normal(keys[1], (20,), jnp.float32))
-        y0 = [0.5 * jr.normal(k, s, jnp.float32) for k, s in zip(keys[2:], shapes)]
+        problem, x, y0 = _fitted(jr.split(jr.key(seed), 5), 20, 12, jnp.float32)
         out = blx.hypergradient(problem, x, y0, nearest, throw=False)
         assert out.stats["inner_residual"] < 1e-4
         residuals.append(out.stats["displacement_residual"])
@@ -384,11 +385,7 @@ def test_a_path_goes_on_at_the_next_x():
     """It leads to where a new one leads, in fewer steps; and from a path that is of no
     use as far as a new one."""
     keys = jr.split(jr.key(2), 6)
-    x, labels = jr.normal(keys[0], (12, 2)), jr.normal(keys[1], (12,))
-    problem = FittedNetwork(labels)
-    y0 = [
-        0.5 * jr.normal(k, shape) for k, shape in zip(keys[2:], ((3, 8), (9, 8), (9, 1)))
-    ]
+    problem, x, y0 = _fitted(keys, 12, 8)
     new = nearest.init(problem, x, y0)
     counted = []
 
@@ -399,7 +396,7 @@ def test_a_path_goes_on_at_the_next_x():
 
     @eqx.filter_jit
     def run(x, state):
-        out = nearest(Counted(labels), x, y0, state)
+        out = nearest(Counted(problem.labels), x, y0, state)
         difference = jax.tree.map(jnp.subtract, out.y, y0)
         slope = optax.tree.norm(jax.grad(problem.inner, argnums=1)(x, out.y))
         return out.state, optax.tree.norm(difference), slope

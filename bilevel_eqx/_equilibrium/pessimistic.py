@@ -13,13 +13,14 @@ from .._compat import is_traced
 from .._derivatives.first import outer_gradients
 from .._inner_solver.minimum import minimise_inner
 from .._inner_solver.projection import Projection
+from .._inner_solver.proximal_path import has_path, start_of_search
 from .._linalg.convex_hull import nearest_to_zero
 from .._linalg.power_iteration import largest_curvature
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.constraints import set_x
 from .._problem.flat import flat
 from .._response.minimum_displacement import MinimumDisplacement
-from .._solution_set.nearest import has_path, nearest_to, start_of_search
+from .._solution_set.nearest import nearest_to
 from .._solution_set.picture import Picture, picture
 from .._solution_set.selected_value import second_derivative, Sphere
 from .._solution_set.ties import gains_and_gradients, MOST_ASCENDED

@@ -5,7 +5,7 @@ A minimiser describes itself by class attributes:
 - `projects` (False): it uses `options["projection"]`, and so stays in a set.
 - `counts_its_steps` (False): it has its own largest number of steps.
 - `is_default` (False): it is `Projection` as by default, or with more steps. A search for
-    the nearest minimum may then begin elsewhere; see `_solution_set/nearest.py`.
+    the nearest minimum may then begin elsewhere; see `proximal_path.py`.
 """
 
 from typing import Any

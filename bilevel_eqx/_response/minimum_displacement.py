@@ -15,14 +15,14 @@ from .._derivatives.second import hessian_depends_on_y
 from .._failure.results import first_failure, RESULTS
 from .._inner_solver.minimum import InnerSolver
 from .._inner_solver.projection import Projection
-from .._inner_solver.proximal_path import path_not_known
+from .._inner_solver.proximal_path import has_path, path_not_known, start_of_search
 from .._linear_solver.judged import throwing
 from .._linear_solver.pseudoinverse import Pseudoinverse
 from .._problem.closure import closure_converted
 from .._problem.constraints import set_y
 from .._problem.flat import flat
 from .._problem.root import check_has_objective
-from .._solution_set.nearest import Displacement, has_path, nearest_to, start_of_search
+from .._solution_set.nearest import Displacement, nearest_to
 from .._solution_set.picture import flat_picture
 from .._tree import tree_materialised
 from .base import AbstractSolvedResponse, NOT_ASKED_FOR, Pulled, Response
@@ -135,8 +135,8 @@ class MinimumDisplacement(AbstractSolvedResponse):
         return says(self.solver, "is_default", False) and has_path(problem, anchor)
 
     def _answer(self, problem, x, anchor, state):
-        nearest = self.nearest(problem, x, anchor, state)
-        displacement, layout, result, stats, path = nearest
+        found = self.nearest(problem, x, anchor, state)
+        displacement, layout, result, stats, path = found
         here = displacement.picture
 
         def push(x_tangent):

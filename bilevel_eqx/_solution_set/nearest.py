@@ -2,20 +2,15 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
-from .._derivatives.first import inner_gradient
 from .._derivatives.second import hessian_depends_on_y
 from .._failure.results import finite_or_not, first_failure, RESULTS
-from .._inner_solver.proximal_path import two_minima
 from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
-from .._linalg.power_iteration import DENSE_SIZE
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
-from .._problem.least_squares import AbstractLeastSquaresProblem
 from .._tree import tree_axpy, tree_scale, vector_norm, where
 from .picture import Adjoint, flat_picture, Picture, Push
 from .search import select
@@ -155,42 +150,3 @@ def nearest_to(
         here = there.moved(y - there.project(y - anchor))
         num_steps = jnp.array(0)
     return Displacement(here, anchor), num_steps
-
-
-def start_of_search(
-    problem: AbstractBilevelProblem,
-    x: PyTree[Array],
-    guess: Float[Array, " n"],
-    anchor: Float[Array, " n"],
-    path: Float[Array, "k n"] | None = None,
-) -> tuple[Float[Array, " n"], Int[Array, ""], Float[Array, "k n"]]:
-    """Where a search for the nearest point begins: at the inner minimum found from a
-    guess, or at the end of a path from the anchor if that is nearer; the number of steps
-    that led to the former; and the path, of which one at another x may be known.
-
-    A search follows S(x), in steps that are short where S(x) is curved, to the next point
-    that is nearest among its neighbours. The path leads to a nearer one at once. Its
-    steps are products with H, which cost little where H is small enough to be decomposed
-    in each step of the search. (Of a sum of squares the search takes cheap steps, and
-    begins near.)
-    """
-    direct, path, num_steps = two_minima(problem, x, guess, anchor, path)
-    end = path[-1]
-
-    def measured(y):
-        return vector_norm(inner_gradient(problem, x, y)), vector_norm(y - anchor)
-
-    # In one batch, which makes the program shorter.
-    points = jnp.stack([end, direct, anchor])
-    (slope, least, first), (distance, other, _) = jax.vmap(measured)(points)
-    nearer = distance < other
-    # What is nearer only because it is not at a minimum does not count.
-    eps = float(jnp.finfo(direct.dtype).eps)
-    minimal = slope <= jnp.maximum(least, eps**0.5 * first)
-    return where(minimal & nearer, end, direct), num_steps, path
-
-
-def has_path(problem: AbstractBilevelProblem, anchor: Float[Array, " n"]) -> bool:
-    """Whether a search begins as in `start_of_search`, if S(x) is curved."""
-    squares = isinstance(problem, AbstractLeastSquaresProblem)
-    return anchor.size <= DENSE_SIZE and not squares
