@@ -11,12 +11,15 @@ from jaxtyping import Array, Float, PyTree, ScalarLike
 from .._tree import tree_axpy, tree_zeros_like
 
 
-class _CurvedTag:
+class _Tag:
+    def __init__(self, name: str):
+        self.name = name
+
     def __repr__(self):
-        return "curved_tag"
+        return self.name
 
 
-curved_tag = _CurvedTag()
+curved_tag = _Tag("curved_tag")
 
 
 """A tag of lineax operators: an inner Hessian that depends on y.
@@ -24,6 +27,14 @@ curved_tag = _CurvedTag()
 Its null space is the tangent space of $S(x)$ only at an exact minimum. Near a minimum,
 the eigenvalues that should be zero are as large as the error of y, and a pseudoinverse
 must not invert them.
+"""
+
+
+on_set_tag = _Tag("on_set_tag")
+
+
+"""Further, that y is on $S(x)$ but for rounding, and not unique: H has low rank there, if
+there are far fewer data than inner variables.
 """
 
 

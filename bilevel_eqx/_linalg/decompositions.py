@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from .._compat import one_matrix_at_a_time
 
@@ -32,6 +32,14 @@ def _checked(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
 
 # Both take the symmetric part of a matrix.
 eigh = _checked(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
+
+
+def eigenvectors(
+    matrix: Float[Array, "n n"],
+) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
+    """The eigenvalues, in ascending order, and the eigenvectors, as rows."""
+    values, vectors = eigh(matrix)
+    return values, vectors.T
 
 
 eigvalsh = _checked(lambda matrix: jnp.linalg.eigvalsh(matrix))

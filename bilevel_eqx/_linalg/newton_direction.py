@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
-from .._tree import nonzero, vector_norm, where
+from .._tree import nonzero, where
 from .zero_curvature import rounding_of
 
 
@@ -27,8 +27,9 @@ def newton_direction(
     the size of that curvature.
 
     `size` is the norm of `downhill`, which callers know. The direction is not longer than
-    the `radius`: conjugate gradients end where they go beyond, as Steihaug's do (*The
-    conjugate gradient method and trust regions in large scale optimization*, 1983).
+    the `radius`. If that is finite, conjugate gradients that would go beyond it, or find
+    no positive curvature, end on that sphere, as Steihaug's do (*The conjugate gradient
+    method and trust regions in large scale optimization*, 1983).
 
     Not [`bilevel_eqx.TruncatedCG`][], which goes on along directions without curvature: a
     direction of descent has no use for them, and the program is a third as long.
@@ -56,10 +57,16 @@ def newton_direction(
         # At the first step steepest descent is what there is.
         length = rr / nonzero(jnp.abs(pHp))
         length = where(bad & (count > 0), 0, length)
-        q, r = q + length * p, r - length * Hp
         if most is not None:
-            share = jnp.minimum(1, most / nonzero(vector_norm(q)))
-            q, bad = share * q, bad | (share < 1)
+            # |q + furthest p| = most.
+            bounded = jnp.isfinite(most)
+            square_left = where(bounded, most, 1) ** 2 - jnp.vdot(q, q)
+            qp, room = jnp.vdot(q, p), jnp.maximum(0, square_left)
+            furthest = room / nonzero(qp + jnp.sqrt(qp**2 + pp * room))
+            limited = where(bad, furthest, jnp.minimum(length, furthest))
+            length = where(bounded, limited, length)
+            bad = bad | (bounded & (length == furthest))
+        q, r = q + length * p, r - length * Hp
         new_rr = jnp.vdot(r, r)
         return count + 1, q, r, r + new_rr / nonzero(rr) * p, new_rr, largest, bad
 

@@ -15,9 +15,18 @@ from .._derivatives.operators import (
     curved_tag,
     CurvedHessian,
     LeastSquaresHessian,
+    on_set_tag,
 )
-from .._linalg.decompositions import check_precision, eigh, eigvalsh, inv, qr, svd
+from .._linalg.decompositions import (
+    check_precision,
+    eigenvectors,
+    eigvalsh,
+    inv,
+    qr,
+    svd,
+)
 from .._linalg.eigenbasis import lanczos
+from .._linalg.low_rank import eigenvectors_of_low_rank
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.precision import in_full_precision
 from .._linalg.zero_curvature import clearance, ends, margin, uncertainty
@@ -218,12 +227,15 @@ def _truncated(values, vectors, uncertain):
 def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
     matrix = _as_matrix(operator)
     change = None
-    if lx.is_symmetric(operator):
-        values, vectors = eigh(matrix)
-        rows = [vectors.T]
-        if isinstance(operator, CurvedHessian):
-            further = jnp.sum(rows[0] @ operator.further * rows[0], axis=1)
-            change = further - values
+    if isinstance(operator, CurvedHessian):
+        on_set = on_set_tag in operator.hessian.tags
+        decomposed = eigenvectors_of_low_rank if on_set else eigenvectors
+        values, vectors = decomposed(matrix)
+        rows = [vectors]
+        change = jnp.sum(vectors @ operator.further * vectors, axis=1) - values
+    elif lx.is_symmetric(operator):
+        values, vectors = eigenvectors(matrix)
+        rows = [vectors]
     else:
         left, values, right = _svd(matrix)
         rows = [right, left.T]

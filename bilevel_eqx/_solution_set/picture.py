@@ -18,7 +18,12 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._derivatives.first import inner_gradient, outer_gradients
-from .._derivatives.operators import AugmentedHessian, LeastSquaresHessian
+from .._derivatives.operators import (
+    AugmentedHessian,
+    curved_tag,
+    LeastSquaresHessian,
+    on_set_tag,
+)
 from .._derivatives.second import (
     curved_hessian,
     expansion,
@@ -541,6 +546,7 @@ def flat_picture(
     max_products: int | None = None,
     share: float = 1.0,
     anchor: Float[Array, " n"] | None = None,
+    on_set: bool = False,
 ) -> Picture:
     """The local picture of a problem whose inner variables are one vector.
 
@@ -549,13 +555,15 @@ def flat_picture(
     same point has, without constraints. Beyond the dense size, `max_products` bounds the
     products with H that are taken in all, and `share` is how much of that goes into the
     pseudoinverse. That is then one of a Krylov space of F_y, and of the displacement from
-    the `anchor` if there is one.
+    the `anchor` if there is one. `on_set` says that y is on S(x) but for rounding.
     """
     check_mesh_of_solve((problem, x, y))
     dense = y.size <= DENSE_SIZE and not differentiable
     is_plane = not hessian_depends_on_y(problem, x, y)
     linear_solver = judged(linear_solver)
     tags = tags_for(problem, linear_solver, not is_plane)
+    if on_set and curved_tag in tags:
+        tags = tags | {on_set_tag}
     bounded = max_products is not None and y.size > DENSE_SIZE
     if computed is None:
         projector = None if bounded else linear_solver

@@ -57,7 +57,7 @@ def select(
     eps = float(jnp.finfo(y.dtype).eps)
 
     def at(y):
-        return flat_picture(problem, x, y, linear_solver)
+        return flat_picture(problem, x, y, linear_solver, on_set=True)
 
     def advance(here: Picture, first_norm: Scalar, radius: Scalar):
         value, slope = jax.value_and_grad(objective)(here.y)
@@ -101,11 +101,12 @@ def select(
         # At such a step rounding decides, and it is taken nonetheless: near the end it
         # squares the error.
         settled = (expected <= eps * jnp.abs(value)) & on_set
-        # A step of the length that was possible, which uses it well, and not the same
-        # share of the whole direction.
+        # The next step uses a length that was possible as well as it can. Where the
+        # objective curves down along S(x), it is twice as long.
         taken = t.astype(y.dtype) * length
         shorter = t < 1
-        radius = where(shorter, taken, 2 * radius)
+        before = where(jnp.isinf(radius), 0, radius)
+        radius = where(shorter, taken, jnp.maximum(before, 2 * length))
         # At a kink, which no tangent knows of, they become ever shorter.
         settled = settled | (shorter & (taken <= _SHORTEST * size))
         stop = small | (t == 0)

@@ -284,7 +284,7 @@ def find_worst(
 
     # As in `select`: the last step makes the picture, and does not move.
     def body(search: _Search) -> _Search:
-        picture = flat_picture(problem, x, search.y, linear_solver)
+        picture = flat_picture(problem, x, search.y, linear_solver, on_set=True)
         here = worst_case(picture, center, radius)
         last = search.settled | (search.num_steps > max_steps)
         worst, offset = here.step(where(last, rounding, 0))

@@ -1,0 +1,111 @@
+"""The eigenvectors of a matrix of low rank, against NumPy's of the whole matrix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel_eqx._linalg import low_rank
+from bilevel_eqx._linalg.zero_curvature import rounding_of
+
+
+N = 160
+MOST = N // 8
+
+
+@jax.jit
+def decomposed(matrix):
+    return low_rank.eigenvectors_of_low_rank(matrix)
+
+
+def matrix_of(eigenvalues, dtype, seed=0):
+    """A matrix with these eigenvalues and otherwise zeros, and its eigenvectors."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(N, N)))[0][:, : len(eigenvalues)]
+    return jnp.asarray((basis * np.asarray(eigenvalues)) @ basis.T, dtype), basis
+
+
+def check(matrix, full=None):
+    """What counts is NumPy's, and whether all of the matrix was decomposed."""
+    values, rows = decomposed(matrix)
+    true, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
+    largest = np.max(np.abs(true), initial=0)
+    rounding = float(rounding_of(jnp.asarray(largest, matrix.dtype), N))
+    counts = np.abs(np.asarray(values)) > rounding
+    np.testing.assert_array_equal(counts, np.abs(true) > rounding)
+    np.testing.assert_allclose(values[counts], true[counts], atol=rounding)
+    # Its eigenvectors may be rotated among equal eigenvalues, but not what they span.
+    kept = np.asarray(rows)[counts]
+    np.testing.assert_allclose(kept @ kept.T, np.eye(len(kept)), atol=rounding / largest)
+    gap = np.min(np.abs(true[counts]), initial=largest)
+    span = vectors[:, counts] @ vectors[:, counts].T
+    np.testing.assert_allclose(kept.T @ kept, span, atol=4 * rounding / gap)
+    if full is not None:
+        assert np.all(np.sum(np.asarray(rows) ** 2, axis=1) > 0.5) == full
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_ranks(dtype):
+    rng = np.random.default_rng(1)
+    for rank in (1, 2, 7, MOST):
+        matrix, _ = matrix_of(10 ** rng.uniform(-2, 2, rank), dtype, rank)
+        check(matrix, full=False)
+    for rank in (MOST + 1, N // 2, N):
+        matrix, _ = matrix_of(10 ** rng.uniform(-2, 2, rank), dtype, rank)
+        check(matrix, full=True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_in_any_unit_and_with_rounding(dtype, scale):
+    matrix, _ = matrix_of([3.0, 3.0, 1.0, 1e-3], dtype)
+    noise = np.random.default_rng(2).normal(size=(N, N))
+    noise = noise + noise.T
+    noise *= 3.0 * jnp.finfo(dtype).eps / np.linalg.norm(noise, 2)
+    check(scale * (matrix + jnp.asarray(noise, dtype)), full=False)
+    # The most that Hessians by automatic differentiation have.
+    check(scale * (matrix + jnp.asarray(3 * noise, dtype)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_no_eigenvalue_is_lost(dtype):
+    """Spread over all entries, an eigenvalue is far less than rounding on the diagonal,
+    and yet it counts."""
+    rounding = float(rounding_of(jnp.ones((), dtype), N))
+    matrix, basis = matrix_of([1.0], dtype)
+    spread = np.ones(N) - basis[:, 0] * np.sum(basis[:, 0])
+    spread /= np.linalg.norm(spread)
+    for value in (3 * rounding, -3 * rounding):
+        hidden = jnp.asarray(value * np.outer(spread, spread), dtype)
+        assert np.max(np.abs(np.diagonal(hidden))) < 4 * jnp.finfo(dtype).eps
+        check(matrix + hidden, full=True)
+
+
+def test_negative_zero_and_nan():
+    for eigenvalues in ([2.0, -1.0], [-1.0], [-3.0, 1e-3]):
+        check(matrix_of(eigenvalues, jnp.float64)[0], full=True)
+    # Only off its diagonal.
+    matrix = jnp.zeros((N, N)).at[0, 1].set(1.0).at[1, 0].set(1.0)
+    check(matrix, full=True)
+    values, rows = decomposed(jnp.zeros((N, N)))
+    assert not jnp.any(values) and jnp.all(jnp.isfinite(rows))
+    values, _ = decomposed(matrix.at[3, 3].set(jnp.nan))
+    assert jnp.isnan(values[-1])
+
+
+def test_a_small_matrix_is_decomposed():
+    matrix = jnp.diag(jnp.arange(5.0))
+    values, rows = low_rank.eigenvectors_of_low_rank(matrix)
+    np.testing.assert_allclose(values, np.arange(5.0), atol=1e-15)
+    np.testing.assert_allclose(jnp.abs(rows), np.eye(5), atol=1e-15)
+
+
+def test_vmap():
+    matrices = [matrix_of([2.0, u], jnp.float64)[0] for u in (1.0, -1.0)]
+    values, rows = jax.vmap(low_rank.eigenvectors_of_low_rank)(jnp.stack(matrices))
+    for i, matrix in enumerate(matrices):
+        one_value, one_row = decomposed(matrix)
+        np.testing.assert_allclose(values[i], one_value, atol=1e-14)
+        spans = [u[jnp.abs(one_value) > 1e-8] for u in (rows[i], one_row)]
+        spans = [u.T @ u for u in spans]
+        np.testing.assert_allclose(*spans, atol=1e-13)
