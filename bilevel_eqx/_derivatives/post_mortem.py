@@ -98,6 +98,8 @@ def kink_met(
     close = eps ** (1 / 3) * scale
     jump = jnp.maximum(unexpected(close), unexpected(-close))
     jump = jnp.maximum(jump, jnp.abs(slope(high) - slope(low)))
+    # A gradient that is not finite next to y, but is at y, is not that of a smooth one.
+    jump = jnp.where(jnp.isfinite(jump) | ~jnp.isfinite(size), jump, jnp.inf)
     if not hessian_depends_on_y(problem, x, y):
         moved, before = tree_sub(y, anchor), inner_gradient(problem, x, anchor)
         change = tree_axpy(-1, hessian.mv(moved), tree_sub(gradient, before))
@@ -149,7 +151,9 @@ def rests_at_kink(
 
         bounds = jnp.zeros_like(path), jnp.ones_like(path)
         low, high = jax.lax.fori_loop(0, _BISECTIONS, bisect, bounds)
-        return part(high) - part(low) > _LEAST_JUMP * whole
+        # A gradient that is not finite there is not that of a smooth function.
+        is_small = part(high) - part(low) <= _LEAST_JUMP * whole
+        return jnp.isfinite(whole) & ~is_small
 
     nowhere = moves & (net < 0.5 * path)
     return jax.lax.cond(nowhere, jumps, lambda: jnp.array(False))

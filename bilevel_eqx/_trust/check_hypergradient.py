@@ -249,6 +249,13 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
     largest = float(np.max(np.abs(spectrum), initial=0))
     rank = int(np.sum(np.abs(spectrum) > 1e-8 * largest))
     singular = rank < spectrum.size
+    if not np.isfinite(largest):
+        singular = False
+        findings.append(
+            "the inner Hessian is not finite at the inner minimum, where a kink of "
+            "`inner` may be: a norm and `jnp.sqrt(y**2)` have no derivative at zero. "
+            "State the kink as a constraint (`project_y`), or smooth it."
+        )
     differences = {}
     for kind in _kinds(problem, singular):
         try:
@@ -458,9 +465,10 @@ def _verdict(out, response, errors, cosines, linear, along, reasons: _Reasons) -
         is_series = isinstance(solver, Neumann)
         count = np.max(solver.num_terms if is_series else solver.num_steps)
         unit = "terms" if is_series else "steps"
-        hint = (
-            f", and a step size close to {1 / reasons.largest:.1e}" if is_series else ""
-        )
+        hint = ""
+        # Without curvature no step size is right.
+        if is_series and reasons.largest > 0:
+            hint = f", and a step size close to {1 / reasons.largest:.1e}"
         return (
             f"{far}: {as_code(solver)} has not converged. It stopped after {int(count)} "
             f"{unit} with a linear residual of {linear:.1e}. Give it more {unit}{hint}."
