@@ -232,6 +232,25 @@ def laid_as(array: Array, like: Array, never: Bool[Array, ""]) -> Array:
     return jnp.where(never, jax.lax.stop_gradient(like), array)
 
 
+def on_mesh_of(like: PyTree[Array], tree: PyTree[Array]) -> PyTree[Array]:
+    """`tree`, with each array that is on no mesh copied to all devices of the mesh of
+    `like`, if there is one. What a program with that mesh returns lies so, and its next
+    call would be another program."""
+    meshes = [leaf.sharding.mesh for leaf in jtu.tree_leaves(like) if _is_on_mesh(leaf)]
+    if len(meshes) == 0:
+        return tree
+    on_mesh, elsewhere = eqx.partition(tree, _is_on_mesh)
+    # Not `jax.device_put`, which does not know the devices of other processes.
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+    arrays, rest = eqx.partition(elsewhere, eqx.is_array)
+    arrays = jax.jit(_identity, out_shardings=everywhere)(arrays)
+    return eqx.combine(on_mesh, arrays, rest)
+
+
+def _identity(tree):
+    return tree
+
+
 def tree_placed(tree: PyTree[Array], like: PyTree | None) -> PyTree[Array]:
     """`tree` within a program, whose arrays lie as those of `like`, its placement, do."""
     if like is None:

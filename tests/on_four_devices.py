@@ -94,12 +94,10 @@ PIPELINES = {
 def test_the_answer_is_that_of_one_device(name):
     problem, x, y = _make()
     equilibrium, pipeline = PIPELINES[name]
-    certify = pipeline is None
+    options = {"pipeline": pipeline, "num_steps": 6, "certify": pipeline is None}
 
     def solved(problem, x, y):
-        return blx.solve(
-            problem, equilibrium, x, y, pipeline=pipeline, num_steps=6, certify=certify
-        )
+        return blx.solve(problem, equilibrium, x, y, **options)
 
     wanted = solved(problem, x, y)
     # After the change of the axes both are the same program.
@@ -110,7 +108,7 @@ def test_the_answer_is_that_of_one_device(name):
         )
         for part in ("x", "y", "value"):
             assert tree_allclose(getattr(found, part), getattr(wanted, part), rtol=1e-9)
-        if certify:
+        if pipeline is None:
             for residual, value in wanted.certificate.residuals.items():
                 assert jnp.abs(found.certificate.residuals[residual] - value) < 1e-9
         # They lie as they did, on the mesh that was given.
@@ -121,6 +119,33 @@ def test_the_answer_is_that_of_one_device(name):
             assert found.state.v["weights"].sharding.spec == SPLIT
             table = found.state.estimator_state[0].entries
             assert table.slope["weights"].sharding.spec == P(None, "data")
+
+
+@pytest.mark.parametrize("num_samples, with_variables", ((40, False), (48, True)))
+def test_all_segments_are_one_program(num_samples, with_variables, caplog):
+    """Also where x and y are on one device at first, and the data on four."""
+    # A size that no other test has, since a known program is not compiled again.
+    problem, x, y = _make(num_samples)
+    mesh = _mesh(AxisType.Auto)
+    problem = _put(problem, mesh, SPLIT)
+    if with_variables:
+        x, y = _put((x, y), mesh, COPIED)
+    pipeline = SingleLoop(_sgd, _sgd, _sgd, **_batches)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        solution = blx.solve(
+            problem,
+            blx.WarmStart(),
+            x,
+            y,
+            pipeline=pipeline,
+            num_steps=6,
+            save_every=3,
+            certify=False,
+        )
+    assert solution.stats["num_steps"] == 6
+    messages = [record.getMessage() for record in caplog.records]
+    compiled = [m for m in messages if "Finished XLA compilation of jit(_segment)" in m]
+    assert len(compiled) == 1
 
 
 def test_each_device_has_its_share_of_a_batch():
@@ -281,39 +306,47 @@ def _closure(A):
 
 
 def test_many_runs_with_linear_solves():
-    """In a `shard_map`: a run of the default pipeline with its certificate, of a problem
-    that closes over what differs between devices; and derivatives."""
+    """In a `shard_map`: derivatives, of a problem that closes over what differs between
+    devices; and a run of the default pipeline with its certificate."""
     response = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
     designs, x, y = jr.normal(jr.key(0), (8, 4, 3)), jnp.linspace(-1, 1, 4), jnp.zeros(3)
+
+    def derivatives(A):
+        problem = _closure(A)
+        found = blx.hypergradient(problem, x, y, response, throw=False)
+
+        def value(x):
+            return jnp.sum(blx.best_response(problem, x, y, response) ** 2)
+
+        return found.gradient, jax.grad(value)(x), found.result == blx.RESULTS.successful
 
     def run(A):
         problem = _closure(A)
         solution = blx.solve(
             problem, blx.WarmStart(), x, y, num_steps=3, throw=False, key=jr.key(1)
         )
-        found = blx.hypergradient(problem, x, y, response, throw=False)
-
-        def value(x):
-            return jnp.sum(blx.best_response(problem, x, y, response) ** 2)
-
         certificate = blx.certify(problem, blx.Optimistic(), solution.x, solution.y)
-        return (
-            (solution.x, solution.y, found.gradient, jax.grad(value)(x)),
-            (solution.certificate.residuals, certificate.residuals),
-            found.result == blx.RESULTS.successful,
-        )
+        residuals = solution.certificate.residuals, certificate.residuals
+        return derivatives(A), (solution.x, solution.y), residuals
 
     wanted = jax.jit(jax.vmap(run))(designs)
-    assert jnp.all(wanted[2])
-    for kind, fn in zip(KINDS, (jax.vmap(run), lambda A: jax.lax.map(run, A))):
-        mesh = _mesh(kind)
-        mapped = jax.shard_map(
+    assert jnp.all(wanted[0][2])
+    # Within it both kinds of axes are one. `test_many_runs` has a run with the others.
+    auto, explicit = map(_mesh, KINDS)
+
+    def mapped(fn, mesh):
+        fn = jax.shard_map(
             fn, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT, check_vma=False
         )
-        found = jax.jit(mapped)(_put(designs, mesh, SPLIT))
-        assert tree_allclose(found[0], wanted[0], rtol=1e-9, atol=1e-12)
-        assert tree_allclose(found[1:], wanted[1:], rtol=1e-6, atol=1e-9)
-        assert _specs(found[0]) == {("data",)}
+        return jax.jit(fn)(_put(designs, mesh, SPLIT))
+
+    found = mapped(jax.vmap(derivatives), auto)
+    assert tree_allclose(found, wanted[0], rtol=1e-9, atol=1e-12)
+    assert _specs(found) == {("data",)}
+    found = mapped(lambda A: jax.lax.map(run, A), explicit)
+    assert tree_allclose(found[:2], wanted[:2], rtol=1e-9, atol=1e-12)
+    assert tree_allclose(found[2], wanted[2], rtol=1e-6, atol=1e-9)
+    assert _specs(found[:2]) == {("data",)}
 
 
 def test_what_does_not_work_is_refused():

@@ -15,7 +15,13 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._compat import is_traced, looping, of_all_processes
-from .._mesh import placement, spans_processes, state_placed, tree_placed
+from .._mesh import (
+    on_mesh_of,
+    placement,
+    spans_processes,
+    state_placed,
+    tree_placed,
+)
 from .._problem.batches import GivenBatches
 from .._tree import tree_struct
 from .checkpoint import Checkpoint
@@ -77,8 +83,8 @@ def _segment(given, carry, room: int | None):
         run, progress, carry[1], until, keep_metrics=room, batches=batches
     )
     # Or the next segment would be another program.
-    arrays = tree_placed(_arrays(progress), place)
-    return (arrays, history), kept, progress.stopped, progress.num_steps
+    carry = tree_placed((_arrays(progress), history), place)
+    return carry, kept, progress.stopped, progress.num_steps
 
 
 class _Rest:
@@ -166,7 +172,8 @@ def run_in_segments(
     stopped = bool(progress.stopped)
     run_arrays, run_rest = _arrays(run), _rest(run)
     arrays, progress_rest = _arrays(progress), _rest(progress)
-    place = placement(arrays)
+    arrays, history = on_mesh_of((run_arrays, arrays), (arrays, history))
+    place = placement((arrays, history))
     kept_room = room if reporter.wants_entries else None
     laid_out = placement((run_arrays, arrays)) or tree_struct((run_arrays, arrays))
     program = run_rest, progress_rest, room, kept_room, *jtu.tree_leaves(laid_out)
