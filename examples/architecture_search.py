@@ -75,7 +75,7 @@ def run(quick):
     step = blx.Unrolled(optax.adam(0.02), 1)
     batches = {"inner_batch": 64, "outer_batch": 64}
     pipeline = blx.GradientPipeline(step, optax.adam(0.03), inner_update=step, **batches)
-    searching, retrain = (100, 100) if quick else (600, 300)  # the numbers of steps
+    searching, retrain = (60, 60) if quick else (600, 300)  # the numbers of steps
 
     def search(price):
         problem = Search(train, held_out, jnp.array(price))

@@ -34,7 +34,7 @@ def run(quick):
     first = [list(labels).index(digit) for digit in range(10)]
     x0 = {"images": jnp.asarray(images[first]), "logits": 4 * jnp.eye(10)}
     pipeline = blx.GradientPipeline(blx.Unrolled(optax.sgd(0.5), 30), optax.adam(0.02))
-    y0, num_steps = networks(jr.key(0), 4), 100 if quick else 400
+    y0, num_steps = networks(jr.key(0), 4), 50 if quick else 400
     options = {"pipeline": pipeline, "num_steps": num_steps, "certify": False}
     x = blx.solve(problem, blx.ColdStart(), x0, y0, **options).x
 

@@ -67,8 +67,8 @@ def run(quick):
         )
         return certificate.residuals["outer curvature"]
 
-    weights = jnp.geomspace(0.1, 1e4, 51)
-    violations = jax.jit(jax.vmap(concave))(weights)
+    weights = np.geomspace(0.1, 1e4, 51, dtype="float32")
+    violations = np.asarray(jax.jit(jax.vmap(concave))(weights))
     spread = jnp.stack([s.value for s in comparison.solutions.values()])
     numbers = {
         f"{of}, as {kind}": comparison.certificates[of][kind].largest
@@ -80,9 +80,9 @@ def run(quick):
     numbers["a proximal equilibrium up to the weight"] = weights[violations < 1e-6].max()
     # In closed form: as long as F_xx + B^T B / (0.1 + weight) has no negative eigenvalue.
     flat, unravel = ravel_pytree(solution.x)
-    F_xx = jax.hessian(lambda u: problem.outer(unravel(u), solution.y))(flat)
+    F_xx = jax.jit(jax.hessian(lambda u: problem.outer(unravel(u), solution.y)))(flat)
     f_y = jax.grad(problem.inner, argnums=1)
-    B = jax.jacobian(lambda u: f_y(unravel(u), solution.y))(flat)
+    B = jax.jit(jax.jacobian(lambda u: f_y(unravel(u), solution.y)))(flat)
     worst = scipy.linalg.eigh(-F_xx, B.T @ B, eigvals_only=True)[-1]
     numbers["the same, in closed form"] = 1 / worst - 0.1
     points = {"data": petals, "made": problem.generate(solution.x)}

@@ -74,7 +74,7 @@ def trained(problem, x):
 def run(quick):
     (train, clean, test), wrong = half_wrong(seed=0)
     problem = Cleaning((*train, jnp.arange(1000)), clean)
-    solution = cleaned(problem, 2000 if quick else 20_000)
+    solution = cleaned(problem, 1000 if quick else 20_000)
     x = np.asarray(solution.x)
     results = {
         "weights": np.asarray(jax.nn.sigmoid(x)),

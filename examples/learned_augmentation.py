@@ -76,7 +76,7 @@ def training(num_steps):
 
 def run(quick):
     problem, test = task(seed=0)
-    x0, num_steps = jnp.full(6, -3.0), 20 if quick else 500
+    x0, num_steps = jnp.full(6, -3.0), 10 if quick else 500
     pipeline = blx.GradientPipeline(training(20), optax.adam(0.02), outer_batch=100)
     solution = blx.solve(
         *(problem, blx.WarmStart(), x0, network(jr.key(0))),

@@ -190,7 +190,8 @@ def _residuals(name, problems, parameters, x, y, y0):
 
 
 def _stack(trees):
-    return jax.tree.map(lambda *u: jnp.stack(u), *trees)
+    # By NumPy: in JAX each is a program of as many arguments as there are trees.
+    return jax.tree.map(lambda *u: jnp.asarray(np.stack(u)), *trees)
 
 
 def _off(rng, point):
@@ -582,18 +583,19 @@ def test_optimistic_and_pessimistic_on_a_circle():
     assert blx.certify(problem, blx.Optimistic(), x, best).largest < 1e-10
     residuals = blx.certify(problem, blx.Optimistic(), x, worst).residuals
     assert residuals["selection"] < 1e-10 and residuals["curvature"] == 1
-    # The ball holds all of the circle.
-    wide = blx.Pessimistic(3.0)
-    assert blx.certify(problem, wide, x, worst, y0=y0).largest < 1e-10
-    residuals = blx.certify(problem, wide, x, best, y0=y0).residuals
+    # The ball holds all of the circle. That f is a square is not said here: on a circle
+    # that says so, `test_ties_on_a_curved_set` has the worst, and points off it.
+    wide = blx.Pessimistic(jnp.asarray(3.0))
+    assert blx.certify(Plain(problem), wide, x, worst, y0=y0).largest < 1e-10
+    residuals = blx.certify(Plain(problem), wide, x, best, y0=y0).residuals
     assert residuals["selection"] < 1e-10 and residuals["curvature"] == 1
     # Off the circle H is nonsingular, and the ball cannot press along S(x).
     for size in (1.0, 3.0, 1e-5, 7e6):
-        scaled = Ellipse(jnp.full(2, size), problem.slope / size)
+        axes, slope = (jnp.asarray(u) for u in (size * np.ones(2), [1 / size, 0.0]))
         ball = blx.Pessimistic(jnp.asarray(0.5 * size))
         off = size * jnp.array([-0.66, 0.88])
-        assert blx.certify(scaled, ball, x, off, y0=size * y0).residuals["ball"] > 0.1
-        out = blx.certify(Plain(scaled), ball, x, off, y0=size * y0).residuals
+        scaled = Plain(Ellipse(axes, slope))
+        out = blx.certify(scaled, ball, x, off, y0=size * y0).residuals
         assert out["ball"] > 0.1 and out["selection"] < 1e-10
 
 
@@ -774,10 +776,10 @@ def test_ties_on_a_curved_set(dimension):
     radius = 0.8
     problem, x, along, across = _tied_on_sphere(dimension, radius)
     y0 = jnp.asarray([1.4, 0.0, 0.0][:dimension])
-    equilibrium = blx.Pessimistic(radius)
 
-    def residuals(problem, x, y):
-        return blx.certify(problem, equilibrium, x, y, y0=y0).residuals
+    def residuals(problem, x, y, size=1.0):
+        equilibrium = blx.Pessimistic(jnp.asarray(radius * size))
+        return blx.certify(problem, equilibrium, x, y, y0=size * y0).residuals
 
     angles = (0.0, np.pi) if dimension == 2 else (0.0, 1.0, 2.5)
     for angle in angles:
@@ -795,6 +797,11 @@ def test_ties_on_a_curved_set(dimension):
     least = jnp.zeros(dimension).at[0].set(jnp.exp(x[-1]))
     out = residuals(problem, x, least)
     assert out["selection"] < 1e-8 and out["curvature"] > 0.1 and out["others"] > 1e-3
+    # Off the sphere H is nonsingular, and the ball cannot press along S(x).
+    off = 1.1 * least[0] * jnp.asarray([-0.6, 0.8, 0.0][:dimension])
+    for size in (1.0, 3.0, 1e-5, 7e6):
+        scaled = x.at[-1].add(np.log(size))
+        assert residuals(problem, scaled, size * off, size)["ball"] > 0.1
 
 
 def test_other_worst_points_beyond_the_size_that_is_searched():
@@ -823,17 +830,17 @@ def test_factors_and_constants_where_f_is_not_quadratic():
 
     @eqx.filter_jit
     def residuals(c, d, x, y):
-        bumps = Bumps(jnp.asarray(c), jnp.asarray(d))
-        problem = OnPlane((bumps,), jnp.ones(1))
+        problem = OnPlane((Bumps(c, d),), jnp.ones(1))
         return blx.certify(problem, equilibrium, x, y, y0=y0).residuals
 
     rng = np.random.default_rng(0)
     for _ in range(4):
         x, y = jnp.asarray(rng.normal(size=2)), jnp.asarray(rng.normal(size=3))
-        plain = residuals(1.0, 0.0, x, y)
+        plain = residuals(jnp.asarray(1.0), jnp.asarray(0.0), x, y)
         # The last constants leave the values of F no digits.
         for c, d in ((1e-8, 0.0), (1e8, 0.0), (1e-8, 1.0), (1e-8, 1e6)):
-            for name, value in residuals(c, d, x, y).items():
+            found = residuals(jnp.asarray(c), jnp.asarray(d), x, y)
+            for name, value in found.items():
                 assert np.allclose(value, plain[name], rtol=1e-6, atol=1e-10), name
 
 
@@ -931,64 +938,65 @@ class Shell(blx.AbstractBilevelProblem):
     bend: Array
 
     def outer(self, x, y):
-        of_x = self.tilt @ x + 0.5 * self.bend * jnp.sum(x**2)
+        of_x = self.tilt @ x + 0.5 * x @ (self.bend @ x)
         return 0.5 * jnp.sum((y - self.a) ** 2) + of_x
 
     def inner(self, x, y):
         return 0.25 * (jnp.sum(y**2) - jnp.exp(x[0] + 2 * x[1])) ** 2
 
-    def value(self, x, y_angle):
-        """F at the point of S(x) that is at an angle with a."""
-        r, size = jnp.exp(x[0] / 2 + x[1]), jnp.linalg.norm(self.a)
-        square = r**2 + size**2 - 2 * r * size * jnp.cos(y_angle(r))
-        return 0.5 * square + self.tilt @ x + 0.5 * self.bend * jnp.sum(x**2)
 
+@jax.jit
+def _selected_on_shell(x, size, worst):
+    """The angle with a of the selected point, and the derivatives of its F but for the
+    quadratic of x, where |a| is `size`."""
 
-def _best_angle(r):
-    # The nearest point.
-    return 0.0 * r
+    def radius_and_angle(x):
+        r = jnp.exp(x[0] / 2 + x[1])
+        # The nearest point; or the end of the ball of radius .6 around c, which is at an
+        # angle of .5 with a.
+        return r, worst * (0.5 + 2 * jnp.arcsin(0.3 / r))
 
+    def value(x):
+        r, angle = radius_and_angle(x)
+        return 0.5 * (r**2 + size**2 - 2 * r * size * jnp.cos(angle))
 
-def _worst_angle(r):
-    # The ball of radius .6 is a cap around c, which is at an angle of .5 with a.
-    return 0.5 + 2 * jnp.arcsin(0.3 / r)
+    return *radius_and_angle(x), jax.grad(value)(x), jax.hessian(value)(x)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worst", (False, True))
 def test_the_second_derivative_of_a_selected_value(worst):
-    angle = _worst_angle if worst else _best_angle
-    x, radius = jnp.array([0.3, -0.2]), 0.6
-    r = jnp.exp(x[0] / 2 + x[1])
+    x, size, reach = np.array([0.3, -0.2]), 1.7, 0.6
+    r, angle, gradient, hessian = map(as_numpy, _selected_on_shell(x, size, 1.0 * worst))
 
     def on_shell(at):
-        return r * jnp.array([jnp.cos(at), jnp.sin(at), 0.0])
+        return r * np.array([np.cos(at), np.sin(at), 0.0])
 
     # a at the angle zero, c at .5, and y further away from a.
-    y, y0 = on_shell(angle(r)), 1.3 * on_shell(0.5)
-    equilibrium = blx.Pessimistic(radius) if worst else blx.Optimistic()
-    a, zero = jnp.array([1.7, 0.0, 0.0]), jnp.zeros(())
-    problem = Shell(a, jnp.zeros(2), zero)
-    tilt = -jax.grad(problem.value)(x, angle)
-    curvatures = np.linalg.eigvalsh(jax.hessian(problem.value)(x, angle))
-
-    @eqx.filter_jit
-    def derivatives(problem):
-        gradient, product, _ = equilibrium.outer_derivatives(problem, x, y, y0)
-        return gradient, jax.vmap(product)(jnp.eye(2))
-
-    # Stationary, so that it is smooth there.
-    problem = Shell(a, tilt, zero)
-    gradient, hessian = derivatives(problem)
-    assert np.allclose(gradient, 0, atol=1e-7)
-    expected = jax.hessian(problem.value)(x, angle)
-    assert np.allclose(hessian, expected, atol=1e-6)
-    for lowest in (1.0, -1.0):
-        bend = lowest - curvatures[0]
-        bent = Shell(a, tilt - bend * x, jnp.asarray(bend))
-        found = blx.certify(bent, equilibrium, x, y, y0=y0, second_order=True)
+    y, y0 = on_shell(angle), 1.3 * on_shell(0.5)
+    equilibrium = blx.Pessimistic(reach) if worst else blx.Optimistic()
+    # The quadratic of x makes it stationary, and gives it any second derivative. These
+    # tell all entries of one: no error leaves the first three shares as they are.
+    swap = np.array([[0.0, 1.0], [1.0, 0.0]])
+    for wanted, share in (
+        (np.diag([2.0, -1.0]), 0.5),
+        (np.diag([-1.0, 2.0]), 0.5),
+        (0.5 * np.eye(2) + 1.5 * swap, 0.5),
+        (-np.eye(2), 1.0),
+        (np.diag([2.0, 1.0]), 0.0),
+    ):
+        bend = wanted - hessian
+        shell = Shell(
+            jnp.array([size, 0.0, 0.0]),
+            jnp.asarray(-gradient - bend @ x),
+            jnp.asarray(bend),
+        )
+        at = map(jnp.asarray, (x, y))
+        found = blx.certify(
+            shell, equilibrium, *at, y0=jnp.asarray(y0), second_order=True
+        )
         assert found.residuals["outer"] < 1e-7 and found.residuals["selection"] < 1e-7
-        assert (found.residuals["outer curvature"] > 0.1) == (lowest < 0)
+        assert np.isclose(found.residuals["outer curvature"], share, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Derivatives that are right or refused, and errors that name their cause."""
 
+import itertools
 import re
 
 import equinox as eqx
@@ -52,13 +53,13 @@ def _rows(singular_values, num_columns, dtype=jnp.float64):
 # Linear solvers of other libraries
 #
 
-# Of two shapes only, so that there are two programs for each solver and derivative.
+# Of one shape, so that there is one program for each solver and derivative.
 _KINDS = {
-    "regular": ((1.4, 1.0, 0.6), 3),
-    "ill-conditioned": ((1.0, 1e-2, 1e-7), 3),
-    "singular": ((1.4, 1.0, 0.6), 5),
-    "very singular": ((1.4, 1.0, 0.0), 5),
-    "scaled": ((1e-6, 2e-6, 0.0), 5),
+    "regular": (1.4, 1.2, 1.0, 0.8, 0.6),
+    "ill-conditioned": (1.0, 0.5, 1e-1, 1e-2, 1e-7),
+    "singular": (1.4, 1.0, 0.6, 0.0, 0.0),
+    "very singular": (1.4, 1.0, 0.0, 0.0, 0.0),
+    "scaled": (1e-6, 2e-6, 0.0, 0.0, 0.0),
 }
 
 
@@ -113,12 +114,16 @@ def _derivatives(problem, x, solver):
     ids=lambda solver: type(solver).__name__,
 )
 def test_foreign_solvers_are_right_or_raise(solver, kind):
-    values, num_columns = _KINDS[kind]
-    problem, x, rows, at = _rows(values, num_columns)
-    pinv = np.linalg.pinv(rows)
+    problem, x, rows, at = _rows(_KINDS[kind], 5)
+    pinv = np.linalg.pinv(rows, rcond=1e-10)
     truth = {"reverse": 2 * pinv.T @ (pinv @ at - 1), "forward": pinv @ at}
     raised = []
-    for way, compute in _derivatives(problem, x, solver).items():
+    ways = _derivatives(problem, x, solver)
+    if not isinstance(solver, lx.LU | lx.CG):
+        # The program of "vmap" contains the same; one direct and one iterative solver
+        # show that it works without a batch.
+        del ways["reverse"]
+    for way, compute in ways.items():
         try:
             value, mode = compute()
         except eqx.EquinoxRuntimeError as error:
@@ -128,20 +133,22 @@ def test_foreign_solvers_are_right_or_raise(solver, kind):
             assert "learning rate" not in str(error)
             continue
         error = np.linalg.norm(value - truth[mode]) / np.linalg.norm(truth[mode])
-        assert error < 1e-2, way
+        assert error < (1e-9 if kind == "regular" else 1e-2), way
     if kind == "regular" or isinstance(solver, lx.SVD) and kind != "ill-conditioned":
         assert raised == []
     if isinstance(solver, lx.LU | lx.QR | lx.Cholesky) and "singular" in kind:
-        assert raised == ["hypergradient", "reverse", "forward", "vmap"]
+        assert raised == list(ways)
 
 
 @slow
 @pytest.mark.parametrize("solver", (lx.LU(), lx.Cholesky()))
 def test_foreign_solvers_in_float32(solver):
     problem, x, rows, at = _rows((1.4, 1.0, 0.6), 5, jnp.float32)
-    for compute in _derivatives(problem, x, solver).values():
+    ways = _derivatives(problem, x, solver)
+    # All ways have the same judge, so that one solver is enough for the others.
+    for way in ("hypergradient", "forward") if solver == lx.LU() else ("vmap",):
         with pytest.raises(eqx.EquinoxRuntimeError):
-            compute()
+            ways[way]()
     response = blx.Proximal(0.5, blx.Projection(), solver)
     y0 = jnp.zeros(5, jnp.float32)
     gradient = jax.jit(
@@ -155,12 +162,13 @@ def test_foreign_solvers_in_float32(solver):
 def test_jacobians_and_nearest_minima_check_too():
     problem, x, _, _ = _rows((1.4, 1.0, 0.6), 5)
     y = blx.best_response(problem, x, jnp.zeros(5), exact)
-    jacobian = blx.Implicit(None, lx.LU())(problem, x, y).jacobian
-    with pytest.raises(eqx.EquinoxRuntimeError, match="linear solve"):
-        eqx.filter_jit(jacobian.mv)(x)
-    # As an operator of its own, in both directions.
-    J = blx.response_jacobian(problem, x, y, lx.LU())
-    for product, vector in ((J.mv, x), (J.T.mv, y)):
+    response = blx.Implicit(None, lx.LU())
+    # And as an operator of its own, in both directions.
+    for product, vector in (
+        (lambda v: response(problem, x, y).jacobian.mv(v), x),
+        (lambda v: blx.response_jacobian(problem, x, y, lx.LU()).mv(v), x),
+        (lambda v: blx.response_jacobian(problem, x, y, lx.LU()).T.mv(v), y),
+    ):
         with pytest.raises(eqx.EquinoxRuntimeError, match="linear solve"):
             eqx.filter_jit(product)(vector)
     nearest = blx.MinimumDisplacement(blx.Projection(), lx.LU())
@@ -209,10 +217,8 @@ def _bda():
     "response",
     (
         blx.Aggregated(20),
-        pytest.param(blx.Aggregated(50), marks=slow),
-        pytest.param(blx.Aggregated(20, inner_step_size=0.1), marks=slow),
-        pytest.param(blx.Aggregated(20, outer_step_size=0.1), marks=slow),
-        blx.Aggregated(20, 0.1, 0.1),
+        blx.Aggregated(20, inner_step_size=0.1),
+        blx.Aggregated(20, outer_step_size=0.1),
     ),
 )
 def test_aggregated_differentiates_its_rates(response):
@@ -316,24 +322,36 @@ _RNG = np.random.default_rng(0)
 _A, _T = jnp.asarray(_RNG.normal(size=(8, 5))), jnp.asarray(_RNG.normal(size=8))
 
 
-def _kinked(inner):
-    return blx.BilevelProblem(lambda x, y: jnp.sum((y - 1) ** 2), inner)
+def _towards_one(x, y):
+    return jnp.sum((y - 1) ** 2)
+
+
+class Kinked(blx.AbstractBilevelProblem[Array, Array]):
+    """A sum of functions with kinks, of which one counts. Which one is data, so that all
+    share a program."""
+
+    counts: Array
+
+    def outer(self, x, y):
+        return _towards_one(x, y)
+
+    def inner(self, x, y):
+        # The types of the data are those of x and y.
+        A, t, counts = (u.astype(y.dtype) for u in (_A, _T, self.counts))
+        scale, square = jnp.exp(x[0]), jnp.sum(y**2)
+        lasso = 0.5 * jnp.sum((A @ y - t) ** 2) + 3 * scale * jnp.sum(jnp.abs(y))
+        hinge = jnp.sum(jax.nn.relu(1 - A @ y)) + scale * square
+        deviation = jnp.sum(jnp.abs(y - 0.3)) + 1e-3 * scale * square
+        return counts @ jnp.stack([lasso, hinge, deviation])
 
 
 _KINKED = {
-    "lasso": _kinked(
-        lambda x, y: (
-            0.5 * jnp.sum((_A @ y - _T) ** 2) + 3 * jnp.exp(x[0]) * jnp.sum(jnp.abs(y))
-        )
-    ),
-    "hinge": _kinked(
-        lambda x, y: jnp.sum(jax.nn.relu(1 - _A @ y)) + jnp.exp(x[0]) * jnp.sum(y**2)
-    ),
-    "deviation": _kinked(
-        lambda x, y: jnp.sum(jnp.abs(y - 0.3)) + 1e-3 * jnp.exp(x[0]) * jnp.sum(y**2)
-    ),
-    "largest": _kinked(
-        lambda x, y: jnp.max(jnp.abs(y - 0.3)) + 1e-3 * jnp.exp(x[0]) * jnp.sum(y**2)
+    **{k: Kinked(u) for k, u in zip(("lasso", "hinge", "deviation"), jnp.eye(3))},
+    # Where XLA rounds the entries twice, differently, none of them is the maximum, and
+    # its derivative is NaN, which zero times it is, too. So this one is on its own.
+    "largest": blx.BilevelProblem(
+        _towards_one,
+        lambda x, y: jnp.max(jnp.abs(y - 0.3)) + 1e-3 * jnp.exp(x[0]) * jnp.sum(y**2),
     ),
 }
 _searching = blx.Implicit(blx.GradientDescent(0.0123, 501), blx.Pseudoinverse())
@@ -341,12 +359,7 @@ _searching = blx.Implicit(blx.GradientDescent(0.0123, 501), blx.Pseudoinverse())
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "dtype, name",
-    grid(
-        lambda dtype, name: dtype == jnp.float64 or name in ("lasso", "largest"),
-        (jnp.float64, jnp.float32),
-        _KINKED,
-    ),
+    "dtype, name", list(itertools.product((jnp.float64, jnp.float32), _KINKED))
 )
 def test_a_kink_is_named(dtype, name):
     x, y0 = jnp.zeros(1, dtype), jnp.ones(5, dtype)
@@ -374,6 +387,11 @@ _to_and_fro = {
 }
 
 
+@eqx.filter_jit
+def _result(problem, x, y0, response):
+    return blx.hypergradient(problem, x, y0, response, throw=False).result
+
+
 @pytest.mark.parametrize(
     "dtype, name, steps",
     [
@@ -389,14 +407,24 @@ _to_and_fro = {
 )
 def test_steps_to_and_fro_across_a_kink(dtype, name, steps):
     """Also within a program, where nothing can be found out after a failure."""
-    x, y0, response = jnp.zeros(1, dtype), jnp.ones(5, dtype), _to_and_fro[steps]
-
-    @eqx.filter_jit
-    def result(x):
-        return blx.hypergradient(_KINKED[name], x, y0, response, throw=False).result
-
+    x, y0 = jnp.zeros(1, dtype), jnp.ones(5, dtype)
     with jax.numpy_dtype_promotion("standard"):
-        assert result(x) == blx.RESULTS.at_kink
+        result = _result(_KINKED[name], x, y0, _to_and_fro[steps])
+    assert result == blx.RESULTS.at_kink
+
+
+_absolute_values = blx.BilevelProblem(
+    _towards_one, lambda x, y: jnp.exp(x[0]) * jnp.sum(jnp.sqrt(y**2))
+)
+
+
+@pytest.mark.parametrize("start", (0.25, 0.2))
+def test_to_and_fro_across_a_gradient_that_is_not_finite(start):
+    """At zero the derivative of sqrt(y^2) is 0 / 0. From .25 the middle of two points is
+    just there; from .2 only their neighbourhood."""
+    response = blx.Unrolled(optax.sgd(0.5), 100)
+    x, y0 = jnp.zeros(1), jnp.full(3, start)
+    assert _result(_absolute_values, x, y0, response) == blx.RESULTS.at_kink
 
 
 @pytest.mark.slow
@@ -603,7 +631,7 @@ def test_a_run_whose_unrolled_steps_diverge(dtype, num_steps, said, kept):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_steps, rate", ((3, 2.5), (5, 1.5), (63, 1.1)))
+@pytest.mark.parametrize("num_steps, rate", ((3, 2.5), (63, 1.1)))
 def test_a_few_unrolled_steps_that_diverge(num_steps, rate):
     problem, y0 = _coupled(), jnp.arange(1.0, 4.0)
     response = blx.Unrolled(optax.sgd(jnp.asarray(rate)), num_steps)
@@ -688,7 +716,7 @@ def test_noisy_steps_are_not_judged():
     # It has gone far, and uphill on all of the data.
     assert jnp.abs(out.y[0]) > 4
     assert problem.inner(x, out.y) > problem.inner(x, y0)
-    out = _unrolled_run(problem, response, y0)
+    out = _unrolled_run(problem, response, y0, certify=False)
     assert out.result == blx.RESULTS.successful
 
 
@@ -746,13 +774,22 @@ _NOT_FINITE = {
 }
 
 
-# The response makes a difference where y is good and its derivative is not.
+# The response makes a difference where y is good and its derivative is not. Elsewhere
+# one of each class is enough.
 _QUICK = {"F_y": _RESPONSES, "F": ("pseudoinverse", "nearest"), "f_y": ("lu", "unrolled")}
+_SLOW = {"F": ("proximal", "unrolled"), "f_y": ("cg", "proximal", "nearest")}
 
 
 @pytest.mark.parametrize(
     "what, name",
-    grid(lambda what, name: name in _QUICK[what], _NOT_FINITE, _RESPONSES),
+    (
+        *((what, name) for what, names in _QUICK.items() for name in names),
+        *(
+            pytest.param(what, name, marks=slow)
+            for what, names in _SLOW.items()
+            for name in names
+        ),
+    ),
 )
 def test_what_is_not_finite_is_named(what, name):
     outer, inner, said = _NOT_FINITE[what]
@@ -968,7 +1005,6 @@ def test_solve_is_not_differentiated():
     for call in calls.values():
         with pytest.raises(RuntimeError, match="`solve` cannot be differentiated.*`hyp"):
             call()
-    assert np.isfinite(jax.vmap(value)(_x[None])).all()
 
 
 @pytest.mark.slow

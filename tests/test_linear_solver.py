@@ -500,7 +500,6 @@ def test_pseudoinverse_of_a_factor(dense_size, dtype):
         (1024, jnp.float64),
         (1024, jnp.float32),
         (1, jnp.float64),
-        pytest.param(1, jnp.float32, marks=pytest.mark.slow),
     ),
 )
 def test_curved_residual(dense_size, dtype, getkey):

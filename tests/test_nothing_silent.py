@@ -220,15 +220,18 @@ def test_says_what_where_and_what_to_do(name, entry):
     if entry == "solve":
         pattern = f"At outer step 3: {pattern}"
     batched = eqx.filter_jit(jax.vmap(throw))
-    sentences = [
-        _sentence(lambda: throw(BAD)),
+    sentences = [_sentence(lambda: throw(BAD))]
+    # What a run, or `jit`, does with a failure does not depend on which it is.
+    is_first = name == "inner_not_converged"
+    is_batched = entry == "hypergradient" or is_first
+    if is_first:
         # The sentence is somewhere in what XLA has to say.
-        _sentence(lambda: jax.jit(throw)(BAD), Exception),
-        _sentence(lambda: batched(_BATCH)),
-    ]
-    if entry == "hypergradient":
-        # `solve` takes long to compile, and has been inside of `eqx.filter_jit` above.
-        sentences.insert(0, _sentence(lambda: eqx.filter_jit(throw)(BAD)))
+        sentences.append(_sentence(lambda: jax.jit(throw)(BAD), Exception))
+    if is_first and entry == "hypergradient":
+        # `solve` takes long to compile, and is inside of `eqx.filter_jit` below.
+        sentences.append(_sentence(lambda: eqx.filter_jit(throw)(BAD)))
+    if is_batched:
+        sentences.append(_sentence(lambda: batched(_BATCH)))
     numbers = []
     for sentence in sentences:
         found = re.search(pattern, sentence)
@@ -236,10 +239,11 @@ def test_says_what_where_and_what_to_do(name, entry):
         numbers.append(found.groupdict())
     # It is the same number each time.
     assert all(number == numbers[0] for number in numbers)
-    assert re.search(f"Element 1 of the batch: {pattern}", sentences[-1])
-    assert "Element 0" not in sentences[-1] and "Element 2" not in sentences[-1]
-    # Where nothing fails, nothing is said.
-    jax.block_until_ready(batched(jnp.stack([GOOD] * 3)))
+    if is_batched:
+        assert re.search(f"Element 1 of the batch: {pattern}", sentences[-1])
+        assert "Element 0" not in sentences[-1] and "Element 2" not in sentences[-1]
+        # Where nothing fails, nothing is said.
+        jax.block_until_ready(batched(jnp.stack([GOOD] * 3)))
 
 
 @each_failure_of_each_entry
@@ -334,7 +338,6 @@ def test_outer_max_steps_reached():
         "residual 0. Take more steps"
     )
     assert pattern in _sentence(lambda: throw(tolerances[1]))
-    assert pattern in _sentence(lambda: jax.jit(throw)(tolerances[1]), Exception)
     sentence = _sentence(lambda: eqx.filter_jit(jax.vmap(throw))(tolerances))
     assert f"Element 1 of the batch: {pattern}" in sentence
     batch = eqx.filter_jit(eqx.filter_vmap(lambda t: run(t, False)))(tolerances)

@@ -515,12 +515,6 @@ def _proximal(case, dense):
     return response, y, -inverse @ dense.cross(y)
 
 
-def _damped_cholesky(case, dense):
-    _, y, J = _proximal(case, dense)
-    epsilon = _step_size(case, dense) * dense.largest**2
-    return blx.Proximal(epsilon, blx.Projection(), lx.Cholesky()), y, J
-
-
 def _partial(case, dense):
     """As many steps as terms, which is not unrolling where the features move."""
     step_size = _step_size(case, dense)
@@ -560,7 +554,6 @@ responses = {
     "warm": _warm,
     "cold": _cold,
     "proximal": _proximal,
-    "cholesky": _damped_cholesky,
     "partial": _partial,
     "one_step": _unrolled(1, "checkpointed"),
     "checkpointed": _unrolled(70, "checkpointed"),
@@ -571,10 +564,17 @@ responses = {
 }
 # As for the linear solvers. The unrolled ones are the same in this.
 mixable_responses = ("partial", "one_step", "aggregated", "fixed")
+# That x and y are one number each matters to solves, not to steps.
+with_solves = ("warm", "cold")
 
 
 def _response_cases(name):
-    return _cases(double, mixed if name in mixable_responses else scalar)
+    kinds = [double]
+    if name in mixable_responses:
+        kinds.append(mixed)
+    if name in with_solves:
+        kinds.append(scalar)
+    return _cases(*kinds)
 
 
 def _scale(case, dense, y, J):
@@ -585,7 +585,7 @@ def _scale(case, dense, y, J):
 
 
 # The proximal one is in `test_solve` too, and the last in `test_faults_derivatives.py`.
-_elsewhere = "proximal", "cholesky", "aggregated"
+_elsewhere = "proximal", "aggregated"
 
 
 @pytest.mark.slow
@@ -633,8 +633,9 @@ def _stack(*trees):
     return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+# The proximal one is "warm" of another problem, and damped.
 @pytest.mark.slow
-@_names(("cold",), ("checkpointed", "proximal"))
+@_names(("cold",), ("checkpointed",))
 @given(cases=st.tuples(*3 * [_one]))
 def test_vmap(name, cases):
     """Over x, the anchor and all data at once: other ranks and other spectra."""
@@ -664,7 +665,7 @@ def _differentiated(problem, x, anchor, response):
 
 
 @pytest.mark.slow
-@_names(("cold",), ("checkpointed", "proximal"))
+@_names(("cold",), ("checkpointed",))
 @given(case=_one)
 def test_grad_and_jit(name, case):
     """The derivative of F(x, best_response(x)), and the hypergradient within a program
@@ -699,11 +700,9 @@ def _with_and_without_x64(fn):
     return wide, narrow
 
 
-# The others are parts of these, or less.
+# The others are parts of these, or less. The proximal one is in `test_solve`.
 @pytest.mark.slow
-@_names(
-    ("warm", "checkpointed"), ("cold", "proximal", "partial", "forward", "aggregated")
-)
+@_names(("warm", "checkpointed"), ("cold", "partial", "forward", "aggregated"))
 @given(case=_cases(single, drawn=False))
 def test_hypergradient(name, case):
     """Against its closed form, in float32, twice, and with x64 and without."""
@@ -728,7 +727,7 @@ def test_hypergradient(name, case):
 
 
 @pytest.mark.slow
-@_names(("neumann_drawn", "svd"), ("cg", "matrix_free"))
+@_names(("neumann_drawn",), ("cg", "matrix_free"))
 @given(data=st.data())
 def test_x64_solver(name, data):
     log_cond = log_conds.get(name, 4.0)

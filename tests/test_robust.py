@@ -94,7 +94,8 @@ _BEST = {
 @pytest.mark.parametrize(
     "name, each, equilibrium",
     [(*case, _STACKELBERG) for case in _BEST]
-    + [("wine", "class", _COLD), ("diabetes", "feature", _COLD)],
+    # Of a quadratic inner objective: `test_anti_distillation`.
+    + [("wine", "class", _COLD)],
 )
 def test_penalties(name, each, equilibrium):
     # Bounded, since one penalty a feature may run off to either side. Three classes of
@@ -102,7 +103,9 @@ def test_penalties(name, each, equilibrium):
     bound = {"class": 5.0, "feature": 3.0}[each]
     num_classes = 3 if name == "digits" else None
     problem, x, y = _problem(name, jnp.float32, each, bound, num_classes)
-    found = blx.solve(problem, equilibrium, x, y, num_steps=100)
+    # Where the steps take longest, it is there after 15.
+    num_steps = 30 if (name, each) == ("digits", "class") else 100
+    found = blx.solve(problem, equilibrium, x, y, num_steps=num_steps)
     assert float(found.value) <= 1.01 * _BEST[name, each]
     # It says where it is: its hypergradient in double precision is as large.
     outer = float(found.certificate.residuals["outer"])

@@ -130,9 +130,9 @@ def test_a_run_is_a_loop(name):
     assert tree_allclose(solution.value, value, rtol=1e-12)
 
 
-# In float64, `test_a_run_is_a_loop` takes several.
-@pytest.mark.parametrize("dtype", (pytest.param(jnp.float64, marks=slow), jnp.float32))
-def test_one_step_of_gradient_descent(dtype):
+def test_one_step_of_gradient_descent():
+    """In float32. In float64, `test_a_run_is_a_loop` takes several."""
+    dtype = jnp.float32
     problem, x0, y0 = make_linear(LinearBilevel, dtype)
     phi = as_numpy(problem.features)
     solution = blx.solve(
@@ -703,17 +703,13 @@ def test_vmap_over_epsilon():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("neumann", pytest.param("unrolled", marks=slow)))
-def test_vmap_over_the_number_of_steps(name):
+def test_vmap_over_the_number_of_steps():
+    """Of a series. (Of unrolled steps: `test_response.test_traced_num_steps`.)"""
     num_steps = jnp.array([1, 3, 20])
 
     def run(K):
-        fixed = dict(num_steps=300, certify=False)
-        if name == "neumann":
-            response = blx.Implicit(blx.Projection(), blx.Neumann(K, 0.3))
-        else:
-            response = blx.Unrolled(optax.sgd(0.3), K)
-        return _toy(blx.WarmStart(), response, **fixed)
+        response = blx.Implicit(blx.Projection(), blx.Neumann(K, 0.3))
+        return _toy(blx.WarmStart(), response, num_steps=300, certify=False)
 
     solution = jax.vmap(run)(num_steps)
     m = 1 - 0.7 ** np.asarray(num_steps)
@@ -753,22 +749,14 @@ def test_jit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ("sgd", pytest.param("momentum", marks=slow)))
-def test_float32_stays_float32(mode):
-    # With 64-bit types on, and rates in float64.
+def test_float32_stays_float32():
+    # With 64-bit types on. (Without a state of its own: `test_pipeline.test_toy_a`.)
     y0 = start.astype(jnp.float32)
     w0 = zero.astype(jnp.float32)
-    if mode == "sgd":
-        equilibrium = blx.WarmStart(0.3)
-        response = blx.Proximal(0.3, blx.Projection(), blx.Pseudoinverse())
-        w = (1 + C * 1.3) / 2.3
-    else:
-        equilibrium = blx.WarmStart()
-        response = blx.Unrolled(optax.sgd(0.3, momentum=0.3), 30)
-        w = (1 + C) / 2
-    solution = _toy(equilibrium, response, w0=w0, y0=y0)
+    response = blx.Unrolled(optax.sgd(0.3, momentum=0.3), 30)
+    solution = _toy(blx.WarmStart(), response, w0=w0, y0=y0)
     assert tree_has_dtype(solution, jnp.float32)
-    assert tree_allclose(solution.x, w, rtol=1e-5)
+    assert tree_allclose(solution.x, (1 + C) / 2, rtol=1e-5)
 
 
 def test_new_data_do_not_recompile():
@@ -1130,7 +1118,8 @@ def test_certificate_not_asked_for():
         assert re.search(r"outer_residual +1\n", text)
     text = str(asked)
     assert str(asked.certificate) in text and "not asked for" not in text
-    batch = jax.vmap(lambda e: _march(e, 5, throw=False))(jnp.array([0.25, np.inf]))
+    quiet = dict(throw=False, certify=False)
+    batch = jax.vmap(lambda e: _march(e, 5, **quiet))(jnp.array([0.25, np.inf]))
     assert re.search(r"result +1 of 2 successful\n", str(batch))
 
 
@@ -1170,7 +1159,6 @@ def test_a_value_that_is_closed_over_is_transformed():
     targets = jnp.array([1.0, -2.0])
     expected = targets * (1 - 0.9**9)
     assert tree_allclose(jax.vmap(run)(targets), expected, rtol=1e-10)
-    assert tree_allclose(jax.jit(jax.vmap(run))(targets), expected, rtol=1e-10)
 
 
 #
