@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .decompositions import eigenvectors, svd
+from .._tree import where
+from .decompositions import eigenvectors, eigh
 from .power_iteration import largest_magnitude
 from .zero_curvature import rounding_of
 
@@ -24,23 +25,32 @@ def eigenvectors_of_low_rank(
 
     At a minimum of an overparameterised problem H has a nonzero eigenvalue for each
     residual, and far more variables. Up to a rank r of an eighth of n, a Cholesky
-    decomposition with pivots finds $H = L L^\top$ in $n r^2$ operations. The singular
-    vectors of L are the eigenvectors of H. What is left of H is looked at: where it is
-    more than rounding (H has more rank, or negative eigenvalues), H is decomposed whole.
+    decomposition with pivots finds $H = L L^\top$ in $n r^2$ operations. If q is an
+    eigenvector of $L^\top L$, then L q is one of H. What is left of H is looked at:
+    where it is more than rounding (H has more rank, or negative eigenvalues), H is
+    decomposed whole.
     """
     n = matrix.shape[0]
     if n < _FEWEST:
         return eigenvectors(matrix)
     factor = _cholesky(matrix, n // 8)
-    _, roots, vectors = svd(factor)
-    # In descending order.
-    missing = n - roots.size
-    values = jnp.pad(roots[::-1] ** 2, (missing, 0))
-    vectors = jnp.pad(vectors[::-1], ((missing, 0), (0, 0)))
+    # Not a decomposition of L itself, which OpenBLAS would do in several threads.
+    values, rotation = eigh(jnp.inner(factor, factor))
+    # Half of what counts as zero, so that no eigenvalue that counts is lost.
+    rounding = 0.5 * rounding_of(values[-1], n)
+    kept = values > rounding
+    values = where(kept, values, 0)
+    vectors = rotation.T @ factor / jnp.sqrt(where(kept, values, jnp.inf))[:, None]
+    # The squares above have cost half of the digits of small ones. Each of these steps
+    # squares how far the vectors are from orthonormal.
+    for _ in range(2):
+        vectors = 1.5 * vectors - 0.5 * jnp.inner(vectors, vectors) @ vectors
+    before, none = (n - values.size, 0, 0), jnp.zeros((), values.dtype)
+    values = jax.lax.pad(values, none, [before])
+    vectors = jax.lax.pad(vectors, none, [before, (0, 0, 0)])
     rest = matrix - factor.T @ factor
     left = largest_magnitude(lambda v: rest @ v, matrix[0])
-    # Half of what counts as zero, so that no eigenvalue that counts is lost.
-    is_all = left <= 0.5 * rounding_of(values[-1], n)
+    is_all = left <= rounding
     return jax.lax.cond(is_all, lambda: (values, vectors), lambda: eigenvectors(matrix))
 
 
@@ -60,10 +70,9 @@ def _cholesky(matrix: Float[Array, "n n"], most: int) -> Float[Array, "most n"]:
         count, rows, diagonal = carry
         # Not signed: a program need not ask whether it counts from the end.
         i = jax.lax.argmax(diagonal, 0, jnp.uint32)
-        pivot = jax.lax.dynamic_index_in_dim(diagonal, i, keepdims=False)
         before = jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)
         row = jax.lax.dynamic_index_in_dim(matrix, i, keepdims=False) - before @ rows
-        row = row / jnp.sqrt(pivot)
+        row = row / jnp.sqrt(jnp.max(diagonal))
         rows = jax.lax.dynamic_update_index_in_dim(rows, row, count, 0)
         return count + 1, rows, diagonal - row**2
 
