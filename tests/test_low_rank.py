@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bilevel_eqx as blx
 from bilevel_eqx._linalg import low_rank
 from bilevel_eqx._linalg.zero_curvature import rounding_of
+from bilevel_eqx._solution_set.picture import flat_picture, restore
 
 
 N = 160
@@ -109,3 +111,38 @@ def test_vmap():
         spans = [u[jnp.abs(one_value) > 1e-8] for u in (rows[i], one_row)]
         spans = [u.T @ u for u in spans]
         np.testing.assert_allclose(*spans, atol=1e-13)
+
+
+def _outputs(y):
+    """Four curved functions of 160 variables."""
+    rows = jnp.sin(jnp.outer(jnp.arange(1.0, 5.0), jnp.arange(1.0, N + 1.0)))
+    return jnp.tanh(rows @ y / 10) + 0.1 * jnp.sum(y**2) / N
+
+
+def test_a_picture_is_the_same_either_way():
+    problem = blx.BilevelProblem(
+        lambda x, y: jnp.sum((y - x[0]) ** 2),
+        lambda x, y: 0.5 * jnp.sum((_outputs(y) - x) ** 2),
+    )
+    v = jnp.cos(jnp.arange(float(N)))
+    x = _outputs(0.1 * v) + 0.01
+
+    @jax.jit
+    def pictures(y):
+        for _ in range(2):
+            y, *_ = restore(flat_picture(problem, x, y), y)
+        found, num_zeros = [], []
+        for on_set in (False, True):
+            here = flat_picture(problem, x, y, on_set=on_set)
+            clear = jnp.sort(jnp.abs(here.clearance()))[-5:]
+            num_zeros.append(jnp.sum(here.inverse.values == 0))
+            outer = here.outer()
+            found.append((here.pinv(v), here.project(v), clear[1:], outer.hypergradient))
+        return problem.inner(x, y), clear[0], num_zeros, found
+
+    value, fifth, num_zeros, (whole, low_rank) = pictures(0.1 * v)
+    # On the set, with four eigenvalues that count.
+    assert value < 1e-25 and fifth < 1
+    assert num_zeros[0] < N - MOST <= num_zeros[1]
+    for one, other in zip(whole, low_rank):
+        np.testing.assert_allclose(other, one, rtol=1e-8, atol=1e-10)
