@@ -97,9 +97,10 @@ def kink_met(
     eps = tree_eps(y)
     close = eps ** (1 / 3) * scale
     jump = jnp.maximum(unexpected(close), unexpected(-close))
-    jump = jnp.maximum(jump, jnp.abs(slope(high) - slope(low)))
-    # A gradient that is not finite next to y, but is at y, is not that of a smooth one.
-    jump = jnp.where(jnp.isfinite(jump) | ~jnp.isfinite(size), jump, jnp.inf)
+    between = jnp.abs(slope(high) - slope(low))
+    # A gradient that is finite on both sides, but not there, is that of no smooth one.
+    is_gap = ~jnp.isfinite(between) & jnp.isfinite(slope(0) + slope(scale))
+    jump = jnp.maximum(jump, jnp.where(is_gap, jnp.inf, between))
     if not hessian_depends_on_y(problem, x, y):
         moved, before = tree_sub(y, anchor), inner_gradient(problem, x, anchor)
         change = tree_axpy(-1, hessian.mv(moved), tree_sub(gradient, before))
