@@ -239,12 +239,13 @@ def on_mesh_of(like: PyTree[Array], tree: PyTree[Array]) -> PyTree[Array]:
     meshes = [leaf.sharding.mesh for leaf in jtu.tree_leaves(like) if _is_on_mesh(leaf)]
     if len(meshes) == 0:
         return tree
-    on_mesh, elsewhere = eqx.partition(tree, _is_on_mesh)
+    elsewhere, rest = eqx.partition(
+        tree, lambda leaf: eqx.is_array(leaf) and not _is_on_mesh(leaf)
+    )
     # Not `jax.device_put`, which does not know the devices of other processes.
     everywhere = NamedSharding(meshes[0], PartitionSpec())
-    arrays, rest = eqx.partition(elsewhere, eqx.is_array)
-    arrays = jax.jit(_identity, out_shardings=everywhere)(arrays)
-    return eqx.combine(on_mesh, arrays, rest)
+    elsewhere = jax.jit(_identity, out_shardings=everywhere)(elsewhere)
+    return eqx.combine(elsewhere, rest)
 
 
 def _identity(tree):

@@ -248,9 +248,9 @@ def _check(problem, x, y0, responses, directions) -> HypergradientCheck:
         )
     largest = float(np.max(np.abs(spectrum), initial=0))
     rank = int(np.sum(np.abs(spectrum) > 1e-8 * largest))
-    singular = rank < spectrum.size
-    if not np.isfinite(largest):
-        singular = False
+    is_finite = bool(np.isfinite(largest))
+    singular = is_finite and rank < spectrum.size
+    if not is_finite:
         findings.append(
             "the inner Hessian is not finite at the inner minimum, where a kink of "
             "`inner` may be: a norm and `jnp.sqrt(y**2)` have no derivative at zero. "
