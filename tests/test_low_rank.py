@@ -12,12 +12,13 @@ from bilevel_eqx._solution_set.picture import flat_picture, restore
 
 
 N = 160
-MOST = N // 8
+MOST = N // 4
 
 
 @jax.jit
 def decomposed(matrix):
-    return low_rank.eigenvectors_of_low_rank(matrix)
+    values, rows, _ = low_rank.eigenvectors_of_low_rank(matrix, matrix)
+    return values, rows
 
 
 def matrix_of(eigenvalues, dtype, seed=0):
@@ -96,15 +97,37 @@ def test_negative_zero_and_nan():
 
 
 def test_a_small_matrix_is_decomposed():
-    matrix = jnp.diag(jnp.arange(5.0))
-    values, rows = low_rank.eigenvectors_of_low_rank(matrix)
+    matrix, other = jnp.diag(jnp.arange(5.0)), jnp.diag(jnp.arange(5.0, 10.0))
+    values, rows, forms = low_rank.eigenvectors_of_low_rank(matrix, other)
     np.testing.assert_allclose(values, np.arange(5.0), atol=1e-15)
     np.testing.assert_allclose(jnp.abs(rows), np.eye(5), atol=1e-15)
+    np.testing.assert_allclose(forms, np.arange(5.0, 10.0), atol=1e-14)
+
+
+@pytest.mark.parametrize("rank", [2, MOST + 1])
+def test_quadratic_forms_of_another_matrix(rank):
+    matrix, _ = matrix_of(np.arange(1.0, rank + 1), jnp.float64)
+    other, _ = matrix_of(np.linspace(-1.0, 2.0, N), jnp.float64, seed=1)
+    values, rows, forms = jax.jit(low_rank.eigenvectors_of_low_rank)(matrix, other)
+    true = np.sum(np.asarray(rows) @ np.asarray(other) * np.asarray(rows), axis=1)
+    np.testing.assert_allclose(forms, true, atol=1e-12)
+    # Of those that are left out there is none.
+    assert np.sum(np.asarray(forms) != 0) == (rank if rank <= MOST else N)
+
+
+def test_at_most_64_at_any_size():
+    """OpenBLAS takes several threads for more, which wait for work at full speed."""
+    wide = jnp.concatenate([jnp.arange(1.0, 66.0), jnp.zeros(4 * N - 65)])
+    for rank, full in ((64, False), (65, True)):
+        matrix = jnp.diag(wide.at[rank:].set(0.0))
+        values, rows, _ = jax.jit(low_rank.eigenvectors_of_low_rank)(matrix, matrix)
+        np.testing.assert_allclose(values[-rank:], jnp.arange(1.0, rank + 1), rtol=1e-13)
+        assert bool(jnp.all(jnp.sum(rows**2, axis=1) > 0.5)) == full
 
 
 def test_vmap():
     matrices = [matrix_of([2.0, u], jnp.float64)[0] for u in (1.0, -1.0)]
-    values, rows = jax.vmap(low_rank.eigenvectors_of_low_rank)(jnp.stack(matrices))
+    values, rows = jax.vmap(decomposed)(jnp.stack(matrices))
     for i, matrix in enumerate(matrices):
         one_value, one_row = decomposed(matrix)
         np.testing.assert_allclose(values[i], one_value, atol=1e-14)

@@ -42,6 +42,21 @@ def eigenvectors(
     return values, vectors.T
 
 
+def quadratic_forms(
+    vectors: Float[Array, "k n"], matrix: Float[Array, "n n"]
+) -> Float[Array, " k"]:
+    r"""$q^\top M q$ for each row q."""
+    return jnp.sum(vectors @ matrix * vectors, axis=1)
+
+
+def eigenvectors_and_forms(
+    matrix: Float[Array, "n n"], other: Float[Array, "n n"]
+) -> tuple[Float[Array, " n"], Float[Array, "n n"], Float[Array, " n"]]:
+    """Those of a matrix, and the quadratic forms of another one at its eigenvectors."""
+    values, vectors = eigenvectors(matrix)
+    return values, vectors, quadratic_forms(vectors, other)
+
+
 eigvalsh = _checked(lambda matrix: jnp.linalg.eigvalsh(matrix))
 
 

@@ -5,35 +5,36 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._tree import where
-from .decompositions import eigenvectors, eigh
+from .decompositions import eigenvectors_and_forms, eigh, quadratic_forms
 from .power_iteration import largest_magnitude
 from .zero_curvature import rounding_of
 
 
-# A smaller matrix is decomposed in less time than it takes to find its rank.
-_FEWEST = 128
+# OpenBLAS decomposes a larger matrix in several threads, which go on waiting for the next
+# call for some 25 ms: that is more processor time than all the rest.
+_MOST = 64
 
 
 # Once in a program that calls it more than once.
 @jax.jit
 def eigenvectors_of_low_rank(
-    matrix: Float[Array, "n n"],
-) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
-    r"""The eigenvalues, in ascending order, and the eigenvectors, as rows. Where the
-    matrix has low rank, those of eigenvalues that count as zero are left out: both are
-    zero there.
+    matrix: Float[Array, "n n"], other: Float[Array, "n n"]
+) -> tuple[Float[Array, " n"], Float[Array, "n n"], Float[Array, " n"]]:
+    r"""The eigenvalues, in ascending order; the eigenvectors, as rows; and $q^\top M q$
+    for each of them and another matrix M. Where the matrix has low rank, those of
+    eigenvalues that count as zero are left out: all three are zero there.
 
     At a minimum of an overparameterised problem H has a nonzero eigenvalue for each
-    residual, and far more variables. Up to a rank r of an eighth of n, a Cholesky
-    decomposition with pivots finds $H = L L^\top$ in $n r^2$ operations. If q is an
-    eigenvector of $L^\top L$, then L q is one of H. What is left of H is looked at:
+    residual, and far more variables. Up to a rank r of a quarter of n, and at most 64, a
+    Cholesky decomposition with pivots finds $H = L L^\top$ in $n r^2$ operations. If q is
+    an eigenvector of $L^\top L$, then L q is one of H. What is left of H is looked at:
     where it is more than rounding (H has more rank, or negative eigenvalues), H is
     decomposed whole.
     """
     n = matrix.shape[0]
-    if n < _FEWEST:
-        return eigenvectors(matrix)
-    factor = _cholesky(matrix, n // 8)
+    if n <= _MOST:
+        return eigenvectors_and_forms(matrix, other)
+    factor = _cholesky(matrix, min(n // 4, _MOST))
     # Not a decomposition of L itself, which OpenBLAS would do in several threads.
     values, rotation = eigh(jnp.inner(factor, factor))
     # Half of what counts as zero, so that no eigenvalue that counts is lost.
@@ -45,13 +46,22 @@ def eigenvectors_of_low_rank(
     # squares how far the vectors are from orthonormal.
     for _ in range(2):
         vectors = 1.5 * vectors - 0.5 * jnp.inner(vectors, vectors) @ vectors
-    before, none = (n - values.size, 0, 0), jnp.zeros((), values.dtype)
-    values = jax.lax.pad(values, none, [before])
-    vectors = jax.lax.pad(vectors, none, [before, (0, 0, 0)])
-    rest = matrix - factor.T @ factor
-    left = largest_magnitude(lambda v: rest @ v, matrix[0])
-    is_all = left <= rounding
-    return jax.lax.cond(is_all, lambda: (values, vectors), lambda: eigenvectors(matrix))
+
+    def rest(v):
+        return matrix @ v - (factor @ v) @ factor
+
+    is_all = largest_magnitude(rest, matrix[0]) <= rounding
+
+    def few():
+        before, none = (n - values.size, 0, 0), jnp.zeros((), values.dtype)
+        forms = quadratic_forms(vectors, other)
+        return (
+            jax.lax.pad(values, none, [before]),
+            jax.lax.pad(vectors, none, [before, (0, 0, 0)]),
+            jax.lax.pad(forms, none, [before]),
+        )
+
+    return jax.lax.cond(is_all, few, lambda: eigenvectors_and_forms(matrix, other))
 
 
 def _cholesky(matrix: Float[Array, "n n"], most: int) -> Float[Array, "most n"]:

@@ -20,6 +20,7 @@ from .._derivatives.operators import (
 from .._linalg.decompositions import (
     check_precision,
     eigenvectors,
+    eigenvectors_and_forms,
     eigvalsh,
     inv,
     qr,
@@ -229,10 +230,9 @@ def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
     change = None
     if isinstance(operator, CurvedHessian):
         on_set = on_set_tag in operator.hessian.tags
-        decomposed = eigenvectors_of_low_rank if on_set else eigenvectors
-        values, vectors = decomposed(matrix)
-        rows = [vectors]
-        change = jnp.sum(vectors @ operator.further * vectors, axis=1) - values
+        decomposed = eigenvectors_of_low_rank if on_set else eigenvectors_and_forms
+        values, vectors, further = decomposed(matrix, operator.further)
+        rows, change = [vectors], further - values
     elif lx.is_symmetric(operator):
         values, vectors = eigenvectors(matrix)
         rows = [vectors]
