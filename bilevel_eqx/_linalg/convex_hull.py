@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._tree import nonzero, where
+from .decompositions import quadratic_forms
 
 
 def nearest_to_zero(
@@ -41,6 +42,6 @@ def nearest_to_zero(
 
     faces = jnp.asarray(list(itertools.product((False, True), repeat=count))[1:])
     tried = jax.vmap(weights)(faces)
-    square = jnp.sum((tried @ gram) * tried, axis=1)
+    square = quadratic_forms(tried, gram)
     best = jnp.argmin(jnp.sqrt(jnp.maximum(0, square)) + tried @ penalty)
     return tried[best]
