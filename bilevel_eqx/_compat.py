@@ -79,6 +79,21 @@ def as_function(program: Any, constants: list[Any]) -> Callable[..., list[Array]
     return jax.extend.core.jaxpr_as_fun(closed)
 
 
+def traced_once(fn: Any, *args: Any) -> tuple[Any, Any]:
+    """The jaxpr of `fn`, which is a `jax.jit` whose first argument is static, and the
+    shapes of its results. JAX keeps both, so that another program which asks for them
+    does not trace `fn` again.
+
+    Values of a transformation around us that `fn` closes over would be further arguments
+    of that jaxpr. Then they are its constants instead, and nothing is kept.
+    """
+    traced = fn.trace(*args)
+    if len(traced.jaxpr.in_avals) == len(jax.tree.leaves(args[1:])):
+        return traced.jaxpr, traced.out_info
+    plain = ft.partial(fn.__wrapped__, args[0])
+    return jax.make_jaxpr(plain, return_shape=True)(*args[1:])
+
+
 def one_matrix_at_a_time(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
     """`decompose`; under `vmap` on a CPU it takes the matrices of a batch in turn.
 

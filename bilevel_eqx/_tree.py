@@ -210,6 +210,42 @@ def _entries_are_finite(leaf: Array) -> Bool[Array, ""]:
     return jnp.invert(jnp.any(jnp.invert(jnp.isfinite(leaf))))
 
 
+class Rest:
+    """All of a pytree but its arrays: what a program of these arrays is fixed by.
+
+    It is hashed once, and then compared by identity: to hash an optax optimiser, whose
+    closures are compared by their source, takes milliseconds.
+    """
+
+    def __init__(self, treedef: Any, leaves: tuple, types: tuple[type, ...]):
+        self.treedef = treedef
+        self.leaves = leaves
+        # Part of what tells one from another, since 1 == 1.0 == True.
+        self.types = types
+
+
+# The same object for what is equal.
+_interned = ft.lru_cache(maxsize=128)(Rest)
+
+
+def tree_rest(tree: PyTree) -> Rest:
+    """All of `tree` but its arrays."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    others = tuple(None if eqx.is_array(u) else u for u in leaves)
+    return _interned(treedef, others, tuple(map(type, others)))
+
+
+def tree_arrays(tree: PyTree) -> list:
+    """The leaves of `tree`, with `None` in place of those that are no arrays."""
+    return [u if eqx.is_array(u) else None for u in jtu.tree_leaves(tree)]
+
+
+def tree_joined(arrays: list, rest: Rest) -> Any:
+    """The tree with these `tree_arrays` and this `tree_rest`."""
+    leaves = [u if v is None else v for u, v in zip(arrays, rest.leaves)]
+    return jtu.tree_unflatten(rest.treedef, leaves)
+
+
 class Layout:
     """How a pytree of arrays is laid out in one vector. It hashes by shapes and types.
 

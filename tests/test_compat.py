@@ -2,6 +2,7 @@
 changes it is noticed here, and not by a user.
 """
 
+import functools as ft
 import importlib.metadata
 import re
 import sys
@@ -213,6 +214,45 @@ def test_program(monkeypatch):
         assert jax.jit(doubled)(jnp.array(3.0)) == 6
         assert jax.grad(doubled)(3.0) == 2
         np.testing.assert_array_equal(jax.vmap(doubled)(jnp.arange(3.0)), [0, 2, 4])
+
+
+def test_traced_once():
+    traced = []
+
+    @ft.partial(jax.jit, static_argnums=0)
+    def power(exponent, u):
+        traced.append(exponent)
+        return {"power": u["base"] ** exponent}
+
+    def run(u):
+        program, shapes = _compat.traced_once(power, 3, {"base": u})
+        assert shapes["power"].shape == u.shape
+        return _compat.as_function(program.jaxpr, program.consts)(u)[0]
+
+    u = jnp.array([1.0, 2.0])
+    for _ in range(2):
+        np.testing.assert_array_equal(jax.jit(lambda u: run(u))(u), u**3)
+    np.testing.assert_array_equal(jax.vmap(run)(u[None])[0], u**3)
+    np.testing.assert_array_equal(jax.grad(lambda u: jnp.sum(run(u)))(u), 3 * u**2)
+    assert traced == [3]
+
+
+def test_traced_once_within_a_transformation():
+    """A function that closes over a value of the transformation."""
+
+    def run(factor, u):
+        @ft.partial(jax.jit, static_argnums=0)
+        def scaled(exponent, u):
+            return factor * u**exponent
+
+        for _ in range(2):
+            program, _ = _compat.traced_once(scaled, 2, u)
+            (out,) = _compat.as_function(program.jaxpr, program.consts)(u)
+        return out
+
+    u = jnp.array([1.0, 2.0])
+    np.testing.assert_array_equal(jax.vmap(run, (0, None))(u, 3.0), 9 * u)
+    assert jax.grad(run)(5.0, 3.0) == 9
 
 
 def test_compiler_options(monkeypatch):

@@ -1207,6 +1207,28 @@ def test_each_part_is_in_the_program_once():
     assert tree_allclose(solution.history, np.cosh(np.sinh([-0.5, -1.0])), rtol=1e-12)
 
 
+def test_a_step_is_traced_once():
+    # Though a run begins in one program and goes on in another.
+    traced = []
+
+    class Counting(blx.GradientPipeline):
+        def step(self, problem, equilibrium, state):
+            traced.append(state)
+            return super().step(problem, equilibrium, state)
+
+    response = blx.Implicit(blx.Projection(), blx.Pseudoinverse())
+    pipeline = Counting(response, optax.sgd(0.1))
+    x, y = jnp.array([1.0]), jnp.zeros(2)
+    for scale in (1.0, 2.0):
+        problem = blx.BilevelProblem(
+            inner=lambda x, y: jnp.sum((y - x) ** 2),
+            outer=lambda x, y: jnp.sum((y - 1) ** 2),
+        )
+        blx.solve(problem, blx.WarmStart(), scale * x, y, pipeline=pipeline, num_steps=3)
+        assert len(traced) == 1
+        traced.clear()
+
+
 @pytest.mark.slow
 def test_what_is_needed_later_is_computed_later():
     def fn(x):
@@ -1215,7 +1237,7 @@ def test_what_is_needed_later_is_computed_later():
         return state, jnp.sum(u) > 0, {"m": jnp.tanh(u) + jnp.exp(state["a"]), "n": 1.0}
 
     x = {"a": jnp.arange(3.0), "b": jnp.ones(3)}
-    halves = split.split(fn, x)
+    halves = split.split(*jax.make_jaxpr(fn, return_shape=True)(x))
     early = str(jax.make_jaxpr(halves.first)(x))
     late = str(jax.make_jaxpr(halves.second)(x, [x["a"]]))
     assert "sin" in early and "tanh" not in early and "exp" not in early

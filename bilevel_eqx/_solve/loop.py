@@ -1,6 +1,7 @@
 """The loop of a run: steps in blocks, with an entry of the history after each block."""
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, ScalarLike
 
-from .._compat import any_of_batch
+from .._compat import any_of_batch, traced_once
 from .._equilibrium.base import AbstractEquilibrium
 from .._failure.results import (
     figures_of,
@@ -24,7 +25,7 @@ from .._pipeline.base import AbstractPipeline
 from .._problem.base import AbstractBilevelProblem
 from .._problem.batches import GivenBatches
 from .._problem.finite_sum import AbstractFiniteSumProblem, OnBatches
-from .._tree import all_finite, where
+from .._tree import all_finite, Rest, tree_arrays, tree_joined, tree_rest, where
 from .split import Halves, split
 
 
@@ -306,32 +307,34 @@ def _take_steps(
 def _halves(run: Run, state: Any, batches: GivenBatches | None = None) -> Halves:
     """The program of a step: what the next step needs, and the metrics."""
     dynamic, static = eqx.partition(state, eqx.is_array)
+    arrays, rest = tree_arrays((run, static)), tree_rest((run, static))
+    pair = jax.eval_shape(lambda: _pair(batches, jnp.array(0)))
+    halves = split(*traced_once(_step, rest, arrays, dynamic, pair))
+    return halves._replace(first=lambda argument: halves.first((arrays, *argument)))
 
-    def step(argument):
-        dynamic, pair = argument
-        new_state, metrics = run.pipeline.step(
-            _on(run.problem, pair), run.equilibrium, eqx.combine(dynamic, static)
-        )
-        x, y = new_state.x, new_state.y
-        verdict = metrics.get("result", RESULTS.successful)
-        if not isinstance(verdict, Verdict):
-            verdict = Verdict(verdict, figures_of(x, {}))
-        finite = {"x": all_finite(x), "y": all_finite(y)}
-        is_finite = RESULTS.where(
-            finite["x"] & finite["y"], RESULTS.successful, RESULTS.nonfinite_step
-        )
-        verdict = Verdict(
-            first_failure(verdict.result, is_finite), verdict.figures | finite
-        )
-        metrics = {k: jnp.asarray(v) for k, v in metrics.items() if k != "result"}
-        converged = jnp.array(False)
-        if run.tolerance is not None:
-            # Both: when y lags behind, the hypergradient crosses zero in passing.
-            outer, inner = metrics["outer_residual"], metrics["inner_residual"]
-            converged = (outer <= run.tolerance) & (inner <= run.tolerance)
-        return eqx.filter(new_state, eqx.is_array), (verdict, converged), metrics
 
-    return split(step, (dynamic, jax.eval_shape(lambda: _pair(batches, jnp.array(0)))))
+@ft.partial(jax.jit, static_argnums=0)
+def _step(rest: Rest, arrays: list, dynamic: Any, pair: Any):
+    run, static = tree_joined(arrays, rest)
+    new_state, metrics = run.pipeline.step(
+        _on(run.problem, pair), run.equilibrium, eqx.combine(dynamic, static)
+    )
+    x, y = new_state.x, new_state.y
+    verdict = metrics.get("result", RESULTS.successful)
+    if not isinstance(verdict, Verdict):
+        verdict = Verdict(verdict, figures_of(x, {}))
+    finite = {"x": all_finite(x), "y": all_finite(y)}
+    is_finite = RESULTS.where(
+        finite["x"] & finite["y"], RESULTS.successful, RESULTS.nonfinite_step
+    )
+    verdict = Verdict(first_failure(verdict.result, is_finite), verdict.figures | finite)
+    metrics = {k: jnp.asarray(v) for k, v in metrics.items() if k != "result"}
+    converged = jnp.array(False)
+    if run.tolerance is not None:
+        # Both: when y lags behind, the hypergradient crosses zero in passing.
+        outer, inner = metrics["outer_residual"], metrics["inner_residual"]
+        converged = (outer <= run.tolerance) & (inner <= run.tolerance)
+    return eqx.filter(new_state, eqx.is_array), (verdict, converged), metrics
 
 
 def _entry(run: Run, state: Any, metrics: dict[str, Array]) -> PyTree[Array]:

@@ -23,7 +23,7 @@ from .._mesh import (
     tree_placed,
 )
 from .._problem.batches import GivenBatches
-from .._tree import tree_struct
+from .._tree import tree_arrays, tree_joined, tree_rest, tree_struct
 from .checkpoint import Checkpoint
 from .identity import identity_of, programs_of
 from .interrupt import heed_interruption
@@ -77,46 +77,14 @@ def _begin(
 @ft.partial(looping, donate="all-except-first")
 def _segment(given, carry, room: int | None):
     (run_arrays, until, batches), run_rest, progress_rest, place = given
-    run = _whole(run_arrays, run_rest)
-    progress = _whole(carry[0], progress_rest)
+    run = tree_joined(run_arrays, run_rest)
+    progress = tree_joined(carry[0], progress_rest)
     progress, history, kept = advance(
         run, progress, carry[1], until, keep_metrics=room, batches=batches
     )
     # Or the next segment would be another program.
-    carry = tree_placed((_arrays(progress), history), place)
+    carry = tree_placed((tree_arrays(progress), history), place)
     return carry, kept, progress.stopped, progress.num_steps
-
-
-class _Rest:
-    """All of a pytree but its arrays, to be hashed once a run and not once a segment:
-    that of an optax optimiser, whose closures are compared by their source, takes
-    milliseconds.
-    """
-
-    def __init__(self, treedef: Any, leaves: tuple, types: tuple[type, ...]):
-        self.treedef = treedef
-        self.leaves = leaves
-        # Part of what tells one from another, since 1 == 1.0 == True.
-        self.types = types
-
-
-# The same for what is equal, so that two of them can be compared by identity.
-_interned = ft.lru_cache(maxsize=128)(_Rest)
-
-
-def _rest(tree: PyTree) -> _Rest:
-    leaves, treedef = jtu.tree_flatten(tree)
-    others = tuple(None if eqx.is_array(u) else u for u in leaves)
-    return _interned(treedef, others, tuple(map(type, others)))
-
-
-def _arrays(tree: PyTree) -> list:
-    return [u if eqx.is_array(u) else None for u in jtu.tree_leaves(tree)]
-
-
-def _whole(arrays: list, rest: _Rest) -> Any:
-    leaves = [u if v is None else v for u, v in zip(arrays, rest.leaves)]
-    return jtu.tree_unflatten(rest.treedef, leaves)
 
 
 def run_in_segments(
@@ -170,8 +138,8 @@ def run_in_segments(
     first = done = saved
     reporter.begins(first)
     stopped = bool(progress.stopped)
-    run_arrays, run_rest = _arrays(run), _rest(run)
-    arrays, progress_rest = _arrays(progress), _rest(progress)
+    run_arrays, run_rest = tree_arrays(run), tree_rest(run)
+    arrays, progress_rest = tree_arrays(progress), tree_rest(progress)
     arrays, history = on_mesh_of((run_arrays, arrays), (arrays, history))
     place = placement((arrays, history))
     kept_room = room if reporter.wants_entries else None
@@ -180,12 +148,12 @@ def run_in_segments(
     pace = _pace_of(program)
 
     def metrics() -> dict[str, Any]:
-        return jax.device_get(_whole(arrays, progress_rest).metrics)
+        return jax.device_get(tree_joined(arrays, progress_rest).metrics)
 
     def save(entries: PyTree[Array]) -> None:
         assert checkpoint is not None
         place = None if stream is None else stream.place
-        checkpoint.write(identity, _whole(arrays, progress_rest), entries, place)
+        checkpoint.write(identity, tree_joined(arrays, progress_rest), entries, place)
 
     with heed_interruption() as interruption:
         while done < num_steps and not stopped and not asked_to_end():
@@ -228,7 +196,7 @@ def run_in_segments(
                 save(_first(history, done // save_every))
                 saved = done
         interrupted = asked_to_end()
-    progress = _whole(arrays, progress_rest)
+    progress = tree_joined(arrays, progress_rest)
     reporter.ends(progress, first, done, interrupted)
     history = _first(history, done // save_every)
     if checkpoint is not None and saved < done and not bool(progress.verdict.failed):

@@ -26,14 +26,11 @@ class Halves(NamedTuple):
     whole: Any
 
 
-def split(fn: Callable[[PyTree[Array]], tuple[Any, Any, Any]], at: PyTree) -> Halves:
-    """Cuts `fn`, which returns `(state, facts, later)`, behind what `state` and `facts`
-    need. `fn` is traced once, and each of its equations ends up in one of the halves; but
-    a large sum or product of numbers is in both, if both need it.
-
-    `at` is an argument, or the shapes of one.
+def split(closed: Any, shapes: tuple[PyTree, PyTree, PyTree]) -> Halves:
+    """Cuts the program of a function, which returns `(state, facts, later)` of these
+    `shapes`, behind what `state` and `facts` need. Each of its equations ends up in one
+    of the halves; but a large sum or product of numbers is in both, if both need it.
     """
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(at)
     program, later = closed.jaxpr, shapes[2]
     num_state = len(jtu.tree_leaves(shapes[0]))
     num_now = num_state + len(jtu.tree_leaves(shapes[1]))
