@@ -85,12 +85,14 @@ def traced_once(fn: Any, *args: Any) -> tuple[Any, Any]:
     does not trace `fn` again.
 
     Values of a transformation around us that `fn` closes over would be further arguments
-    of that jaxpr. Then they are its constants instead, and nothing is kept.
+    of that jaxpr. Then they are its constants instead, and nothing is kept; nor with
+    `EQX_ON_ERROR=breakpoint`, where Equinox makes `jax.jit` do nothing.
     """
-    traced = fn.trace(*args)
-    if len(traced.jaxpr.in_avals) == len(jax.tree.leaves(args[1:])):
-        return traced.jaxpr, traced.out_info
-    plain = ft.partial(fn.__wrapped__, args[0])
+    if hasattr(fn, "trace"):
+        traced = fn.trace(*args)
+        if len(traced.jaxpr.in_avals) == len(jax.tree.leaves(args[1:])):
+            return traced.jaxpr, traced.out_info
+    plain = ft.partial(getattr(fn, "__wrapped__", fn), args[0])
     return jax.make_jaxpr(plain, return_shape=True)(*args[1:])
 
 

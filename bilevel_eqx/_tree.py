@@ -232,7 +232,11 @@ def tree_rest(tree: PyTree) -> Rest:
     """All of `tree` but its arrays."""
     leaves, treedef = jtu.tree_flatten(tree)
     others = tuple(None if eqx.is_array(u) else u for u in leaves)
-    return _interned(treedef, others, tuple(map(type, others)))
+    parts = treedef, others, tuple(map(type, others))
+    try:
+        return _interned(*parts)
+    except TypeError:  # something in it has no hash
+        return Rest(*parts)
 
 
 def tree_arrays(tree: PyTree) -> list:

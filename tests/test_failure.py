@@ -158,7 +158,7 @@ def test_threads_keep_their_sentences(way):
 #
 
 _PROGRAM = """
-import equinox as eqx, jax, jax.numpy as jnp, lineax as lx
+import equinox as eqx, jax, jax.numpy as jnp, lineax as lx, optax
 import bilevel_eqx as blx
 
 problem = blx.BilevelProblem(
@@ -173,6 +173,13 @@ def hypergradient(anchor):
 def step(x):
     return blx.best_response(problem, x, jnp.zeros(()), response)
 
+def run(y):
+    pipeline = blx.GradientPipeline(blx.Unrolled(optax.sgd(0.5), 1), optax.sgd(0.1))
+    solution = blx.solve(
+        problem, blx.WarmStart(), y, y, pipeline=pipeline, num_steps=3, certify=False
+    )
+    return jnp.isfinite(solution.value)
+
 bad, batch = jnp.zeros(()), jnp.arange(2.0)
 calls = {
     "plain": lambda: hypergradient(bad),
@@ -181,6 +188,7 @@ calls = {
     "vmap": lambda: eqx.filter_jit(jax.vmap(hypergradient))(batch),
     "grad": lambda: jax.jit(jax.grad(step))(batch[1]),
     "well": lambda: jax.jit(hypergradient)(batch[1]),
+    "solve": lambda: run(batch[1]),
 }
 for name, call in calls.items():
     try:
@@ -212,6 +220,7 @@ _EXPECTED = {
         vmap raised EquinoxRuntimeError True
         grad raised JaxRuntimeError True
         well returned 1.0
+        solve returned True
     """,
     # The one of a batch that is well stays so.
     "nan": """
@@ -221,6 +230,7 @@ _EXPECTED = {
         vmap returned [nan, 1.0]
         grad returned nan
         well returned 1.0
+        solve returned True
     """,
     "off": """
         plain returned 1.0
@@ -229,6 +239,7 @@ _EXPECTED = {
         vmap returned [1.0, 1.0]
         grad returned 1.0
         well returned 1.0
+        solve returned True
     """,
 }
 
@@ -252,7 +263,7 @@ def test_on_error_breakpoint():
         assert "Opening a breakpoint" in before
         assert "The inner gradient has norm 0.5." in before
         assert value == "nan"
-    assert said["well"][1] == "1.0"
+    assert said["well"][1] == "1.0" and said["solve"][1] == "True"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._arguments import says
-from .._depends_on import depends_on
+from .._depends_on import depends_on, last_argument_matters
 from .._linalg.power_iteration import DENSE_SIZE
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
@@ -314,7 +314,7 @@ def hessian_depends_on_y(
     problem: AbstractBilevelProblem, x: PyTree[Array], y: PyTree[Array]
 ) -> bool:
     """Whether the inner Hessian depends on y, so that S(x) need not be a plane."""
-    return depends_on(lambda y: _hessian_times_ones(problem, x, y), y)
+    return last_argument_matters(_hessian_times_ones, problem, x, y)
 
 
 def hessian_depends_on_x(
@@ -344,7 +344,7 @@ class HessianAt(eqx.Module):
 
 
 def _is_curved_residual(problem, x, y):
-    return depends_on(lambda y: _jacobian_times_ones(problem, x, y), y)
+    return last_argument_matters(_jacobian_times_ones, problem, x, y)
 
 
 def _jacobian_varies(problem, x, y):
