@@ -30,9 +30,7 @@ TITLES = {
 RINGS = ("1st ring", "2nd ring", "3rd ring")
 
 
-def options(
-    doc: str | None, steps: int, quick_steps: int, quick_width: int
-) -> argparse.Namespace:
+def options(doc: str | None, steps: int, quick_steps: int) -> argparse.Namespace:
     """The command line. A network learns in proportion to its width at the same rate:
     narrower ones get a higher rate."""
     parser = arguments(doc)
@@ -40,13 +38,14 @@ def options(
     parser.add_argument(
         "--steps", type=int, help=f"outer steps ({steps:,}; quick: {quick_steps:,})"
     )
+    parser.add_argument("--width", type=int, default=200, help="hidden units (200)")
     parser.add_argument(
-        "--width", type=int, help=f"hidden units (200; quick: {quick_width})"
+        "--points", type=int, help="points on each ring (100, as in the paper; quick: 50)"
     )
     args = parser.parse_args()
     args.seeds = args.seeds or (1 if args.quick else 3)
     args.steps = args.steps or (quick_steps if args.quick else steps)
-    args.width = args.width or (quick_width if args.quick else 200)
+    args.points = args.points or (50 if args.quick else 100)
     args.rate = 1e-3 * 200 / args.width
     return args
 
@@ -61,7 +60,7 @@ def each_seed(
     """A part of the figure for each seed, with lines on what came out."""
 
     def run(seed: int) -> dict[str, Any]:
-        problem, x0, y0 = task(jr.key(seed), args.width)
+        problem, x0, y0 = task(jr.key(seed), args)
         return experiment(problem, x0, y0, args.steps, args.rate, keep)
 
     records = []
@@ -71,6 +70,7 @@ def each_seed(
             lambda seed=seed: run(seed),
             steps=args.steps,
             width=args.width,
+            points=args.points,
             rate=args.rate,
             keep=keep,
         )
@@ -93,7 +93,7 @@ def draw(
     figure: Figure, record: Record, task: Callable, args: argparse.Namespace
 ) -> None:
     """What each of the three networks has learned, from what, on the first seed."""
-    problem, _, y0 = task(jr.key(0), args.width)
+    problem, _, y0 = task(jr.key(0), args)
     _, unravel = ravel_pytree(y0)
     # As far as the network that is drawn has come.
     until = int(len(record["points"]) * record["kept at"] / args.steps)

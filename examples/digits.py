@@ -76,7 +76,7 @@ class Budget(NamedTuple):
 
 
 FULL = Budget(warm=8000, cold=300, unroll=100, retrain=2000, direct=150)
-QUICK = Budget(warm=4000, cold=60, unroll=100, retrain=500, direct=60)
+QUICK = Budget(warm=2000, cold=40, unroll=100, retrain=500, direct=60)
 SAVE_EVERY = 20
 # How many images the outer objective is estimated on.
 BATCH = 100

@@ -36,9 +36,14 @@ from dataset_distillation import experiment
 from bilevel_eqx import tasks
 
 
-def soft_labels(key, width):
+def soft_labels(key, args):
     problem, x0, y0 = tasks.rings(
-        key, num_classes=3, num_distilled=2, learn_labels=True, width=width
+        key,
+        num_classes=3,
+        num_distilled=2,
+        learn_labels=True,
+        width=args.width,
+        points_per_class=args.points,
     )
     return problem, x0 | {"logits": x0["logits"] + jnp.eye(2, 3)}, y0
 
@@ -59,7 +64,7 @@ def classes_claim(records):
 
 
 def main():
-    args = options(__doc__, steps=20_000, quick_steps=10_000, quick_width=200)
+    args = options(__doc__, steps=20_000, quick_steps=10_000)
     figure = Figure("soft_labels", args)
     records = each_seed(figure, args, soft_labels, experiment, keep="best")
     draw(figure, records[0], soft_labels, args)

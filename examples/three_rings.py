@@ -28,12 +28,13 @@ from dataset_distillation import experiment
 from bilevel_eqx import tasks
 
 
-def three_rings(key, width):
-    return tasks.rings(key, num_classes=3, width=width)
+def three_rings(key, args):
+    sizes = {"width": args.width, "points_per_class": args.points}
+    return tasks.rings(key, num_classes=3, **sizes)
 
 
 def main():
-    args = options(__doc__, steps=12_000, quick_steps=10_000, quick_width=200)
+    args = options(__doc__, steps=12_000, quick_steps=10_000)
     figure = Figure("three_rings", args)
     records = each_seed(figure, args, three_rings, experiment, keep="best")
     draw(figure, records[0], three_rings, args)
