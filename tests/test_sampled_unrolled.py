@@ -1,9 +1,12 @@
 """Unrolled steps on mini-batches, and with rates that are outer variables."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 import pytest
 from helpers import tree_allclose
@@ -14,7 +17,8 @@ from bilevel_eqx._problem.sampling import Epochs
 
 SIZE, DIM, BATCH, K, RATE = 11, 3, 4, 5, 0.3
 KEY = jr.key(3)
-A, B = jr.normal(jr.key(0), (SIZE, DIM)), jr.normal(jr.key(1), (SIZE,))
+_rng = np.random.default_rng(0)
+A, B = jnp.asarray(_rng.normal(size=(SIZE, DIM))), jnp.asarray(_rng.normal(size=SIZE))
 X, Y = jnp.array([0.3, -0.2, 0.1]), jnp.array([0.5, -1.0, 0.7])
 
 
@@ -33,6 +37,7 @@ def penalty(x, y):
 problem = blx.FiniteSumProblem(losses, losses, (A, B), (A, B), inner_penalty=penalty)
 
 
+@functools.cache
 def _all_batches():
     """The indices, the weights and the keys of the first batches."""
     samples_key, losses_key = jr.split(jr.split(KEY)[0])
@@ -41,9 +46,6 @@ def _all_batches():
         jax.vmap(lambda count: Epochs(SIZE, BATCH)(samples_key, count))
     )(counts)
     return indices, weights, jax.vmap(lambda count: jr.fold_in(losses_key, count))(counts)
-
-
-BATCHES = _all_batches()
 
 
 def by_hand(x, y, start, num_steps=K, rates=None, momentum=0.9):
@@ -60,7 +62,7 @@ def by_hand(x, y, start, num_steps=K, rates=None, momentum=0.9):
         trace = jax.grad(f)(y) + momentum * trace
         return (y - rate * trace, trace), None
 
-    batches = jax.tree.map(lambda u: u[start : start + num_steps], BATCHES)
+    batches = jax.tree.map(lambda u: u[start : start + num_steps], _all_batches())
     return jax.lax.scan(step, (y, jnp.zeros(DIM)), (rates, *batches))[0][0]
 
 
