@@ -579,3 +579,173 @@ def test_refusals():
     )
     with pytest.raises(ValueError, match=r"project_y\(y\).*nearest point"):
         blx.hypergradient(elsewhere, x, y0, _responses["pinv"])
+
+
+#
+# The step size of the condition y = proj(y - t f_y): what f has no curvature along
+#
+
+
+class PartlyLinear(blx.AbstractBilevelProblem):
+    """y[0] = x / slope, and y[1] rests at its bound, where f is linear in it."""
+
+    slope: Array
+    sign: Array
+
+    def outer(self, x, y):
+        return (y[0] - 1) ** 2 + y[1]
+
+    def inner(self, x, y):
+        return self.sign * 0.5 * (self.slope * y[0] - x) ** 2 + y[1]
+
+    def project_y(self, y):
+        return jnp.clip(y, 0.0, 10.0)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_a_linear_variable_at_its_bound(dtype):
+    # x over the slope is no number of few digits, so that y[0] is right to rounding only.
+    slope, one = jnp.asarray(0.3, dtype), jnp.ones((), dtype)
+    eps = float(jnp.finfo(dtype).eps)
+    response = blx.Implicit(blx.ProjectedGradient(), blx.Pseudoinverse())
+    problem, y0 = PartlyLinear(slope, one), jnp.zeros(2, dtype)
+
+    @jax.jit
+    def found(x):
+        out = blx.hypergradient(problem, x, y0, response)
+        return out.gradient, blx.certify(problem, blx.Stackelberg(), x, out.y).residuals
+
+    for x in (0.1, 0.2, 0.37, 0.77):
+        x = jnp.asarray(x, dtype)
+        gradient, residuals = found(x)
+        truth = 2 * (float(x) / float(slope) - 1) / float(slope)
+        assert np.isclose(gradient, truth, rtol=1e3 * eps, atol=0)
+        assert residuals["inner"] < 100 * eps and residuals["outer"] > 0.1
+
+
+def test_a_linear_variable_hides_no_maximum():
+    concave = PartlyLinear(jnp.array(0.3), jnp.array(-1.0))
+    x, y = jnp.array(0.1), jnp.array([0.1 / 0.3, 0.0])
+    found = blx.certify(concave, blx.WarmStart(), x, y).residuals
+    assert found["inner"] < 1e-12 and found["inner curvature"] > 0.1
+
+    # The same in x.
+    game = blx.BilevelProblem(
+        lambda x, y: -0.5 * (0.3 * x[0] - 0.7) ** 2 + x[1] + y**2,
+        lambda x, y: 0.5 * y**2,
+        project_x=lambda x: jnp.clip(x, 0.0, 10.0),
+    )
+    x = jnp.array([0.7 / 0.3, 0.0])
+    found = blx.certify(game, blx.Nash(), x, jnp.array(0.0)).residuals
+    assert found["outer"] < 1e-12 and found["outer curvature"] > 0.1
+
+
+class OnAFace(blx.AbstractBilevelProblem):
+    """A quadratic of which some variables rest at a bound, with any multipliers."""
+
+    H: Array
+    C: Array
+    rest: Array
+    multipliers: Array
+
+    def outer(self, x, y):
+        return jnp.sum(jnp.sin(y))
+
+    def inner(self, x, y):
+        move = y - self.rest
+        return 0.5 * move @ self.H @ move - move @ (self.C @ x) + self.multipliers @ y
+
+    def project_y(self, y):
+        return jnp.clip(y, 0.0, 1e7)
+
+
+def test_multipliers_of_any_size():
+    """The face is that of y though free variables have residuals, and multipliers are
+    small or large beside the curvature, which may vanish where y is at a bound."""
+    rng, size, num_free, count = np.random.default_rng(0), 6, 3, 60
+    H = np.zeros((count, size, size))
+    factors = rng.normal(size=(count, num_free + 1, num_free))
+    H[:, :num_free, :num_free] = np.einsum("kij,kil->kjl", factors, factors)
+    C = rng.normal(size=(count, size, 2))
+    rest, multipliers = np.zeros((2, count, size))
+    rest[:, :num_free] = 10 ** rng.uniform(-1, 6, (count, num_free))
+    multipliers[:, num_free:] = 10 ** rng.uniform(-6, 6, (count, size - num_free))
+    y = rest * (1 + 1e-14 * rng.normal(size=rest.shape))
+    problems = OnAFace(*map(jnp.asarray, (H, C, rest, multipliers)))
+    response = blx.Implicit(None, blx.Pseudoinverse(), tolerance=None)
+
+    @jax.jit
+    @jax.vmap
+    def gradients(problem, y):
+        return blx.hypergradient(problem, jnp.zeros(2), y, response).gradient
+
+    for k, gradient in enumerate(gradients(problems, jnp.asarray(y))):
+        free = np.linalg.solve(H[k, :num_free, :num_free], C[k, :num_free])
+        truth = free.T @ np.cos(rest[k, :num_free])
+        assert np.allclose(gradient, truth, rtol=1e-6, atol=0), k
+
+
+class LinearInY(blx.AbstractBilevelProblem):
+    """f is linear in y, on a ball or on a box, in any units of f and of y."""
+
+    unit_f: Array
+    unit_y: Array
+    direction: Array
+    target: Array
+    is_ball: bool = eqx.field(static=True)
+
+    def outer(self, x, y):
+        return jnp.sum((y / self.unit_y - self.target) ** 2) + jnp.sum((x - 1) ** 2)
+
+    def inner(self, x, y):
+        slope = self.direction + x if self.is_ball else self.direction * x
+        return self.unit_f * jnp.sum(slope * y) / self.unit_y
+
+    def project_y(self, y):
+        if self.is_ball:
+            return project.projection_l2_ball(y, self.unit_y)
+        return jnp.clip(y, -self.unit_y, self.unit_y)
+
+
+UNITS = ((1.0, 1.0), (1e-8, 1.0), (1e8, 1.0), (1.0, 1e-8), (1.0, 1e8), (1e-3, 1e3))
+
+
+def test_a_linear_inner_objective_in_any_units():
+    direction, x = jnp.array([1.5, 2.5, -0.5]), jnp.ones(3)
+    points = {"least": [-1.0, -1, 1], "largest": [1.0, 1, -1], "neither": [0.0, 0.5, 0]}
+
+    @jax.jit
+    def residuals(unit_f, unit_y, y):
+        problem = LinearInY(unit_f, unit_y, direction, jnp.ones(3), False)
+        return blx.certify(problem, blx.WarmStart(), x, unit_y * y).residuals
+
+    for name, y in points.items():
+        first = residuals(*map(jnp.asarray, (1.0, 1.0)), jnp.array(y))
+        assert (first["inner"] < 1e-12) if name == "least" else (first["inner"] > 0.1)
+        for units in UNITS[1:]:
+            found = residuals(*map(jnp.asarray, units), jnp.array(y))
+            for key, value in found.items():
+                assert np.isclose(value, first[key], rtol=1e-6, atol=1e-12), (units, key)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_a_linear_inner_objective_on_a_ball(dtype):
+    a, t, x = np.array([[1.0, 2, -1], [0.6, 0, 0.8], [0.1, 0.2, 0.3]])
+    length = np.linalg.norm(a + x)
+    n = (a + x) / length
+    truth = -(np.eye(3) - np.outer(n, n)) / length @ (2 * (-n - t)) + 2 * (x - 1)
+    response = blx.Implicit(blx.ProjectedGradient(), blx.Pseudoinverse())
+    eps = float(jnp.finfo(dtype).eps)
+    a, t, x = (jnp.asarray(u, dtype) for u in (a, t, x))
+
+    @jax.jit
+    def found(unit_f, unit_y, y):
+        problem = LinearInY(unit_f, unit_y, a, t, True)
+        return blx.hypergradient(problem, x, y, response)
+
+    for units in UNITS:
+        unit_f, unit_y = (jnp.asarray(unit, dtype) for unit in units)
+        # From the center. A minimum that is right to the last bit is no failure.
+        out = found(unit_f, unit_y, jnp.zeros(3, dtype))
+        assert np.allclose(out.y / unit_y, -n, rtol=0, atol=30 * eps)
+        assert np.allclose(out.gradient, truth, rtol=0, atol=100 * eps)

@@ -28,6 +28,8 @@ class _ProjectedState(eqx.Module):
     ahead: PyTree[Array]
     momentum: Scalar
     step_size: Scalar
+    # Whether f has shown no curvature yet, as where it is linear.
+    flat: Bool[Array, ""]
     num_steps: Int[Array, ""]
     terminate: Bool[Array, ""]
 
@@ -38,7 +40,8 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
 
     It solves inner problems with constraints to convergence. The step size starts at one
     over an estimate of the largest curvature, and is halved if the curvature of f is
-    larger. The momentum is reset if it leads uphill.
+    larger. Where f has none, as if it is linear, it is doubled with each step until one
+    has to be taken back. The momentum is reset if it leads uphill.
 
     It supports the option `projection` of `optimistix.minimise`, a function of y. The
     responses of this package pass the projection of the problem. Without this option
@@ -82,7 +85,10 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
         curvature = largest_curvature(lambda y: fn(y, args)[0], y)
         step_size = (0.9 / nonzero(curvature)).astype(dtype)
         one, start = jnp.ones((), dtype), _projection(options)(y)
-        return _ProjectedState(start, one, step_size, jnp.array(0), jnp.array(False))
+        none = jnp.array(0)
+        return _ProjectedState(
+            start, one, step_size, curvature == 0, none, jnp.array(False)
+        )
 
     def step(self, fn, y, args, options, state, tags):
         project = _projection(options)
@@ -115,7 +121,8 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
         state = _ProjectedState(
             tree_where(accepted, new_ahead, y),
             where(accepted, momentum, 1),
-            where(accepted, t, 0.5 * t),
+            where(accepted, where(state.flat, 2 * t, t), 0.5 * t),
+            state.flat & accepted,
             num_steps,
             small | (num_steps >= self.max_steps) | ~jnp.isfinite(length),
         )

@@ -31,6 +31,7 @@ from .._tree import (
     tree_cast,
     tree_dot,
     tree_materialised,
+    tree_norm,
     tree_scale,
     tree_struct,
     tree_sub,
@@ -66,6 +67,10 @@ class Stationarity(eqx.Module):
         """That of the solution along the residual, if H does not depend on y."""
         g = self.residual
         Hg = self.free_hessian.mv(g)
+        if self._tangent is not None:
+            # The derivative of the residual is (I - D) / t + D H.
+            across = tree_sub(g, self.along(g))
+            Hg = tree_axpy(1 / self.step_size, across, self.along(Hg))
         gg = tree_dot(g, g)
         if lx.is_symmetric(self.free_hessian):
             curvature = jnp.abs(tree_dot(g, Hg))
@@ -167,7 +172,7 @@ class Convex(AbstractSet):
         return tree_sub(at, self.project(tree_sub(at, gradient)))
 
     def stationarity(self, gradient, hessian, at, tags=()):
-        t = _step_size(gradient, hessian)
+        t = _step_size(self, gradient, hessian, at)
         moved, push = jax.linearize(self.project, tree_axpy(-t, gradient, at))
         D = lx.FunctionLinearOperator(push, tree_struct(at), lx.symmetric_tag)
 
@@ -220,13 +225,35 @@ def _projected_jvp(primals, tangents):
     return eqx.filter_jvp(cast, primals, tangents)
 
 
-def _step_size(gradient: PyTree[Array], hessian: lx.AbstractLinearOperator) -> Scalar:
-    """That of steepest descent. The derivative depends on it only by rounding."""
-    gradient = jax.lax.stop_gradient(gradient)
-    curvature = jnp.abs(tree_dot(gradient, hessian.mv(gradient)))
-    square = tree_dot(gradient, gradient)
-    t = where((curvature == 0) | (square == 0), 1, square / nonzero(curvature))
-    return jax.lax.stop_gradient(t)
+def _step_size(
+    convex: Convex,
+    gradient: PyTree[Array],
+    hessian: lx.AbstractLinearOperator,
+    at: PyTree[Array],
+) -> Scalar:
+    """That of steepest descent, along what a projection leaves of the step.
+
+    The derivative depends on it only by rounding.
+
+    Along the whole gradient it would be as long as one likes: most of a gradient may be
+    the multiplier of a bound, and H may vanish there. What is free, and stationary but
+    for rounding, would then be moved far away. Nor is a step longer than the variables:
+    where H vanishes altogether, nothing else has their units.
+    """
+    gradient, at = jax.lax.stop_gradient((gradient, at))
+    size, slope = tree_norm(at), tree_norm(gradient)
+    most = where((size == 0) | (slope == 0), jnp.inf, size / nonzero(slope))
+
+    def along(direction, otherwise):
+        curvature = jnp.abs(tree_dot(direction, hessian.mv(direction)))
+        square = tree_dot(direction, direction)
+        t = jnp.minimum(square / nonzero(curvature), most)
+        known = (curvature != 0) & (square != 0) & jnp.isfinite(t)
+        return where(known, t, otherwise)
+
+    t = along(gradient, where(jnp.isfinite(most), most, 1))
+    left = convex.remaining_step(tree_scale(t, gradient), at)
+    return jax.lax.stop_gradient(along(left, t))
 
 
 def _set(projection: Callable | None) -> AbstractSet:
