@@ -20,8 +20,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore
     inner_not_converged = (
         "The inner solve did not converge, but the Jacobian of this response is right "
         "only at an inner minimum. Give the inner solver more steps or a larger step "
-        "size, or use `Proximal`, which assumes less. If the inner objective has kinks "
-        "(an L1 norm, a hinge, ReLUs), that does not help: state the kinks as "
+        "size, or use `Proximal`, which assumes less. If the inner objective has no "
+        "minimum, y runs off: bound y (`project_y`), or add a penalty on y. If it has "
+        "kinks (an L1 norm, a hinge, ReLUs), more steps do not help: state the kinks as "
         "constraints (`project_y`), or smooth them. If it is smooth and an approximate "
         "hypergradient is enough, use `Unrolled`, which assumes nothing, or raise the "
         "`tolerance` of the response (`None` accepts any point)."
