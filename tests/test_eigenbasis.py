@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import dtypes
 
-from bilevel_eqx._linalg.eigenbasis import lanczos
+from bilevel_eqx._linalg.eigenbasis import block_lanczos, lanczos
 
 
 def _run(values, num_steps, seed=0):
@@ -51,3 +51,33 @@ def test_a_krylov_space_that_ends(dtype):
     distances = np.abs(found[:, None] - np.array([1.0, 2.0, 7.0]))
     assert np.all(distances.min(axis=0) < tolerance)
     assert 1 - tolerance < found.min() and found.max() < 7 + tolerance
+
+
+def test_the_space_of_two_vectors():
+    """It has both, unlike that of their sum; and one that adds nothing takes no steps."""
+    rng = np.random.default_rng(0)
+    values = np.geomspace(0.1, 1, 300)
+    a, b = rng.normal(size=(2, 300))
+
+    @jax.jit
+    def run(starts):
+        operator = lx.FunctionLinearOperator(
+            lambda v: jnp.asarray(values) * v, jax.eval_shape(lambda: starts[0])
+        )
+        return block_lanczos(operator, starts, 80)
+
+    def solved(v, first, second):
+        starts = jnp.stack([jnp.asarray(first), jnp.asarray(second)])
+        basis, ritz, rotation, errors = map(np.asarray, run(starts))
+        V = basis.T @ rotation
+        residual = np.linalg.norm(values[:, None] * V - V * ritz, axis=0)
+        assert np.max(np.abs(errors - residual)) < 1e-13
+        assert np.max(np.abs(basis @ basis.T - np.eye(80))) < 1e-13
+        return np.linalg.norm(V @ ((V.T @ v) / ritz) - v / values)
+
+    # Forty steps of conjugate gradients each, with a condition number of ten.
+    bound = 2 * ((10**0.5 - 1) / (10**0.5 + 1)) ** 40 * 10 * np.linalg.norm(a)
+    assert max(solved(v, a, b) for v in (a, b)) < bound
+    # Eighty.
+    for second in (0 * a, -3 * a):
+        assert solved(a, a, second) < 1e-13 * np.linalg.norm(a / values)

@@ -481,3 +481,46 @@ def test_a_large_certificate_takes_no_more_products_than_allowed(concept, num_pr
     rough = blx.certify(problem, concept, x, y, max_products=12)
     assert rough.accuracy > certificate.accuracy
     assert "linear solves behind these" in str(rough)
+
+
+def _large_cold_start(size=1500):
+    """A cold-start equilibrium in closed form; H has a thousand distinct eigenvalues, and
+    five hundred that are zero."""
+    rng = np.random.default_rng(0)
+    values = np.where(np.arange(size) < 1000, np.geomspace(1, 0.1, size), 0)
+    c, y0 = rng.normal(size=(2, size))
+    U = np.stack([np.sin(np.arange(size)), np.ones(size)], axis=1)
+    U = np.where(values[:, None] > 0, U, 0)
+
+    def outer(x, y):
+        return 0.5 * jnp.sum((y - c) ** 2) + 0.5 * jnp.sum(x**2)
+
+    def inner(x, y):
+        return 0.5 * jnp.sum(values * (y - U @ x) ** 2)
+
+    # The nearest inner minimum is U x where H is not zero, and y0 elsewhere.
+    x = np.linalg.solve(U.T @ U + np.eye(2), U.T @ c)
+    y = np.where(values > 0, U @ x, y0)
+    return blx.BilevelProblem(outer, inner), x, y, y0
+
+
+@pytest.mark.slow
+def test_a_large_cold_start_stated_plainly():
+    """H^+ is right on F_y and on y - y0 alike: the space of their sum has neither."""
+    problem, x, y, y0 = _large_cold_start()
+
+    def certified(y, max_products=128):
+        arguments = problem, blx.ColdStart(), jnp.asarray(x), jnp.asarray(y)
+        return blx.certify(*arguments, y0=jnp.asarray(y0), max_products=max_products)
+
+    known = certified(y)
+    assert known.largest < 1e-8 and known.accuracy < 1e-8
+    # What is not right is said to be not right; and few products are no error.
+    rough = certified(y, 16)
+    assert rough.largest > 0.1 and rough.accuracy > 0.1
+    # One percent along S(x), and across it.
+    moved = 0.01 * np.random.default_rng(1).normal(size=y.size)
+    along = np.where(np.arange(y.size) < 1000, 0, moved)
+    assert certified(y + along).residuals["displacement"] > 1e-3
+    across = certified(y + moved - along).residuals
+    assert across["inner"] > 1e-3 and across["displacement"] < 1e-8

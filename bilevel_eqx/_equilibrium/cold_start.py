@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+import jax.numpy as jnp
+
 from .._linalg.eigenbasis import negative_curvature
 from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.nearest import Displacement
@@ -55,6 +57,10 @@ class ColdStart(AbstractEquilibrium):
         along_set, tangential = nearest.curvatures(outer.y)
         at = measure(here, outer, tangential)
         along = vector_norm(here.project(nearest.displacement))
+        accuracy = at.accuracy
+        if not here.is_dense:
+            projected = here.accuracy_of_projection(outer.y, nearest.displacement)
+            accuracy = jnp.maximum(accuracy, projected)
         return Certificate(
             "a cold start",
             {
@@ -69,7 +75,7 @@ class ColdStart(AbstractEquilibrium):
                 ),
                 **at.stationary("x is stationary for F(x, proj(y0, S(x)))"),
             },
-            accuracy=at.accuracy,
+            accuracy=accuracy,
             decisions=at.decisions,
             notes=(*at.notes, NOT_A_MINIMUM),
         )

@@ -22,6 +22,7 @@ from .._tree import (
     tree_struct,
     tree_sub,
     tree_zeros_like,
+    vector_norm,
     where,
 )
 from .decompositions import eigh, svd
@@ -149,6 +150,60 @@ def lanczos(
     return basis, values, rotation, betas[-1]
 
 
+def block_lanczos(
+    operator: lx.AbstractLinearOperator, starts: Float[Array, "p n"], num_steps: int
+) -> tuple[
+    Float[Array, "k n"], Float[Array, " k"], Float[Array, "k k"], Float[Array, " k"]
+]:
+    """Ritz values of a symmetric operator in the Krylov space of several vectors.
+
+    It takes `num_steps` products. The space contains that of each vector with
+    `num_steps / p` of them; a vector that is zero, or that the space has already, takes
+    none. Returns an orthonormal basis in rows; the Ritz values in ascending order; the
+    Ritz vectors in that basis, in columns; and the error bound of each Ritz value.
+
+    It is a band form of Lanczos' method (Ruhe, *Implementation aspects of band Lanczos
+    algorithms for computation of eigenvalues of large sparse symmetric matrices*, 1979).
+    """
+    num_starts, size = starts.shape
+    eps = jnp.finfo(starts.dtype).eps
+
+    def append(basis, count, vector, scale):
+        """The basis with the direction of a vector that is not in its span."""
+        shares = basis @ vector
+        rest = vector - shares @ basis
+        # Twice, for rounding. Not with the last vectors of the basis alone: what comes
+        # back of the others would look like curvature where there is none.
+        rest = rest - (basis @ rest) @ basis
+        length = vector_norm(rest)
+        is_new = length > 10 * eps * scale
+        length = where(is_new, length, 0)
+        row = where(is_new, rest / where(is_new, length, 1), 0)
+        basis, shares = basis.at[count].set(row), shares.at[count].set(length)
+        return basis, where(is_new, count + 1, count), shares
+
+    def step(carry, k):
+        basis, count, scale = carry
+        image = operator.mv(basis[k])
+        scale = jnp.maximum(scale, vector_norm(image))
+        basis, count, shares = append(basis, count, image, scale)
+        return (basis, count, scale), shares
+
+    basis = jnp.zeros((num_steps + num_starts, size), starts.dtype)
+    count, scale = jnp.array(0), jnp.zeros((), starts.dtype)
+    for start in starts:
+        basis, count, _ = append(basis, count, start, vector_norm(start))
+    carry = basis, count, scale
+    (basis, *_), rows = jax.lax.scan(step, carry, jnp.arange(num_steps))
+    basis, inside, outside = basis[:num_steps], rows[:, :num_steps], rows[:, num_steps:]
+    # Once the Krylov space is exhausted, a value from inside the spectrum.
+    exhausted = jnp.sum(basis**2, axis=1) == 0
+    inside = 0.5 * (inside + inside.T) + jnp.diag(where(exhausted, inside[0, 0], 0))
+    values, rotation = eigh(inside)
+    errors = jnp.sqrt(jnp.sum((outside.T @ rotation) ** 2, axis=0))
+    return basis, values, rotation, errors
+
+
 def extreme_eigenvalues(
     operator: lx.AbstractLinearOperator, num_products: int
 ) -> tuple[Scalar, Scalar, float]:
@@ -181,7 +236,7 @@ def eigenbasis_within(
 ) -> Eigenbasis:
     """The eigenvectors of an operator W within a subspace: of P W P, in the range of P.
 
-    If W is not a matrix, it takes `num_steps` products with it, one at least.
+    If W is not a matrix, it takes `num_steps` products with it, two at least.
 
     Eigenvalues and eigenvectors orthogonal to the subspace are exactly zero. Otherwise
     their rounding errors would look like curvature if the subspace is small or empty.
@@ -189,8 +244,8 @@ def eigenbasis_within(
     if isinstance(operator, lx.MatrixLinearOperator):
         size = nonzero(jnp.sqrt(jnp.sum(operator.as_matrix() ** 2)))
     else:
-        num_power_steps = min(NUM_STEPS, num_steps // 3)
-        num_steps = num_steps - num_power_steps
+        num_power_steps = max(1, min(NUM_STEPS, num_steps // 3))
+        num_steps = max(1, num_steps - num_power_steps)
         size = nonzero(largest_magnitude(operator.mv, start, num_power_steps))
 
     def moved_away(vector):

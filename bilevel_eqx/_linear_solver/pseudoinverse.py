@@ -26,20 +26,20 @@ from .._linalg.decompositions import (
     qr,
     svd,
 )
-from .._linalg.eigenbasis import lanczos
+from .._linalg.eigenbasis import block_lanczos, lanczos
 from .._linalg.low_rank import eigenvectors_of_low_rank
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.precision import in_full_precision
 from .._linalg.zero_curvature import clearance, ends, margin, uncertainty
 from .._tree import (
     Layout,
+    nonzero,
     tree_axpy,
     tree_dtype,
     tree_eps,
     tree_norm,
     tree_sub,
     tree_waves,
-    vector_norm,
     where,
 )
 
@@ -378,25 +378,32 @@ def _dense_factor_inverse(operator: LeastSquaresHessian, rcond) -> _DenseFactorI
 @in_full_precision
 def krylov_inverse(
     operator: lx.AbstractLinearOperator,
-    start: Float[Array, " n"],
+    starts: Float[Array, "p n"],
     num_products: int,
     is_curved: bool,
 ) -> _DenseInverse:
-    """The pseudoinverse of a symmetric operator on vectors within a Krylov space.
+    """The pseudoinverse of a symmetric operator on vectors within the Krylov space of
+    some vectors.
 
-    It takes `num_products` products, whatever it is applied to later. On `start` it is as
-    good as so many steps of conjugate gradients, and it is safe on an indefinite or a
-    singular operator. A Ritz value counts as zero if zero is within its error bound.
+    It takes `num_products` products, whatever it is applied to later. On each start it is
+    as good as its share of them in steps of conjugate gradients, and it is safe on an
+    indefinite or a singular operator. A Ritz value counts as zero if zero is within its
+    error bound. On a vector that does not depend on the starts it is not good.
     """
-    num_products = min(num_products, start.size)
-    size = vector_norm(start)
-    first = where(size == 0, tree_waves(start), start)
-    basis, values, rotation, last = lanczos(operator, first, num_products)
-    uncertain = uncertainty(values, start.size, curved=is_curved)
-    uncertain = jnp.maximum(uncertain, jnp.abs(last * rotation[-1]))
+    size = starts.shape[1]
+    sizes = jnp.sqrt(jnp.sum(starts**2, axis=1, keepdims=True))
+    first = where(jnp.all(sizes == 0), tree_waves(starts), starts / nonzero(sizes))
+    num_products = min(num_products, size)
+    if len(starts) == 1:
+        basis, values, rotation, last = lanczos(operator, first[0], num_products)
+        error = jnp.abs(last * rotation[-1])
+    else:
+        basis, values, rotation, error = block_lanczos(operator, first, num_products)
+    uncertain = uncertainty(values, size, curved=is_curved)
+    uncertain = jnp.maximum(uncertain, error)
     rows = [rotation.T @ basis]
     reciprocal, (rows,), clear = _truncated(values, rows, uncertain)
-    layout = Layout(start)
+    layout = Layout(starts[0])
     return _DenseInverse(rows, reciprocal, rows, values, clear, layout, layout)
 
 

@@ -122,6 +122,10 @@ class Displacement(NamedTuple):
         in_x, W = here.parts(push)
         num_steps = here.share_of_products(0.5, 84)
         along = here.project(u)
+        if here.is_plane and not here.is_dense:
+            # W is the identity, and all is along this vector.
+            basis = Eigenbasis(jnp.ones(1, u.dtype), along[:, None])
+            return basis, (u - along, tree_scale(-1, in_x(along)))
         basis = eigenbasis_within(here.project, W, along, num_steps)
         curvatures = where(basis.values == 0, jnp.inf, basis.values)
         v = basis.combine(basis.coordinates(along) / curvatures, along)

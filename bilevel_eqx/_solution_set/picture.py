@@ -509,6 +509,24 @@ class Picture(eqx.Module):
         # Not relative to H v alone: at an equilibrium v may lie in the null space.
         return left / nonzero(self.largest_curvature * size + image)
 
+    def accuracy_of_projection(self, *vectors: Float[Array, " n"]) -> Scalar:
+        """How far `project` is from a projection on the null space of H, for the worst of
+        some vectors: the part along S(x) is in the null space, and the rest in the range
+        of H. Asked of H, as `accuracy` is."""
+        H, size = self.at.hessian, nonzero(self.largest_curvature)
+
+        def wrong(vector):
+            along = self.project(vector)
+            across = H.mv(along) / size
+            if not self._knows_range:
+                # What a solver of least squares finds is in the range of H by itself.
+                return vector_norm(across) / nonzero(vector_norm(vector))
+            outside = vector - along - H.mv(self.pinv(vector))
+            across, outside, total = vector_norms(across, outside, vector)
+            return (across + outside) / nonzero(total)
+
+        return jnp.max(jax.vmap(wrong)(jnp.stack(vectors)))
+
     def moved(self, y: Float[Array, " n"]) -> "Picture":
         """The picture at another y of the same plane, where H is the same."""
         assert self.is_plane
@@ -583,11 +601,13 @@ def flat_picture(
             # solves.
             linear_solver = Pseudoinverse(max_steps=max(1, num_products // 2))
         else:
-            start = at.along(jax.grad(problem.outer, argnums=1)(x, y))
+            starts = [at.along(jax.grad(problem.outer, argnums=1)(x, y))]
             if anchor is not None:
-                start = _unit(start) + _unit(y - anchor)
+                # Not their sum: its space contains neither of them.
+                starts.append(y - anchor)
+                num_products = max(1, num_products - _PRODUCTS_OF_PROJECTIONS)
             inverse = krylov_inverse(
-                at.definite_hessian(), start, num_products, not is_plane
+                at.definite_hessian(), jnp.stack(starts), num_products, not is_plane
             )
     if inverse is None:
         # Factorised once, for all products with the pseudoinverse. Their derivatives do
@@ -661,12 +681,10 @@ def picture(
     return here, layout
 
 
-def _unit(vector: Float[Array, " n"]) -> Float[Array, " n"]:
-    return vector / nonzero(vector_norm(vector))
-
-
 # What a certificate takes beside the pseudoinverse: to measure its accuracy, for one.
 _FURTHER_PRODUCTS = 8
+# What `accuracy_of_projection` takes for two vectors.
+_PRODUCTS_OF_PROJECTIONS = 4
 
 
 def restore(
