@@ -181,6 +181,22 @@ def check_mesh_of_solve(tree: PyTree) -> None:
         )
 
 
+def check_mesh_of_operator(tree: PyTree, name: str) -> None:
+    """Refuses arrays on a mesh with Explicit axes for an operator that the user gets. Its
+    products are taken later, when no function of ours can move them."""
+    leaves = [u for u in jtu.tree_leaves(tree) if eqx.is_array(u)]
+    if any(_is_explicit(jax.typeof(u).sharding.mesh) for u in leaves):
+        raise ValueError(
+            f"`{name}` returns an operator of lineax, and lineax does not work with "
+            "arrays on a mesh with Explicit axes, which are JAX's default: such an array "
+            "is in the problem, x or y. Make the mesh with Auto axes: "
+            "`jax.make_mesh(shape, names, "
+            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))`. Or use "
+            "`hypergradient` or `best_response`, and differentiate it: they take both "
+            "kinds."
+        )
+
+
 def placement(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct] | None:
     """How the arrays of `tree` lie on their mesh, as shapes with shardings, which are a
     part of a program; `None` if none of them is on a mesh."""

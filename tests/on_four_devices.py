@@ -12,6 +12,7 @@ import jax.extend
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 import numpy as np
 import optax
 import pytest
@@ -384,3 +385,37 @@ def test_what_does_not_work_is_refused():
         )
         with pytest.raises(ValueError, match=sentence):
             jax.jit(mapped)(_put(jnp.stack([x] * 4), mesh, SPLIT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_outside_of_transformations(kind):
+    problem, x, y = _make()
+    wanted = problem.sample(jr.key(0), 8, None).inner(x, y)
+    mesh = _mesh(kind)
+    split = _put(problem, mesh, SPLIT)
+    x, y = _put(x, mesh, COPIED), _put(y, mesh, COPIED)
+    found = split.sample(jr.key(0), 8, None)
+    assert tree_allclose(found.inner(x, y), wanted, rtol=1e-12)
+    # On the mesh that was given.
+    assert found.inner_batch.samples[0].sharding.mesh == mesh
+
+
+def test_operators_on_a_mesh():
+    problem, x, y = _make()
+    make = {
+        "inner_hessian": blx.inner_hessian,
+        "cross_derivative": blx.cross_derivative,
+        "response_jacobian": lambda *args: blx.response_jacobian(*args, lx.LU()),
+    }
+    for name, fn in make.items():
+        vector = y if name == "inner_hessian" else x
+        wanted = fn(problem, x, y).mv(vector)
+        mesh = _mesh(AxisType.Auto)
+        there = [_put(problem, mesh, SPLIT), *_put((x, y), mesh, COPIED)]
+        found = fn(*there).mv(_put(vector, mesh, COPIED))
+        assert tree_allclose(found, wanted, rtol=1e-9)
+        mesh = _mesh(AxisType.Explicit)
+        there = [_put(problem, mesh, SPLIT), *_put((x, y), mesh, COPIED)]
+        for called in (fn, jax.jit(lambda *args, fn=fn: fn(*args).mv(args[1]))):
+            with pytest.raises(ValueError, match=f"`{name}` returns an operator"):
+                called(*there)

@@ -9,6 +9,7 @@ from .._arguments import as_variables
 from .._compat import is_traced
 from .._custom_types import typechecked
 from .._linalg.precision import in_full_precision_if_small
+from .._mesh import check_mesh_of_operator
 from .._problem.base import AbstractBilevelProblem
 from .._problem.checks import check_problem
 from .second import cross_derivative_operator, gradient_and_hessian
@@ -45,9 +46,11 @@ def inner_hessian(
     **Raises:**
 
     A `ValueError` if an objective is not a scalar, if the inner one does not depend on
-    y, or if a leaf of `x` or `y` is not a floating-point array.
+    y, or if a leaf of `x` or `y` is not a floating-point array; or if an array is on a
+    mesh with Explicit axes, which lineax does not work with.
     """
     x, y = as_variables(x, "x"), as_variables(y, "y")
+    check_mesh_of_operator((problem, x, y), "inner_hessian")
     check_problem(problem, x, y)
     return gradient_and_hessian(problem, x, y, tags)[1]
 
@@ -74,6 +77,7 @@ def cross_derivative(
     **Raises:** as [`bilevel_eqx.inner_hessian`][].
     """
     x, y = as_variables(x, "x"), as_variables(y, "y")
+    check_mesh_of_operator((problem, x, y), "cross_derivative")
     check_problem(problem, x, y)
     return cross_derivative_operator(problem, x, y)
 

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._custom_types import X, Y
-from .._mesh import check_mesh, laid_as
+from .._mesh import check_mesh, laid_as, on_auto_axes
 from .._tree import tree_bytes, tree_dot, tree_zeros_like
 from .base import AbstractBilevelProblem
 from .sampling import subset
@@ -121,6 +121,7 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
     def outer(self, x, y):
         return _plus(_mean(self, x, y, "outer"), self.outer_penalty(x, y))
 
+    @on_auto_axes
     def sample(
         self, key: PRNGKeyArray, inner_size: int | None, outer_size: int | None
     ) -> AbstractBilevelProblem[X, Y]:

@@ -12,6 +12,7 @@ from .._derivatives.second import derivative_in_x, squares_condition
 from .._linalg.precision import in_full_precision_if_small
 from .._linear_solver.judged import throwing
 from .._linear_solver.misc import augmented, check_symmetry
+from .._mesh import check_mesh_of_operator
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y
 from .._problem.root import AbstractRootProblem
@@ -69,6 +70,7 @@ def response_jacobian(
             "y).jacobian`, which is the Jacobian in the set."
         )
     x, y = as_variables(x, "x"), as_variables(y, "y")
+    check_mesh_of_operator((problem, x, y), "response_jacobian")
     check_symmetry(problem, linear_solver)
     is_root = isinstance(problem, AbstractRootProblem)
     tags = () if is_root else {lx.positive_semidefinite_tag}
