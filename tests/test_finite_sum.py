@@ -107,6 +107,119 @@ def test_blocks_change_nothing(block_size):
         assert tree_allclose(ours[name], whole[name], rtol=1e-12), name
 
 
+RIDGE = np.random.default_rng(2).normal(size=(NUM_TRAIN, DIM + 1))
+
+
+def _closed_over(s, w, block_size, repeats=1):
+    """A ridge regression whose losses close over a number and an array."""
+
+    def losses(x, y, batch, key):
+        return s * (batch[:, :-1] @ (w * y) - batch[:, -1]) ** 2
+
+    data = jnp.tile(jnp.asarray(RIDGE), (repeats, 1))
+    return blx.FiniteSumProblem(
+        losses,
+        losses,
+        data,
+        data,
+        inner_penalty=lambda x, y: jnp.sum(jnp.exp(x) * y**2),
+        block_size=block_size,
+    )
+
+
+def _ridge_minimum(s, w):
+    A, b = RIDGE[:, :-1] * w, RIDGE[:, -1]
+    H = s * A.T @ A / NUM_TRAIN + np.diag(np.exp(X))
+    return np.linalg.solve(H, s * A.T @ b / NUM_TRAIN)
+
+
+def _ridge_slopes(s, w):
+    """The derivatives of the minimum, by a complex step."""
+    of_s = _ridge_minimum(s + 1e-30j, w).imag / 1e-30
+    of_w = [_ridge_minimum(s, w + 1e-30j * e).imag / 1e-30 for e in np.eye(DIM)]
+    return of_s, np.stack(of_w, 1)
+
+
+def test_losses_in_blocks_may_close_over_values():
+    """With respect to which the mean is differentiated, in both modes, jitted or not."""
+    s, w, y = 1.3, np.array([1.0, 0.5, -2.0, 0.7]), np.asarray(Y)
+    residual = RIDGE[:, :-1] @ (w * y) - RIDGE[:, -1]
+    slope = 2 * RIDGE[:, :-1].T @ residual / NUM_TRAIN
+    first = np.mean(residual**2), s * slope * y
+
+    def inner(s, w):
+        return _closed_over(s, w, 10).inner(X, Y)
+
+    # Eagerly JAX fails in another way than within a jitted program.
+    assert tree_allclose(jax.grad(inner, (0, 1))(s, w), first, rtol=1e-12)
+    forward = jax.jacfwd(inner, (0, 1))
+    found, (_, second) = jax.jit(lambda s, w: (forward(s, w), jax.jacrev(forward)(s, w)))(
+        s, w
+    )
+    assert tree_allclose(found, first, rtol=1e-12)
+    assert tree_allclose(second, slope * y, rtol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repeats, block_size", ((1, 10), (1_500, "auto")))
+def test_the_response_to_what_losses_close_over(repeats, block_size):
+    s, w = jnp.array(1.3), jnp.array([1.0, 0.5, -2.0, 0.7])
+    response = blx.Implicit(blx.Projection(blx.Pseudoinverse()), blx.Pseudoinverse())
+
+    def minimum(s, w):
+        # On more than 2 MB of data `"auto"` takes blocks.
+        problem = _closed_over(s, w, block_size, repeats)
+        return blx.best_response(problem, X, jnp.zeros(DIM), response)
+
+    wanted = _ridge_slopes(1.3, np.asarray(w))
+    both = jax.jacfwd(minimum, (0, 1)), jax.jacrev(minimum, (0, 1))
+    for derivative in (both[0], jax.jit(both[0]), jax.jit(both[1])):
+        assert tree_allclose(derivative(s, w), wanted, rtol=1e-8)
+    if repeats == 1:
+        second = jax.jit(jax.jacfwd(jax.jacrev(minimum)))(s, w)
+        above, below = (_ridge_slopes(t, np.asarray(w))[0] for t in (1.3001, 1.2999))
+        assert tree_allclose(second, (above - below) / 2e-4, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_mean_in_blocks_within_an_objective():
+    """Of another problem, whose outer variable its losses close over."""
+    response = blx.Implicit(blx.Projection(blx.Pseudoinverse()), blx.Pseudoinverse())
+    w = jnp.ones(DIM)
+
+    def outer(s, z):
+        y = blx.best_response(_closed_over(s, w, 10), X, jnp.zeros(DIM), response)
+        return jnp.sum(y**2) + (z - s) ** 2
+
+    problem = blx.BilevelProblem(outer, lambda s, z: (z - 2 * s) ** 2)
+    found = blx.hypergradient(problem, jnp.array(1.3), jnp.array(0.0), response)
+    # At the minimum z is 2 s.
+    slope, _ = _ridge_slopes(1.3, np.ones(DIM))
+    expected = 2 * _ridge_minimum(1.3, np.ones(DIM)) @ slope + 2 * 1.3
+    assert tree_allclose(found.gradient, expected, rtol=1e-8)
+
+
+@pytest.mark.slow
+def test_data_and_what_losses_close_over_move_together():
+    def inner(s, data):
+        def losses(x, y, batch, key):
+            return s * (batch[:, :-1] @ y - batch[:, -1]) ** 2
+
+        problem = blx.FiniteSumProblem(losses, losses, data, data, block_size=10)
+        return problem.inner(X, Y)
+
+    residual = RIDGE[:, :-1] @ np.asarray(Y) - RIDGE[:, -1]
+    of_data = 2 * residual[:, None] * np.append(np.asarray(Y), -1.0) / NUM_TRAIN
+    wanted = (np.mean(residual**2), 1.3 * of_data), (0.0, of_data)
+    data = jnp.asarray(RIDGE)
+
+    def slopes(s):
+        return jax.grad(inner, (0, 1))(s, data)
+
+    found = jax.jit(lambda s: (slopes(s), jax.jacrev(slopes)(s)))(1.3)
+    assert tree_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def _temporary_bytes(num_samples, block_size):
     data = jnp.zeros((num_samples, 20)), jnp.ones(num_samples)
     hidden = jnp.zeros((20, 30)), jnp.zeros(30)

@@ -10,9 +10,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
+from .._compat import is_traced
 from .._custom_types import X, Y
 from .._mesh import check_mesh, laid_as, on_auto_axes
-from .._tree import tree_bytes, tree_dot, tree_zeros_like
+from .._tree import (
+    tree_arrays,
+    tree_bytes,
+    tree_dot,
+    tree_joined,
+    tree_rest,
+    tree_zeros_like,
+)
 from .base import AbstractBilevelProblem
 from .sampling import subset
 
@@ -354,8 +362,43 @@ def _mean(problem: AbstractFiniteSumProblem, x, y, level: Level) -> Scalar:
     if block_size == "auto":
         block_size = _block_for_cache(data_of(problem, level), y, size)
     if block_size is None or block_size >= size:
-        return _whole_mean((problem, x, y), level)
-    return _blocked_mean((problem, x, y), level=level, block_size=block_size)
+        return _whole_mean((problem, x, y, None), level)
+    hoisted = _hoisted(problem, x, y, level, block_size)
+    args = problem, x, y, hoisted
+    return _blocked_mean(args, level=level, block_size=block_size)
+
+
+def _hoisted(problem, x, y, level: Level, block_size: int) -> "_Hoisted | None":
+    """The losses, if a derivative can be asked for with respect to what they close over.
+    The rules below see only their arguments, and would take zero."""
+    rest, arrays = tree_rest((problem, x, y)), tree_arrays((problem, x, y))
+
+    def losses(arrays, samples):
+        problem, x, y = tree_joined(arrays, rest)
+        return losses_of(problem, level)(x, y, samples, None)
+
+    def of_first_block(arrays):
+        problem, _, _ = tree_joined(arrays, rest)
+        return losses(arrays, _block(data_of(problem, level), 0, block_size))
+
+    # Each time anew: an object may hold a number now, and a traced value later.
+    program = jax.make_jaxpr(of_first_block)(arrays)
+    if not any(map(is_traced, program.consts)):
+        return None
+    data = data_of(problem, level)
+    block = jax.eval_shape(lambda: _block(data, 0, block_size))
+    of_block, of_all = (
+        eqx.filter_closure_convert(losses, arrays, samples) for samples in (block, data)
+    )
+    return _Hoisted(of_block, of_all)
+
+
+class _Hoisted(eqx.Module):
+    """Losses of the arrays of `(problem, x, y)` and some samples. What they close over
+    is their leaves."""
+
+    of_block: Callable
+    of_all: Callable
 
 
 # In bytes: data that stay in the cache of a CPU from one pass to the next, and a block
@@ -374,8 +417,11 @@ def _block_for_cache(data: PyTree[Array], y: PyTree[Array], size: int) -> int | 
 
 
 def _whole_mean(args, level: Level) -> Scalar:
-    problem, x, y = args
-    return jnp.mean(losses_of(problem, level)(x, y, data_of(problem, level), None))
+    problem, x, y, hoisted = args
+    data = data_of(problem, level)
+    if hoisted is None:
+        return jnp.mean(losses_of(problem, level)(x, y, data, None))
+    return jnp.mean(hoisted.of_all(tree_arrays((problem, x, y)), data))
 
 
 @eqx.filter_custom_jvp
@@ -427,9 +473,13 @@ def _blocked_gradient_jvp(primals, tangents, *, level: Level, block_size: int):
 
 def _share(args, level: Level, block: tuple[PyTree[Array], Array]) -> Scalar:
     """What a block adds to the mean."""
-    problem, x, y = args
+    problem, x, y, hoisted = args
     samples, weights = block
-    return _weighted(losses_of(problem, level)(x, y, samples, None), weights)
+    if hoisted is None:
+        losses = losses_of(problem, level)(x, y, samples, None)
+    else:
+        losses = hoisted.of_block(tree_arrays((problem, x, y)), samples)
+    return _weighted(losses, weights)
 
 
 def _gradient(fn: Callable, moving, rest):
@@ -459,6 +509,13 @@ def _moves_data(t_problem, level: Level) -> bool:
     return len(jtu.tree_leaves(data_of(t_problem, level))) > 0
 
 
+def _block(data: PyTree[Array], start, block_size: int) -> PyTree[Array]:
+    """The samples from `start` on."""
+    return jtu.tree_map(
+        lambda u: jax.lax.dynamic_slice_in_dim(u, start, block_size), data
+    )
+
+
 # What is kept of a block has at most this share of the entries of its data.
 _SMALL_SHARE = 16
 
@@ -473,9 +530,7 @@ def _over_blocks(
         # The last block begins earlier if it would be short, and what the block before it
         # has read counts nothing.
         start = jnp.minimum(i * block_size, size - block_size)
-        samples = jtu.tree_map(
-            lambda u: jax.lax.dynamic_slice_in_dim(u, start, block_size), data
-        )
+        samples = _block(data, start, block_size)
         is_new = start + jnp.arange(block_size) >= i * block_size
         return fn((samples, jnp.where(is_new, 1 / size, 0)))
 
