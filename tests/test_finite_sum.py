@@ -483,6 +483,30 @@ def test_float32_stays_float32():
     assert all(u.dtype == jnp.float32 for u in jtu.tree_leaves(found))
 
 
+@pytest.mark.parametrize("dtype, rtol", (("bfloat16", 1e-2), ("float16", 5e-3)))
+def test_losses_in_half_precision_are_summed_in_single(dtype, rtol):
+    """In blocks and in batches, as `jnp.mean` does. 100,000 numbers of about one are more
+    than half precision can count to."""
+    size = 100_000
+    data = 0.5 + np.random.default_rng(0).random(size)
+
+    def losses(x, y, batch, key):
+        return y * batch.astype(dtype)
+
+    problem = blx.FiniteSumProblem(losses, losses, data, data, block_size=10)
+
+    @jax.jit
+    def means(key, y):
+        on_all = problem.sample(key, size, size)
+        slope = jax.grad(problem.inner, 1)(X, y)
+        return problem.inner(X, y), slope, on_all.inner(X, y)
+
+    found = means(jr.key(0), jnp.ones((), dtype))
+    assert all(u.dtype == dtype for u in found)
+    found = [np.asarray(u, np.float64) for u in found]
+    assert np.allclose(found, np.mean(data), rtol=rtol)
+
+
 def _with(**changes):
     arguments = {
         "outer_losses": logistic,

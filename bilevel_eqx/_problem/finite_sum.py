@@ -19,7 +19,6 @@ from .._tree import (
     tree_dot,
     tree_joined,
     tree_rest,
-    tree_zeros_like,
 )
 from .base import AbstractBilevelProblem
 from .sampling import subset
@@ -344,7 +343,17 @@ def _plus(mean: Scalar, penalty: Scalar) -> Scalar:
 
 
 def _weighted(losses: Float[Array, " batch"], weights: Array) -> Scalar:
-    return jnp.vdot(weights.astype(losses.dtype), losses)
+    return _wide_sum(losses, weights).astype(losses.dtype)
+
+
+def _wide_sum(losses: Float[Array, " batch"], weights: Array) -> Scalar:
+    dtype = _wide(losses.dtype)
+    return jnp.vdot(weights.astype(dtype), losses.astype(dtype))
+
+
+def _wide(dtype: Any) -> Any:
+    """The type to sum in: half precision counts to 256, or to 2,048, and no further."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 #
@@ -363,14 +372,17 @@ def _mean(problem: AbstractFiniteSumProblem, x, y, level: Level) -> Scalar:
         block_size = _block_for_cache(data_of(problem, level), y, size)
     if block_size is None or block_size >= size:
         return _whole_mean((problem, x, y, None), level)
-    hoisted = _hoisted(problem, x, y, level, block_size)
+    hoisted, dtype = _hoisted(problem, x, y, level, block_size)
     args = problem, x, y, hoisted
-    return _blocked_mean(args, level=level, block_size=block_size)
+    mean = _blocked_mean(args, level=level, block_size=block_size)
+    return mean.astype(dtype)
 
 
-def _hoisted(problem, x, y, level: Level, block_size: int) -> "_Hoisted | None":
+def _hoisted(
+    problem, x, y, level: Level, block_size: int
+) -> tuple["_Hoisted | None", Any]:
     """The losses, if a derivative can be asked for with respect to what they close over.
-    The rules below see only their arguments, and would take zero."""
+    The rules below see only their arguments, and would take zero. And their type."""
     rest, arrays = tree_rest((problem, x, y)), tree_arrays((problem, x, y))
 
     def losses(arrays, samples):
@@ -382,15 +394,15 @@ def _hoisted(problem, x, y, level: Level, block_size: int) -> "_Hoisted | None":
         return losses(arrays, _block(data_of(problem, level), 0, block_size))
 
     # Each time anew: an object may hold a number now, and a traced value later.
-    program = jax.make_jaxpr(of_first_block)(arrays)
+    program, struct = jax.make_jaxpr(of_first_block, return_shape=True)(arrays)
     if not any(map(is_traced, program.consts)):
-        return None
+        return None, struct.dtype
     data = data_of(problem, level)
     block = jax.eval_shape(lambda: _block(data, 0, block_size))
     of_block, of_all = (
         eqx.filter_closure_convert(losses, arrays, samples) for samples in (block, data)
     )
-    return _Hoisted(of_block, of_all)
+    return _Hoisted(of_block, of_all), struct.dtype
 
 
 class _Hoisted(eqx.Module):
@@ -435,7 +447,12 @@ def _blocked_mean(args, *, level: Level, block_size: int):
 def _blocked_mean_jvp(primals, tangents, *, level: Level, block_size: int):
     (args,), (t_args,) = primals, tangents
     if _moves_data(t_args[0], level):
-        return eqx.filter_jvp(lambda args: _whole_mean(args, level), (args,), (t_args,))
+
+        def whole(args):
+            mean = _whole_mean(args, level)
+            return mean.astype(_wide(mean.dtype))
+
+        return eqx.filter_jvp(whole, (args,), (t_args,))
     moving, rest = _parted(args, t_args)
     value = _blocked_mean(args, level=level, block_size=block_size)
     gradient = _blocked_gradient(moving, rest, level=level, block_size=block_size)
@@ -479,7 +496,7 @@ def _share(args, level: Level, block: tuple[PyTree[Array], Array]) -> Scalar:
         losses = losses_of(problem, level)(x, y, samples, None)
     else:
         losses = hoisted.of_block(tree_arrays((problem, x, y)), samples)
-    return _weighted(losses, weights)
+    return _wide_sum(losses, weights)
 
 
 def _gradient(fn: Callable, moving, rest):
@@ -550,8 +567,10 @@ def _over_blocks(
     at = jax.checkpoint(at, prevent_cse=False, policy=is_kept)  # pyright: ignore
 
     def step(total, i):
-        return jtu.tree_map(jnp.add, total, at(i)), None
+        return jtu.tree_map(lambda u, v: u + v.astype(u.dtype), total, at(i)), None
 
-    zeros = tree_zeros_like(jax.eval_shape(at, 0))
+    struct = jax.eval_shape(at, 0)
+    zeros = jtu.tree_map(lambda u: jnp.zeros(u.shape, _wide(u.dtype)), struct)
     num_blocks = -(-size // block_size)
-    return jax.lax.scan(step, zeros, jnp.arange(num_blocks))[0]
+    total, _ = jax.lax.scan(step, zeros, jnp.arange(num_blocks))
+    return jtu.tree_map(lambda u, v: u.astype(v.dtype), total, struct)
