@@ -537,6 +537,38 @@ def test_what_cannot_be_right_is_refused(problem, sentence):
         blx.solve(problem(), blx.WarmStart(), X, Y, num_steps=1)
 
 
+@pytest.mark.parametrize(
+    "call, sentence",
+    (
+        (lambda: _uneven(None).inner(X, Y), r"inner_data\[1\]` has 4"),
+        (lambda: _uneven(2).inner(X, Y), r"inner_data\[1\]` has 4"),
+        (lambda: _uneven(None).sample(jr.key(0), 3, 3), r"inner_data\[1\]` has 4"),
+        (lambda: _with(block_size=0).outer(X, Y), "at least one"),
+        (lambda: _with(outer_data=()).sample(jr.key(0), 3, 3), "contains no arrays"),
+        (lambda: _means(None).inner(X, Y), r"shape \(37,\) for all data"),
+        (lambda: _means(7).inner(X, Y), r"shape \(7,\) for a block of the data"),
+        (lambda: _means(7, True).inner(X, Y), "each sample"),
+        (lambda: _means(None, True).inner(X, Y), "each sample"),
+    ),
+)
+def test_the_same_is_refused_where_an_objective_is_called(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def _uneven(block_size):
+    data = np.ones((5, DIM)), np.ones(4)
+    return _with(inner_data=data, block_size=block_size)
+
+
+def _means(block_size, as_columns=False):
+    def losses(*arguments):
+        losses = logistic(*arguments)
+        return losses[:, None] if as_columns else jnp.mean(losses)
+
+    return _with(inner_losses=losses, block_size=block_size)
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="38 samples.*`inner_data` has 37"):
         make().sample(jr.key(0), 38, 1)

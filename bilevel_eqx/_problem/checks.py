@@ -8,12 +8,18 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._arguments import check_count
 from .._depends_on import depends_on
 from .._tree import tree_struct
 from .base import AbstractBilevelProblem
 from .constraints import Convex, set_y
-from .finite_sum import AbstractFiniteSumProblem, data_of, Level, losses_of
+from .finite_sum import (
+    AbstractFiniteSumProblem,
+    check_losses,
+    data_of,
+    Level,
+    losses_of,
+    num_samples,
+)
 from .root import AbstractRootProblem, FixedPointProblem
 
 
@@ -72,49 +78,13 @@ def _check_root(problem: AbstractRootProblem, x: PyTree, y: PyTree) -> None:
         )
 
 
-def _check_data(problem: AbstractFiniteSumProblem, level: Level) -> int:
-    """How many samples there are."""
-    leaves = jtu.tree_leaves_with_path(data_of(problem, level))
-    if not leaves:
-        raise ValueError(f"`problem.{level}_data` contains no arrays.")
-    lengths = {}
-    for path, leaf in leaves:
-        name = f"`problem.{level}_data{jtu.keystr(path)}`"
-        if not eqx.is_array(leaf) or leaf.ndim == 0 or leaf.shape[0] == 0:
-            raise ValueError(
-                f"Every leaf of `problem.{level}_data` must be an array with one sample "
-                f"or more along its leading axis, but {name} is {leaf!r}. Keep what is "
-                "not one entry a sample in another field of the problem."
-            )
-        lengths[name] = leaf.shape[0]
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise ValueError(
-            f"All leaves of `problem.{level}_data` must have as many samples along their "
-            f"leading axes, but {listed}. Keep what is not one entry a sample in another "
-            "field of the problem."
-        )
-    return min(lengths.values())
-
-
 def _check_losses(
     problem: AbstractFiniteSumProblem, level: Level, x: PyTree, y: PyTree
 ) -> None:
-    size = _check_data(problem, level)
+    size = num_samples(problem, level)
     losses, data = losses_of(problem, level), data_of(problem, level)
     struct = jax.eval_shape(lambda x, y, data: losses(x, y, data, None), x, y, data)
-    is_one_each = (
-        isinstance(struct, jax.ShapeDtypeStruct)
-        and struct.shape == (size,)
-        and jnp.issubdtype(struct.dtype, jnp.floating)
-    )
-    if not is_one_each:
-        raise ValueError(
-            f"`problem.{level}_losses(x, y, batch, key)` must return one floating-point "
-            f"number for each sample, of shape ({size},) for all data, but it returns "
-            f"{struct}. Leave out the mean over the samples, and take it over the other "
-            "axes."
-        )
+    check_losses(struct, level, size)
 
 
 def check_problem(problem: AbstractBilevelProblem, x: PyTree, y: PyTree) -> None:
@@ -124,8 +94,6 @@ def check_problem(problem: AbstractBilevelProblem, x: PyTree, y: PyTree) -> None
     _check_projection(problem.project_x, "x", x)
     _check_projection(problem.project_y, "y", y)
     if isinstance(problem, AbstractFiniteSumProblem):
-        if problem.block_size not in (None, "auto"):
-            check_count(problem.block_size, "block_size", type(problem).__name__)
         _check_losses(problem, "inner", x, y)
         _check_losses(problem, "outer", x, y)
     _check_scalar(problem.outer, "outer", x, y)

@@ -8,8 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
+from .._arguments import check_count
 from .._compat import is_traced
 from .._custom_types import X, Y
 from .._mesh import check_mesh, laid_as, on_auto_axes
@@ -149,7 +151,8 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
 
         **Raises:**
 
-        A `ValueError` if there are fewer samples than are asked for.
+        A `ValueError` if there are fewer samples than are asked for, or if the leaves of
+        the data have not as many samples each.
         """
         inner_key, outer_key = jax.random.split(key)
         return OnBatches(
@@ -298,8 +301,46 @@ def data_of(problem: AbstractFiniteSumProblem, level: Level) -> PyTree[Array]:
 
 
 def num_samples(problem: AbstractFiniteSumProblem, level: Level) -> int:
-    """How many samples the inner or the outer objective is the mean of."""
-    return jtu.tree_leaves(data_of(problem, level))[0].shape[0]
+    """How many samples the inner or the outer objective is the mean of.
+
+    This refuses data that are not arrays of as many samples each. It uses only shapes.
+    """
+    leaves = jtu.tree_leaves_with_path(data_of(problem, level))
+    if not leaves:
+        raise ValueError(f"`problem.{level}_data` contains no arrays.")
+    lengths = {}
+    for path, leaf in leaves:
+        name = f"`problem.{level}_data{jtu.keystr(path)}`"
+        is_array = eqx.is_array(leaf) or isinstance(leaf, np.ndarray)
+        if not is_array or leaf.ndim == 0 or leaf.shape[0] == 0:
+            raise ValueError(
+                f"Every leaf of `problem.{level}_data` must be an array with one sample "
+                f"or more along its leading axis, but {name} is {leaf!r}. Keep what is "
+                "not one entry a sample in another field of the problem."
+            )
+        lengths[name] = leaf.shape[0]
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(
+            f"All leaves of `problem.{level}_data` must have as many samples along their "
+            f"leading axes, but {listed}. Keep what is not one entry a sample in another "
+            "field of the problem."
+        )
+    return min(lengths.values())
+
+
+def check_losses(losses: Any, level: Level, size: int, of: str = "all data") -> None:
+    """Refuses losses, or their shape, that are not one number for each sample."""
+    is_one_each = getattr(losses, "shape", None) == (size,) and jnp.issubdtype(
+        losses.dtype, jnp.floating
+    )
+    if not is_one_each:
+        raise ValueError(
+            f"`problem.{level}_losses(x, y, batch, key)` must return one floating-point "
+            f"number for each sample, of shape ({size},) for {of}, but it returns "
+            f"{jax.eval_shape(lambda: losses)}. Leave out the mean over the samples, and "
+            "take it over the other axes."
+        )
 
 
 def losses_of(problem: AbstractFiniteSumProblem, level: Level) -> Callable:
@@ -368,6 +409,8 @@ def _wide(dtype: Any) -> Any:
 
 def _mean(problem: AbstractFiniteSumProblem, x, y, level: Level) -> Scalar:
     size, block_size = num_samples(problem, level), problem.block_size
+    if block_size not in (None, "auto"):
+        check_count(block_size, "block_size", type(problem).__name__)
     if block_size == "auto":
         block_size = _block_for_cache(data_of(problem, level), y, size)
     if block_size is None or block_size >= size:
@@ -395,6 +438,7 @@ def _hoisted(
 
     # Each time anew: an object may hold a number now, and a traced value later.
     program, struct = jax.make_jaxpr(of_first_block, return_shape=True)(arrays)
+    check_losses(struct, level, block_size, "a block of the data")
     if not any(map(is_traced, program.consts)):
         return None, struct.dtype
     data = data_of(problem, level)
@@ -432,7 +476,9 @@ def _whole_mean(args, level: Level) -> Scalar:
     problem, x, y, hoisted = args
     data = data_of(problem, level)
     if hoisted is None:
-        return jnp.mean(losses_of(problem, level)(x, y, data, None))
+        losses = losses_of(problem, level)(x, y, data, None)
+        check_losses(losses, level, num_samples(problem, level))
+        return jnp.mean(losses)
     return jnp.mean(hoisted.of_all(tree_arrays((problem, x, y)), data))
 
 
