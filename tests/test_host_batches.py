@@ -184,6 +184,28 @@ class Opaque(Resumable):
         (lambda: iter([1.0]), {}, "takes an iterator of pairs"),
         (lambda: iter([pair(0), (data(0, 5), data(1, 3)), pair(2)]), {}, "4 samples"),
         (lambda: iter([(pair(0)[0][0], None)]), {}, "must be like"),
+        # A number is no column, though it has as little behind its leading axis.
+        (
+            lambda: iter([((pair(0)[0][0], np.array(1.0)), pair(0)[1])]),
+            {},
+            "must be like",
+        ),
+        (
+            lambda: iter([pair(0), (None, pair(1)[1]), pair(2)]),
+            {},
+            "inner batch number 1 is `None`, but the first one was not",
+        ),
+        (
+            lambda: iter([pair(0), (pair(1)[0], None), pair(2)]),
+            {"save_every": 1},
+            "outer batch number 1 is `None`, but the first one was not",
+        ),
+        (
+            lambda: iter([(None, pair(0)[1]), pair(1)]),
+            {},
+            "inner batch number 1 is not `None`, but the first one was",
+        ),
+        (lambda: iter([(pair(0)[0], data(1, 0))]), {}, "number 0 has no samples"),
     ),
 )
 def test_what_cannot_be_given_is_refused(

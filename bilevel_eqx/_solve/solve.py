@@ -135,7 +135,7 @@ def solve(
     - `batches`: an iterator of pairs `(inner_batch, outer_batch)`, one for each step, for
         data that do not fit: samples like those of an
         [`bilevel_eqx.AbstractFiniteSumProblem`][], whose own data are then only for the
-        certificate and the final value. `None` in a pair takes all of its own data. The
+        certificate and the final value. `None` in all pairs takes all of its own data. The
         pairs of `save_every` steps are fetched and sent to the device together, by
         another thread, while the steps before them run. With a checkpoint, the iterator
         must have the methods `get_state` and `set_state`, as those of grain do; a
@@ -158,7 +158,8 @@ def solve(
 
     A `ValueError`, before any work is done, for a problem or an argument that cannot be
     right (see [`bilevel_eqx.hypergradient`][]), for an equilibrium that the problem
-    cannot have, or for one that the pipeline does not aim at. An
+    cannot have, or for one that the pipeline does not aim at; and once it is fetched for
+    a pair of `batches` that is not like the data, or not like the first one. An
     `eqx.EquinoxRuntimeError`, unless `throw` is `False`, if a solve that the pipeline
     relies on fails, if the hypergradient can only be zero, if something is not finite
     (it says at which step), if the tolerance is not reached, or, outside of

@@ -49,7 +49,9 @@ class Stream:
         # Of all chunks, so that there is one program.
         self._length = min(save_every, num_steps)
         self._next: _Chunk | None = None
-        self._lengths: dict[Level, int] = {}
+        # The samples in a batch of each level, as in the first pair; `None` if that has
+        # none.
+        self._lengths: dict[Level, int | None] = {}
         self._num_pairs = 0
         # Where the iterator was after the chunk that was taken last, to be saved.
         self.place: Any = None
@@ -171,22 +173,39 @@ class Stream:
         return inner, outer
 
     def _checked_batch(self, batch: PyTree, level: Level, step: int) -> PyTree:
+        if batch is not None:
+            batch = jtu.tree_map(np.asarray, batch)
+        leaves = jtu.tree_leaves(batch)
+        lengths = {u.shape[0] if u.ndim > 0 else None for u in leaves}
+        length = max((n for n in lengths if n is not None), default=0)
+        given = None if batch is None else length
+        expected = self._lengths.setdefault(level, given)
+        if (given is None) != (expected is None):
+            is_none, was = ("is", "was not") if given is None else ("is not", "was")
+            raise ValueError(
+                f"`solve(batches=...)`: {level} batch number {step} {is_none} `None`, but "
+                f"the first one {was}. Give a batch of the {level} data in all steps, or "
+                "`None` in all of them, which takes all of the problem's own data."
+            )
         if batch is None:
             return None
-        batch = jtu.tree_map(np.asarray, batch)
         data = data_of(self._problem, level)
         forms = [
             (jtu.tree_structure(tree), [u.shape[1:] for u in jtu.tree_leaves(tree)])
             for tree in (batch, data)
         ]
-        lengths = {u.shape[0] for u in jtu.tree_leaves(batch) if u.ndim > 0}
-        expected = self._lengths.setdefault(level, max(lengths, default=0))
         if forms[0] != forms[1] or lengths != {expected}:
-            given = eqx.tree_pformat(batch)
+            shown = eqx.tree_pformat(batch)
             raise ValueError(
                 f"`solve(batches=...)`: {level} batch number {step} must be like "
                 f"`problem.{level}_data`, with {expected} samples as the first one has, "
-                f"but it is {given}."
+                f"but it is {shown}."
+            )
+        if expected == 0:
+            raise ValueError(
+                f"`solve(batches=...)`: {level} batch number {step} has no samples, and "
+                "their mean is not defined. Give at least one, or `None` in all steps, "
+                "which takes all of the problem's own data."
             )
         return jtu.tree_map(lambda u, v: u.astype(v.dtype), batch, data)
 
