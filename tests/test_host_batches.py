@@ -14,6 +14,7 @@ from helpers import tree_allclose, tree_identical
 import bilevel_eqx as blx
 from bilevel_eqx._optimiser.lbfgs import LBFGS
 from bilevel_eqx._problem.finite_sum import Batch, OnBatches
+from bilevel_eqx._solve.stream import Stream
 
 
 DIM = 3
@@ -206,6 +207,12 @@ class Opaque(Resumable):
             "inner batch number 1 is not `None`, but the first one was",
         ),
         (lambda: iter([(pair(0)[0], data(1, 0))]), {}, "number 0 has no samples"),
+        (
+            lambda: iter([((pair(0)[0][0] + 1j, pair(0)[0][1]), pair(0)[1])]),
+            {},
+            r"complex128 at `inner_batch\[0\]`, but `problem.inner_data\[0\]` has "
+            "type float64",
+        ),
     ),
 )
 def test_what_cannot_be_given_is_refused(
@@ -214,6 +221,43 @@ def test_what_cannot_be_given_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=sentence):
         run(batches(), **settings)
+
+
+@pytest.mark.parametrize(
+    "given, wanted, is_kept",
+    (
+        (np.array([0.5, 0.1], np.float32), np.uint8, False),
+        (np.array([1.0, 2.0]), np.int32, False),
+        (np.array([1, 0]), bool, False),
+        (np.array([1j]), jnp.bfloat16, False),
+        (np.array(["1.5"]), np.float64, False),
+        (np.array([1.5], object), np.float64, False),
+        # Of one kind, but these do not fit.
+        (np.array([2**32]), np.int32, False),
+        (np.array([-1]), np.uint8, False),
+        (np.array([9, 0]), np.int32, True),
+        (np.array([255]), np.uint8, True),
+        (np.array([1.5]), np.float32, True),
+        (np.array([1.5]), jnp.bfloat16, True),
+        (np.array([1.5], jnp.bfloat16), np.float16, True),
+        (np.array([3, 4]), np.float64, True),
+        (np.array([True]), np.int32, True),
+    ),
+)
+def test_no_cast_changes_the_values(given, wanted, is_kept):
+    def losses(x, y, batch, key):
+        return (y - batch.astype(y.dtype)) ** 2
+
+    data = jnp.zeros(3, wanted)
+    problem = blx.FiniteSumProblem(losses, losses, data, data)
+    stream = Stream([(given, given)], problem, KEY, 1, 1, keeps_place=False)
+    if is_kept:
+        inner = stream.example().inner
+        assert inner is not None and inner.dtype == wanted
+        assert np.all(np.asarray(inner[0], given.dtype) == given)
+    else:
+        with pytest.raises(ValueError, match=f"type {given.dtype} at `inner_batch`"):
+            stream.example()
 
 
 def test_not_under_a_transformation():

@@ -135,7 +135,8 @@ def solve(
     - `batches`: an iterator of pairs `(inner_batch, outer_batch)`, one for each step, for
         data that do not fit: samples like those of an
         [`bilevel_eqx.AbstractFiniteSumProblem`][], whose own data are then only for the
-        certificate and the final value. `None` in all pairs takes all of its own data. The
+        certificate and the final value. They are cast to its types, which may not change
+        a value but for its precision. `None` in all pairs takes all of its own data. The
         pairs of `save_every` steps are fetched and sent to the device together, by
         another thread, while the steps before them run. With a checkpoint, the iterator
         must have the methods `get_state` and `set_state`, as those of grain do; a

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
@@ -183,9 +184,10 @@ class Stream:
         if (given is None) != (expected is None):
             is_none, was = ("is", "was not") if given is None else ("is not", "was")
             raise ValueError(
-                f"`solve(batches=...)`: {level} batch number {step} {is_none} `None`, but "
-                f"the first one {was}. Give a batch of the {level} data in all steps, or "
-                "`None` in all of them, which takes all of the problem's own data."
+                f"`solve(batches=...)`: {level} batch number {step} {is_none} `None`, "
+                f"but the first one {was}. Give a batch of the {level} data in all "
+                "steps, or `None` in all of them, which takes all of the problem's own "
+                "data."
             )
         if batch is None:
             return None
@@ -207,7 +209,40 @@ class Stream:
                 "their mean is not defined. Give at least one, or `None` in all steps, "
                 "which takes all of the problem's own data."
             )
-        return jtu.tree_map(lambda u, v: u.astype(v.dtype), batch, data)
+
+        def cast(path, u, v):
+            if not _keeps_values(u, v.dtype):
+                place = jtu.keystr(path)
+                raise ValueError(
+                    f"`solve(batches=...)`: {level} batch number {step} has type "
+                    f"{u.dtype} at `{level}_batch{place}`, but `problem.{level}_data"
+                    f"{place}` has type {v.dtype}, and a cast would change the values. "
+                    f"Let the iterator yield {v.dtype}, or make the problem with data of "
+                    f"type {u.dtype}."
+                )
+            return u.astype(v.dtype)
+
+        return jtu.tree_map_with_path(cast, batch, data)
+
+
+# From the narrowest kind to the widest. By JAX's types, which include `bfloat16`.
+_KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+
+
+def _keeps_values(u: np.ndarray, dtype: Any) -> bool:
+    """Whether a cast to `dtype` keeps the values, but for their precision."""
+    if u.dtype == dtype:
+        return True
+    kind, wanted = (
+        [jnp.issubdtype(of, name) for name in _KINDS] for of in (u.dtype, dtype)
+    )
+    if True not in kind or kind.index(True) > wanted.index(True):
+        return False
+    if not jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(u.dtype, jnp.bool_):
+        return True
+    # Integers wrap around where they do not fit, and labels are often of 64 bits.
+    range_ = jnp.iinfo(dtype)
+    return bool(u.min() >= range_.min and u.max() <= range_.max)
 
 
 def _decoded(place: Any) -> Any:
