@@ -87,3 +87,33 @@ def test_what_is_missing_is_named():
     plain = blx.BilevelProblem(problem.outer, problem.inner)
     with pytest.raises(ValueError, match="a `BilevelProblem`, and the key is there"):
         blx.certify(plain, blx.WarmStart(), x, y, num_samples=10, key=jr.key(0))
+
+
+@pytest.mark.parametrize("num_samples", (1, 3, 19))
+def test_too_few_samples_for_an_error_are_refused(num_samples):
+    x, y = jnp.array(0.3), jnp.ones(DIM)
+    sentence = rf"num_samples={num_samples}\)`: .* of `problem.outer_data` .* least 20"
+
+    def certified(num_inner, num_outer):
+        problem = blx.FiniteSumProblem(
+            losses, losses, jnp.ones((num_outer, DIM)), 2 * jnp.ones((num_inner, DIM))
+        )
+        concept, key = blx.WarmStart(), jr.key(0)
+        return blx.certify(problem, concept, x, y, num_samples=num_samples, key=key)
+
+    with pytest.raises(ValueError, match=sentence):
+        certified(num_samples, 20)
+    if num_samples == 3:
+        # All of both levels: nothing is drawn, and the errors are zero.
+        errors = certified(3, 2).standard_errors
+        assert errors is not None and all(error == 0 for error in errors.values())
+
+
+@pytest.mark.slow
+def test_the_fewest_samples_cover():
+    problem, x, y = make(), jnp.array(0.3), 0.8 * jnp.ones(DIM)
+    whole = blx.certify(problem, blx.WarmStart(), x, y)
+    found, errors = estimates(problem, x, y, jr.split(jr.key(3), 200), 20)
+    for name, value in whole.residuals.items():
+        covered = np.abs(found[name] - value) <= 2 * errors[name] + 1e-12
+        assert np.mean(covered) >= 0.9, name

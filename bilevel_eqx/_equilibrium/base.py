@@ -297,7 +297,9 @@ def certify(
         of those on all data, and `standard_errors` says how good they are: the value on
         all data is within twice the standard error in about 95 of 100 draws, if the noise
         is smaller than the terms that a residual is relative to. This takes 41
-        certificates on that many samples. Keyword only argument.
+        certificates on that many samples, which are split into 20 groups: so it is at
+        least 20, unless both levels have no more samples than that. Keyword only
+        argument.
     - `key`: a random key for the samples. Keyword only argument.
 
     **Returns:**
@@ -328,7 +330,8 @@ def certify(
     **Raises:**
 
     A `ValueError` if `y0` is needed and missing, if `num_samples` is given without a
-    `key` or for a problem that is no finite sum, and as [`bilevel_eqx.inner_hessian`][].
+    `key` or for a problem that is no finite sum, if it is less than 20 and not all of the
+    data, and as [`bilevel_eqx.inner_hessian`][].
     """
     x, y = as_variables(x, "x"), as_variables(y, "y")
     if y0 is not None:

@@ -39,7 +39,7 @@ from .._tree import where
 
 
 NUM_GROUPS = 20
-"""Into how many groups the samples of a level are split."""
+"""Into how many groups the samples of a level are split, and so their smallest number."""
 
 
 def jackknife(
@@ -63,7 +63,7 @@ def jackknife(
     tables = jtu.tree_map(lambda *u: jnp.concatenate(u), *rows)
 
     # In one loop, so that the program contains the certificate once.
-    num_rows = 1 + min(NUM_GROUPS, count) * sum(b is not None for b in sampled.values())
+    num_rows = 1 + NUM_GROUPS * sum(b is not None for b in sampled.values())
     found = jax.lax.map(
         lambda row: evaluate(_on(problem, inner, outer, row[1])),
         (jnp.arange(num_rows), tables),
@@ -75,15 +75,14 @@ def jackknife(
         for level, batch in sampled.items():
             if batch is None:
                 continue
-            num_groups = min(NUM_GROUPS, count)
-            without = odds[start : start + num_groups]
-            start += num_groups
+            without = odds[start : start + NUM_GROUPS]
+            start += NUM_GROUPS
             left = 1 - count / num_samples(problem, level)
             mean = jnp.mean(without)
-            bias = left * (num_groups - 1) * (mean - odds[0])
+            bias = left * (NUM_GROUPS - 1) * (mean - odds[0])
             spread = jnp.sum((without - mean) ** 2)
             estimate = estimate - bias
-            variance += left * (num_groups - 1) / num_groups * spread + bias**2
+            variance += left * (NUM_GROUPS - 1) / NUM_GROUPS * spread + bias**2
         estimate, error = jnp.maximum(estimate, 0), jnp.sqrt(variance)
         low = jnp.maximum(estimate - error, 0)
         low, middle, high = map(_share, (low, estimate, estimate + error))
@@ -109,6 +108,13 @@ def _sampled(problem, level: Level, key, count: int) -> Batch | None:
     size = num_samples(problem, level)
     if count >= size:
         return None
+    if count < NUM_GROUPS:
+        # From one sample the error would be zero.
+        raise ValueError(
+            f"`certify(num_samples={count})`: {count} of the {size} samples of "
+            f"`problem.{level}_data` do not say how much the others scatter. Take at "
+            f"least {NUM_GROUPS}, and better some hundreds; `None` takes all of them."
+        )
     indices = subset(key, size, count, f"`{level}_data`")
     samples = jtu.tree_map(lambda u: u[indices], data_of(problem, level))
     # No key, as where all data are used.
@@ -122,18 +128,17 @@ def _weights(inner: Batch | None, outer: Batch | None, without: Level | None):
         if batch is None:
             return None
         count = batch.weights.size
-        num_groups = min(NUM_GROUPS, count)
         if level == without:
-            return _without_groups(count, num_groups)
-        num_rows = 1 if without is None else num_groups
+            return _without_groups(count)
+        num_rows = 1 if without is None else NUM_GROUPS
         return jnp.broadcast_to(batch.weights, (num_rows, count))
 
     return table(inner, "inner"), table(outer, "outer")
 
 
-def _without_groups(count: int, num_groups: int) -> Float[Array, "groups samples"]:
-    group = jnp.arange(count) % num_groups
-    kept = group[None, :] != jnp.arange(num_groups)[:, None]
+def _without_groups(count: int) -> Float[Array, "groups samples"]:
+    group = jnp.arange(count) % NUM_GROUPS
+    kept = group[None, :] != jnp.arange(NUM_GROUPS)[:, None]
     return where(kept, 1 / jnp.sum(kept, 1, keepdims=True), 0)
 
 
