@@ -1,6 +1,6 @@
 """Checks and conversions of the arguments of public functions."""
 
-from typing import Any
+from typing import Any, cast, TypeVar
 
 import equinox as eqx
 import jax
@@ -10,6 +10,9 @@ import numpy as np
 from jaxtyping import Array, PyTree, ScalarLike
 
 from ._compat import closure_to_pytree, is_traced
+
+
+T = TypeVar("T")
 
 
 def as_rate(value: ScalarLike) -> Any:
@@ -58,6 +61,18 @@ def check_count(value: Any, name: str, owner: str) -> None:
     smallest = np.min(np.asarray(value))
     if smallest < 1:
         raise ValueError(f"`{owner}({name}=...)` must be at least one; it is {smallest}.")
+
+
+def as_count(value: T) -> T:
+    """Makes a Python integer of an integer scalar of NumPy or JAX.
+
+    `eqx.filter_jit` takes both of these as data, of which no shape can be made.
+    """
+    number: Any = value
+    is_scalar = isinstance(number, jax.Array | np.ndarray | np.generic) and (
+        number.ndim == 0 and jnp.issubdtype(number.dtype, jnp.integer)
+    )
+    return cast(T, int(number)) if is_scalar and not is_traced(number) else value
 
 
 def check_type(value: Any, kind: Any, name: str, owner: str) -> None:

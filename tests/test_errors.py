@@ -5,6 +5,7 @@ import re
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import lineax as lx
 import numpy as np
 import optax
@@ -22,6 +23,17 @@ from helpers import (
 from jaxtyping import TypeCheckError
 
 import bilevel_eqx as blx
+from bilevel_eqx._optimiser.lbfgs import LBFGS
+from bilevel_eqx.pipelines import (
+    NullSpaceDescent,
+    PenaltyDescent,
+    ProjectedQuasiNewton,
+    SARAH,
+    SingleLoop,
+    SpectralProjectedGradient,
+    ValueFunctionDescent,
+    ZerothOrder,
+)
 
 
 slow = pytest.mark.slow
@@ -218,6 +230,113 @@ def test_rates_as_arrays():
 def test_counts_as_arrays():
     with pytest.raises(ValueError, match="must be at least one"):
         blx.Neumann(jnp.array(0), 0.1)
+
+
+@pytest.mark.parametrize(
+    "make, names",
+    (
+        (lambda n: SpectralProjectedGradient(n, n), "memory max_trials"),
+        (lambda n: ProjectedQuasiNewton(n, n), "memory max_trials"),
+        (lambda n: LBFGS(n, n), "memory max_trials"),
+        (
+            lambda n: PenaltyDescent(num_inner_steps=n, inner_batch=n, outer_batch=n),
+            "num_inner_steps inner_batch outer_batch",
+        ),
+        (
+            lambda n: ZerothOrder(
+                num_inner_steps=n, num_directions=n, inner_batch=n, outer_batch=n
+            ),
+            "num_inner_steps num_directions inner_batch outer_batch",
+        ),
+        (
+            lambda n: ValueFunctionDescent(
+                num_inner_steps=n, inner_batch=n, outer_batch=n
+            ),
+            "num_inner_steps inner_batch outer_batch",
+        ),
+        (
+            lambda n: SingleLoop(
+                inner_batch=n, outer_batch=n, inner_steps=n, adjoint_steps=n
+            ),
+            "inner_batch outer_batch inner_steps adjoint_steps",
+        ),
+        (
+            lambda n: blx.GradientPipeline(
+                blx.Fixed(), _sgd, inner_batch=n, outer_batch=n
+            ),
+            "inner_batch outer_batch",
+        ),
+        (lambda n: NullSpaceDescent(selection_steps=n), "selection_steps"),
+        (lambda n: SARAH(n), "period"),
+        (lambda n: blx.Implicit(None, lx.LU(), max_steps=n), "max_steps"),
+        (
+            lambda n: blx.MinimumDisplacement(max_steps=n, selection_steps=n),
+            "max_steps selection_steps",
+        ),
+        (lambda n: blx.Unrolled(_sgd, 3, memory=n, batch_size=n), "memory batch_size"),
+        (lambda n: blx.Nystrom(n, 0.1), "rank"),
+        (lambda n: blx.Diagonal(n, 0.1), "num_probes"),
+        (lambda n: blx.Kronecker(n, 0.1), "num_probes"),
+        (
+            lambda n: blx.Pseudoinverse(dense_size=n, max_steps=n),
+            "dense_size max_steps",
+        ),
+        (lambda n: blx.TruncatedCG(3, refresh_every=n), "refresh_every"),
+        (
+            lambda n: blx.FiniteSumProblem(None, None, 0.0, 0.0, block_size=n),  # pyright: ignore
+            "block_size",
+        ),
+    ),
+)
+def test_counts_of_other_libraries_are_python_integers(make, names):
+    for count in (np.int64(7), np.array(7), jnp.array(7)):
+        made = make(count)
+        for name in names.split():
+            assert type(getattr(made, name)) is int and getattr(made, name) == 7, name
+
+
+def test_a_number_of_steps_may_be_data():
+    assert type(blx.Unrolled(_sgd, np.int64(7)).num_steps) is int
+    assert isinstance(blx.Unrolled(_sgd, jnp.array(7)).num_steps, jax.Array)
+
+
+def test_counts_of_functions(tmp_path):
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(40, 2)), rng.normal(size=40)
+
+    def losses(x, y, batch, key):
+        return (batch[0] @ y - batch[1]) ** 2
+
+    def penalty(x, y):
+        return jnp.sum(jnp.exp(x) * y**2)
+
+    problem = blx.FiniteSumProblem(
+        losses, losses, data, data, inner_penalty=penalty, block_size=np.int64(16)
+    )
+    start = jnp.zeros(2), jnp.zeros(2)
+    response = blx.Unrolled(_sgd, np.int64(2))
+    pipeline = blx.GradientPipeline(response, _sgd, inner_batch=np.int64(8))
+    solution = blx.solve(
+        problem,
+        blx.WarmStart(),
+        *start,
+        pipeline=pipeline,
+        num_steps=np.int32(4),
+        save_every=np.int64(2),
+        checkpoint=tmp_path / "run",
+        checkpoint_every=np.int64(2),
+        certify=False,
+    )
+    assert len(solution.history["value"]) == 2
+    certificate = blx.certify(
+        problem,
+        blx.WarmStart(),
+        *start,
+        max_products=np.int64(9),
+        num_samples=np.int64(40),
+        key=jr.key(0),
+    )
+    assert np.isfinite(certificate.largest)
 
 
 def test_damping():

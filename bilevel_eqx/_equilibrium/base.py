@@ -1,16 +1,17 @@
 """What an equilibrium is, and what certifies one."""
 
 import abc
+import functools as ft
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, cast, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import as_variables, check_count, says
-from .._compat import called_once, is_traced
+from .._arguments import as_count, as_variables, check_count, says
+from .._compat import called_once, Fn, is_traced
 from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.precision import in_full_precision
@@ -241,6 +242,20 @@ class AbstractEquilibrium(eqx.Module):
         """The residuals of `(x, y)`. Called by [`bilevel_eqx.certify`][]."""
 
 
+def _with_known_counts(fn: Fn) -> Fn:
+    """From outside of the program, in which counts of NumPy would be data."""
+
+    @ft.wraps(fn)
+    def wrapped(*args, **options):
+        for name in ("max_products", "num_samples"):
+            if name in options:
+                options[name] = as_count(options[name])
+        return fn(*args, **options)
+
+    return cast(Fn, wrapped)
+
+
+@_with_known_counts
 @on_auto_axes
 @in_full_precision
 @called_once

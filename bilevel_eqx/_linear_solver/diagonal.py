@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, ScalarLike
 
-from .._arguments import as_rate, check_count, check_positive
+from .._arguments import as_count, as_rate, check_count, check_positive
 from .._tree import where
 from .misc import check_square
 from .preconditioner import AbstractPreconditioner, probed
@@ -28,7 +28,7 @@ class Diagonal(AbstractPreconditioner):
         Numerical Mathematics, 2007.
     """
 
-    num_probes: int
+    num_probes: int = eqx.field(converter=as_count)
     damping: ScalarLike = eqx.field(converter=as_rate)
 
     def __check_init__(self):

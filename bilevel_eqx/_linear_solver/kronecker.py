@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
-from .._arguments import as_rate, check_count, check_positive
+from .._arguments import as_count, as_rate, check_count, check_positive
 from .._linalg.precision import in_full_precision
 from .._tree import nonzero, where
 from .misc import check_factorisable, check_square
@@ -60,7 +60,7 @@ class Kronecker(AbstractPreconditioner):
         curvature*, ICML 2015.
     """
 
-    num_probes: int
+    num_probes: int = eqx.field(converter=as_count)
     damping: ScalarLike = eqx.field(converter=as_rate)
 
     keeps_shapes: ClassVar[bool] = True

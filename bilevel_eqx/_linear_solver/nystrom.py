@@ -9,7 +9,7 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
-from .._arguments import as_rate, check_count, check_positive
+from .._arguments import as_count, as_rate, check_count, check_positive
 from .._derivatives.operators import damped
 from .._linalg.precision import in_full_precision
 from .._tree import Layout, tree_eps, tree_norm, tree_sub, where
@@ -97,7 +97,7 @@ class Nystrom(lx.AbstractLinearSolver, AbstractPreconditioner):
         preconditioning*, 2023.
     """
 
-    rank: int
+    rank: int = eqx.field(converter=as_count)
     damping: ScalarLike = eqx.field(converter=as_rate)
 
     judges_itself: ClassVar[bool] = True

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float
 
-from .._arguments import check_count
+from .._arguments import as_count, check_count
 from .._compat import lsmr
 from .._derivatives.operators import (
     AugmentedHessian,
@@ -65,8 +65,8 @@ class Pseudoinverse(lx.AbstractLinearSolver):
     """
 
     rcond: float | None = None
-    dense_size: int = DENSE_SIZE
-    max_steps: int | None = None
+    dense_size: int = eqx.field(default=DENSE_SIZE, converter=as_count)
+    max_steps: int | None = eqx.field(default=None, converter=as_count)
 
     judges_itself: ClassVar[bool] = True
     heeds_curved_tag: ClassVar[bool] = True

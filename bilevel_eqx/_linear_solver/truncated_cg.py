@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree
 
-from .._arguments import check_count, check_type
+from .._arguments import as_count, check_count, check_type
 from .._linalg.zero_curvature import is_flat, rounding_of
 from .._tree import (
     nonzero,
@@ -82,7 +82,7 @@ class TruncatedCG(lx.AbstractLinearSolver):
 
     num_steps: int
     preconditioner: AbstractPreconditioner | None = eqx.field(default=None, kw_only=True)
-    refresh_every: int = eqx.field(default=20, kw_only=True)
+    refresh_every: int = eqx.field(default=20, converter=as_count, kw_only=True)
 
     judges_itself: ClassVar[bool] = True
     breakdown: ClassVar[str] = "negative_curvature"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from .._arguments import check_count
+from .._arguments import as_count, check_count
 from .._tree import Layout, nonzero, vector_norm, where
 from .backtracking import shortened
 from .descent import AbstractDescent
@@ -56,8 +56,8 @@ class LBFGS(AbstractDescent):
         efficient line search*, 2005, for what decreases within rounding.
     """
 
-    memory: int = 10
-    max_trials: int = 10
+    memory: int = eqx.field(default=10, converter=as_count)
+    max_trials: int = eqx.field(default=10, converter=as_count)
 
     searches: ClassVar[bool] = True
 

@@ -1,10 +1,11 @@
 """Quasi-Newton steps for outer variables that are confined to a convex set."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from .._arguments import check_count
+from .._arguments import as_count, check_count
 from .._tree import nonzero, where
 from .lbfgs import remembered
 from .projected_search import AbstractProjectedSearch
@@ -39,8 +40,8 @@ class ProjectedQuasiNewton(AbstractProjectedSearch):
         Nocedal and Wright, *Numerical Optimization*, 2006: (6.19) for B.
     """
 
-    memory: int = 10
-    max_trials: int = 20
+    memory: int = eqx.field(default=10, converter=as_count)
+    max_trials: int = eqx.field(default=20, converter=as_count)
 
     def __check_init__(self):
         check_count(self.memory, "memory", "ProjectedQuasiNewton")

@@ -1,8 +1,9 @@
 """Projected gradient descent that chooses its own steps, for the outer variables."""
 
+import equinox as eqx
 import jax.numpy as jnp
 
-from .._arguments import check_count
+from .._arguments import as_count, check_count
 from .._tree import nonzero, where
 from .projected_search import AbstractProjectedSearch
 
@@ -28,8 +29,8 @@ class SpectralProjectedGradient(AbstractProjectedSearch):
         convex sets*, 2000.
     """
 
-    memory: int = 10
-    max_trials: int = 20
+    memory: int = eqx.field(default=10, converter=as_count)
+    max_trials: int = eqx.field(default=20, converter=as_count)
 
     def __check_init__(self):
         check_count(self.memory, "memory", "SpectralProjectedGradient")

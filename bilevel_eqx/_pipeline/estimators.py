@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree, ScalarLike
 
-from .._arguments import as_rate, check_count, check_positive
+from .._arguments import as_count, as_rate, check_count, check_positive
 from .._compat import is_traced
 from .._problem.base import AbstractBilevelProblem
 from .._problem.batches import place_of
@@ -251,7 +251,7 @@ class SARAH(AbstractEstimator[_Recursion]):
 
     at_once: ClassVar[bool] = True
     vanishing_noise: ClassVar[bool] = True
-    period: int
+    period: int = eqx.field(converter=as_count)
 
     def __check_init__(self):
         check_count(self.period, "period", "SARAH")

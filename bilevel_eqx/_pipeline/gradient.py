@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import check_type
+from .._arguments import as_count, check_type
 from .._derivatives.first import inner_gradient
 from .._failure.results import (
     figures_of,
@@ -124,8 +124,8 @@ class GradientPipeline(AbstractPipeline[GradientState]):
         converter=as_optimiser
     )
     inner_update: AbstractResponse | None = None
-    inner_batch: int | None = eqx.field(default=None, kw_only=True)
-    outer_batch: int | None = eqx.field(default=None, kw_only=True)
+    inner_batch: int | None = eqx.field(default=None, converter=as_count, kw_only=True)
+    outer_batch: int | None = eqx.field(default=None, converter=as_count, kw_only=True)
 
     def __check_init__(self):
         owner = "GradientPipeline"

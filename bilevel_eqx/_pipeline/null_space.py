@@ -11,7 +11,7 @@ import optax
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._arguments import check_count, check_type
+from .._arguments import as_count, check_count, check_type
 from .._equilibrium.base import AbstractEquilibrium
 from .._equilibrium.optimistic import Optimistic
 from .._equilibrium.pessimistic import Pessimistic
@@ -82,7 +82,7 @@ class _AbstractValueDescent(AbstractPipeline[NullSpaceState]):
     )
     solver: optx.AbstractMinimiser = Projection()
     linear_solver: lx.AbstractLinearSolver = Pseudoinverse()
-    selection_steps: int = 10
+    selection_steps: int = eqx.field(default=10, converter=as_count)
 
     def __check_init__(self):
         owner = type(self).__name__

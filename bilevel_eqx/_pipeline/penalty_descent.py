@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_pytree, as_rate, check_count, check_positive, check_type
+from .._arguments import (
+    as_count,
+    as_pytree,
+    as_rate,
+    check_count,
+    check_positive,
+    check_type,
+)
 from .._equilibrium.optimistic import Optimistic
 from .._equilibrium.stackelberg import Stackelberg
 from .._failure.results import finite_or_not
@@ -138,12 +145,12 @@ class PenaltyDescent(AbstractPipeline[PenaltyDescentState]):
         self.inner_optimiser = None if none[0] else as_pytree(inner_optimiser)
         self.penalised_optimiser = None if none[1] else as_pytree(penalised_optimiser)
         self.outer_optimiser = as_pytree(outer_optimiser)
-        self.num_inner_steps = num_inner_steps
+        self.num_inner_steps = as_count(num_inner_steps)
         self.penalty = as_rate(penalty)
         self.growth = as_rate(growth)
         self.joint = joint
-        self.inner_batch = inner_batch
-        self.outer_batch = outer_batch
+        self.inner_batch = as_count(inner_batch)
+        self.outer_batch = as_count(outer_batch)
 
     def __check_init__(self):
         owner, kind = "PenaltyDescent", optax.GradientTransformation

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_pytree, as_rate, check_count, check_positive, check_type
+from .._arguments import (
+    as_count,
+    as_pytree,
+    as_rate,
+    check_count,
+    check_positive,
+    check_type,
+)
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient, outer_gradients
 from .._equilibrium.stackelberg import Stackelberg
@@ -183,10 +190,10 @@ class SingleLoop(AbstractPipeline[SingleLoopState]):
         self.inner_optimiser = _converted(inner_optimiser)
         self.adjoint_optimiser = _converted(adjoint_optimiser)
         self.outer_optimiser = _converted(outer_optimiser)
-        self.inner_batch = inner_batch
-        self.outer_batch = outer_batch
-        self.inner_steps = inner_steps
-        self.adjoint_steps = adjoint_steps
+        self.inner_batch = as_count(inner_batch)
+        self.outer_batch = as_count(outer_batch)
+        self.inner_steps = as_count(inner_steps)
+        self.adjoint_steps = as_count(adjoint_steps)
         self.warm_adjoint = warm_adjoint
         self.damping = as_rate(damping)
         self.estimator = estimator

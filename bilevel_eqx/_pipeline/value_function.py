@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_pytree, as_rate, check_count, check_positive, check_type
+from .._arguments import (
+    as_count,
+    as_pytree,
+    as_rate,
+    check_count,
+    check_positive,
+    check_type,
+)
 from .._derivatives.first import inner_gradient, outer_gradients
 from .._equilibrium.optimistic import Optimistic
 from .._failure.results import finite_or_not
@@ -96,10 +103,10 @@ class ValueFunctionDescent(AbstractPipeline[ValueFunctionState]):
             data. Keyword only arguments.
         """
         self.optimiser = None if optimiser is None else as_pytree(optimiser)
-        self.num_inner_steps = num_inner_steps
+        self.num_inner_steps = as_count(num_inner_steps)
         self.eta = as_rate(eta)
-        self.inner_batch = inner_batch
-        self.outer_batch = outer_batch
+        self.inner_batch = as_count(inner_batch)
+        self.outer_batch = as_count(outer_batch)
 
     def __check_init__(self):
         owner = "ValueFunctionDescent"

@@ -10,7 +10,14 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_pytree, as_rate, check_count, check_positive, check_type
+from .._arguments import (
+    as_count,
+    as_pytree,
+    as_rate,
+    check_count,
+    check_positive,
+    check_type,
+)
 from .._derivatives.first import inner_gradient, outer_gradients
 from .._equilibrium.stackelberg import Stackelberg
 from .._equilibrium.warm_start import WarmStart
@@ -104,11 +111,11 @@ class ZerothOrder(AbstractPipeline[ZerothOrderState]):
         is_given = inner_optimiser is not None
         self.inner_optimiser = as_pytree(inner_optimiser) if is_given else None
         self.outer_optimiser = as_pytree(outer_optimiser)
-        self.num_inner_steps = num_inner_steps
-        self.num_directions = num_directions
+        self.num_inner_steps = as_count(num_inner_steps)
+        self.num_directions = as_count(num_directions)
         self.smoothing = as_rate(smoothing)
-        self.inner_batch = inner_batch
-        self.outer_batch = outer_batch
+        self.inner_batch = as_count(inner_batch)
+        self.outer_batch = as_count(outer_batch)
 
     def __check_init__(self):
         owner, kind = "ZerothOrder", optax.GradientTransformation

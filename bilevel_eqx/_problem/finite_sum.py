@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import check_count
+from .._arguments import as_count, check_count
 from .._compat import is_traced
 from .._custom_types import X, Y
 from .._mesh import check_mesh, laid_as, on_auto_axes
@@ -229,7 +229,7 @@ class FiniteSumProblem(AbstractFiniteSumProblem[X, Y]):
         self.inner_data = jtu.tree_map(jnp.asarray, inner_data)
         self.outer_penalty_fn = outer_penalty
         self.inner_penalty_fn = inner_penalty
-        self.block_size = block_size
+        self.block_size = as_count(block_size)
         self.shuffled = shuffled
         self.project_x = project_x
         self.project_y = project_y

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 
-from .._arguments import check_count, check_positive, check_type, says
+from .._arguments import as_count, check_count, check_positive, check_type, says
 from .._compat import batched_as, nondifferentiable
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
@@ -92,7 +92,7 @@ class Implicit(AbstractSolvedResponse):
     solver: InnerSolver
     linear_solver: lx.AbstractLinearSolver
     tolerance: float | None = 1e-3
-    max_steps: int | None = 10_000
+    max_steps: int | None = eqx.field(default=10_000, converter=as_count)
     carry_adjoint: bool = eqx.field(default=False, kw_only=True)
 
     solves: ClassVar[bool] = True

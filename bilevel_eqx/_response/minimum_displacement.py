@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from .._arguments import check_count, check_positive, says
+from .._arguments import as_count, check_count, check_positive, says
 from .._compat import batched_as, nondifferentiable
 from .._derivatives.first import inner_gradient
 from .._derivatives.second import hessian_depends_on_y
@@ -110,8 +110,8 @@ class MinimumDisplacement(AbstractSolvedResponse):
         self.solver = solver
         self.linear_solver = linear_solver
         self.tolerance = tolerance
-        self.max_steps = max_steps
-        self.selection_steps = selection_steps
+        self.max_steps = as_count(max_steps)
+        self.selection_steps = as_count(selection_steps)
         self.selection_tolerance = selection_tolerance
 
     def __check_init__(self):

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
+import numpy as np
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from .._arguments import as_pytree, check_count, check_type
+from .._arguments import as_count, as_pytree, check_count, check_type
 from .._compat import is_traced
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
@@ -41,6 +42,11 @@ class _SampledState(eqx.Module):
     key: PRNGKeyArray
     # Of the batches drawn so far.
     count: Int[Array, ""]
+
+
+def _as_known(value: Any) -> Any:
+    """A JAX array may be meant as data; a NumPy integer is just a number."""
+    return as_count(value) if isinstance(value, np.generic) else value
 
 
 class Unrolled(AbstractResponse):
@@ -118,10 +124,14 @@ class Unrolled(AbstractResponse):
     """
 
     optimiser: optax.GradientTransformation | Callable = eqx.field(converter=as_pytree)
-    num_steps: int
+    num_steps: int = eqx.field(converter=_as_known)
     mode: Literal["checkpointed", "reverse", "forward"] = "checkpointed"
-    memory: int | None = eqx.field(default=None, kw_only=True, static=True)
-    batch_size: int | None = eqx.field(default=None, kw_only=True, static=True)
+    memory: int | None = eqx.field(
+        default=None, converter=as_count, kw_only=True, static=True
+    )
+    batch_size: int | None = eqx.field(
+        default=None, converter=as_count, kw_only=True, static=True
+    )
     key: PRNGKeyArray | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_rate, as_variables, check_count, check_positive
+from .._arguments import as_count, as_rate, as_variables, check_count, check_positive
 from .._compat import called_once, is_traced, not_differentiable
 from .._custom_types import typechecked, X, Y
 from .._derivatives.post_mortem import (
@@ -190,6 +190,7 @@ def solve(
     elif pipeline is None:
         pipeline = default_pipeline(equilibrium, problem)
     check_pair(equilibrium, pipeline)
+    num_steps, save_every = as_count(num_steps), as_count(save_every)
     check_count(num_steps, "num_steps", "solve")
     check_count(save_every, "save_every", "solve")
     if tolerance is not None:
@@ -525,6 +526,7 @@ def _checkpoint(
         return None
     if every is None:
         every = save_every * max(1, round(num_steps / save_every / 10))
+    every = as_count(every)
     check_count(every, "checkpoint_every", "solve")
     if every % save_every != 0:
         raise ValueError(

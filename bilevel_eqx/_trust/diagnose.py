@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import as_variables, check_count
+from .._arguments import as_count, as_variables, check_count
 from .._compat import called_once
 from .._derivatives.first import outer_gradients
 from .._derivatives.second import (
@@ -317,6 +317,7 @@ def _budget(size: int, num_products: int | None) -> tuple[int | None, int]:
     if num_products is None:
         num_products = size + 1 if size <= DENSE_SIZE else _PRODUCTS
     else:
+        num_products = as_count(num_products)
         check_count(num_products, "num_products", "diagnose")
         if num_products < _FEWEST_PRODUCTS:
             raise ValueError(
