@@ -14,7 +14,7 @@ from helpers import tree_allclose, tree_identical
 
 import bilevel_eqx as blx
 from bilevel_eqx._pipeline import estimators
-from bilevel_eqx._pipeline.oracles import LoopPoint, terms_of
+from bilevel_eqx._pipeline.oracles import LoopPoint, OuterTerms, terms_of
 from bilevel_eqx._problem.sampling import Epochs
 from bilevel_eqx.pipelines import LBFGS, MiniBatch, Momentum, SAGA, SARAH, SingleLoop
 
@@ -447,6 +447,34 @@ def test_means_are_those_of_the_tables(num_steps):
         means = jtu.tree_map(lambda u: jnp.mean(u, 0), table.complete())
         assert tree_allclose(table.mean, means, rtol=1e-12)
         assert jnp.all(table.mean[0] != 0)
+
+
+@pytest.mark.parametrize("length", (16, 23))
+def test_means_forget_the_rounding_of_large_entries(length):
+    # In float32, from entries that are 1e7 times those in the end.
+    dim, num_steps = 5, 2_000
+    rng = np.random.default_rng(length)
+    last = rng.normal(size=(length, dim)).astype(np.float32)
+    places = rng.integers(0, length, num_steps).astype(np.int32)
+    sizes = (1 + 1e7 * 0.5 ** np.arange(num_steps)).astype(np.float32)
+
+    @jax.jit
+    def after(places, sizes):
+        def body(table, at):
+            place, size = at
+            row = jnp.asarray(last)[place]
+            terms = OuterTerms(size * row, row)
+            return estimators._updated(table, place, terms)[1], None
+
+        like = OuterTerms(*jnp.zeros((2, dim), jnp.float32))
+        blank = estimators._blank_table(like, length)
+        return jax.lax.scan(body, blank, (places, sizes))[0]
+
+    table = after(places, sizes)
+    for mean, entries in zip(table.mean, table.complete()):
+        exact = np.mean(np.asarray(entries, np.float64), 0)
+        assert mean.dtype == jnp.float32
+        assert np.max(np.abs(np.asarray(mean) - exact)) < 1e-7
 
 
 def _stationarity(solution):

@@ -14,7 +14,7 @@ from .._arguments import as_count, as_rate, check_count, check_positive
 from .._compat import is_traced
 from .._problem.base import AbstractBilevelProblem
 from .._problem.batches import place_of
-from .._tree import tree_axpy, tree_sub, tree_zeros_like
+from .._tree import tree_axpy, tree_scale, tree_sub, tree_zeros_like
 from .oracles import (
     Directions,
     InnerTerms,
@@ -130,7 +130,26 @@ class _Table(NamedTuple):
     newest: Any
     """The terms that were drawn last, which belong into row `place`."""
     place: Int[Array, ""]
-    mean: Any
+    total: Any
+    """The sum of the entries, the newest among them, times `scale`."""
+    lost: Any
+    """What `total` has lost to rounding. If the first entries are large, that is larger
+    than what is left of them in the end, and it would stay in the sum for ever."""
+
+    @property
+    def length(self) -> int:
+        return jtu.tree_leaves(self.entries)[0].shape[0]
+
+    @property
+    def scale(self) -> float:
+        """About one over the length, so that no sum overflows where the mean does not. A
+        power of two, so that an entry is taken out as exactly as it was put in."""
+        return 2.0 ** -(self.length - 1).bit_length()
+
+    @property
+    def mean(self) -> Any:
+        scale = 1 / (self.length * self.scale)
+        return tree_scale(scale, self.total)
 
     def complete(self) -> Any:
         """The entries, the newest among them."""
@@ -182,18 +201,30 @@ class SAGA(AbstractEstimator[tuple[_Table, _Table]]):
 def _blank_table(like: Any, length: int) -> _Table:
     entries = jtu.tree_map(lambda u: jnp.zeros((length, *u.shape), u.dtype), like)
     zeros = tree_zeros_like(like)
-    return _Table(entries, zeros, jnp.zeros((), jnp.int32), zeros)
+    return _Table(entries, zeros, jnp.zeros((), jnp.int32), zeros, zeros)
 
 
 def _updated(table: _Table, place, terms):
     """The estimate, and the table with the terms as its newest."""
     entries = table.complete()
-    length = jtu.tree_leaves(entries)[0].shape[0]
     kept = jtu.tree_map(lambda room: room[place], entries)
-    news = tree_sub(terms, kept)
-    estimate = tree_axpy(1, news, table.mean)
-    mean = tree_axpy(1 / length, news, table.mean)
-    return estimate, _Table(entries, terms, place, mean)
+    estimate = tree_axpy(1, tree_sub(terms, kept), table.mean)
+
+    def updated(total, lost, new, old):
+        total, lost_by_new = _sum_and_lost(total, new * table.scale)
+        total, lost_by_old = _sum_and_lost(total, -old * table.scale)
+        return _sum_and_lost(total, lost + lost_by_new + lost_by_old)
+
+    pairs = jtu.tree_map(updated, table.total, table.lost, terms, kept)
+    total, lost = (jtu.tree_map(lambda _, pair: pair[i], kept, pairs) for i in range(2))
+    return estimate, _Table(entries, terms, place, total, lost)
+
+
+def _sum_and_lost(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b, and what it has lost to rounding, which is exact (Knuth's TwoSum)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
 
 
 def _num_bytes(tree: PyTree[Array]) -> int:
