@@ -75,6 +75,18 @@ def as_count(value: T) -> T:
     return cast(T, int(number)) if is_scalar and not is_traced(number) else value
 
 
+def check_key(key: Any, owner: str) -> None:
+    """Refuses what is neither a random key nor `None`, such as a seed."""
+    is_key = isinstance(key, jax.Array | np.ndarray) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    )
+    if key is not None and not is_key:
+        raise ValueError(
+            f"`{owner}(key=...)` must be a random key, such as `jax.random.key(0)`; it "
+            f"is {key!r}."
+        )
+
+
 def check_type(value: Any, kind: Any, name: str, owner: str) -> None:
     """Refuses a part of the wrong type where the user passes it, not where it is used."""
     if not isinstance(value, kind):

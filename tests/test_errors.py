@@ -295,6 +295,31 @@ def test_counts_of_other_libraries_are_python_integers(make, names):
             assert type(getattr(made, name)) is int and getattr(made, name) == 7, name
 
 
+def test_a_seed_is_no_key():
+    problem, x, y = make_linear(LinearBilevel, jnp.float64)
+    calls = {
+        "solve": lambda key: blx.solve(
+            problem, blx.WarmStart(), x, y, num_steps=1, key=key
+        ),
+        "certify": lambda key: blx.certify(
+            problem, blx.WarmStart(), x, y, num_samples=30, key=key
+        ),
+        "diagnose": lambda key: blx.diagnose(problem, x, y, key=key),
+        "compare": lambda key: blx.compare(problem, x, y, num_steps=1, key=key),
+        "check_hypergradient": lambda key: blx.check_hypergradient(
+            problem, x, y, key=key
+        ),
+        "Unrolled": lambda key: blx.Unrolled(_sgd, 3, batch_size=2, key=key),
+    }
+    for name, call in calls.items():
+        for key in (0, np.int64(0), jnp.array(0), np.zeros(2)):
+            match = rf"`{name}\(key=...\)` must be a random key, such as `jax.random.key"
+            with pytest.raises(ValueError, match=match):
+                call(key)
+    for key in (jr.key(0), jr.PRNGKey(0), np.asarray(jr.PRNGKey(0)), jr.split(jr.key(0))):
+        blx.Unrolled(_sgd, 3, batch_size=2, key=key)
+
+
 def test_a_number_of_steps_may_be_data():
     assert type(blx.Unrolled(_sgd, np.int64(7)).num_steps) is int
     assert isinstance(blx.Unrolled(_sgd, jnp.array(7)).num_steps, jax.Array)

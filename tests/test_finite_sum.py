@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 from helpers import tree_allclose
 
@@ -567,6 +568,41 @@ def _means(block_size, as_columns=False):
         return losses[:, None] if as_columns else jnp.mean(losses)
 
     return _with(inner_losses=losses, block_size=block_size)
+
+
+@pytest.mark.parametrize("level", ("inner", "outer"))
+@pytest.mark.parametrize("of", (jnp.mean, lambda u: u[:, None], lambda u: u.astype(int)))
+def test_losses_that_differ_on_batches_are_refused(level, of):
+    # Right where all data are used.
+    def differing(x, y, batch, key):
+        losses = (batch - jnp.sum(y)) ** 2
+        return losses if key is None else of(losses)
+
+    def right(x, y, batch, key):
+        return differing(x, y, batch, None)
+
+    outer, inner = (right, differing) if level == "inner" else (differing, right)
+    data = jnp.arange(6.0)
+    problem = blx.FiniteSumProblem(outer, inner, data, data)
+    x = y = jnp.ones(2)
+    drawn = problem.sample(jr.key(0), 4, 4)
+    sentence = rf"`problem.{level}_losses.* of shape \(4,\) for a batch of 4 with a key"
+    with pytest.raises(ValueError, match=sentence):
+        getattr(drawn, level)(x, y)
+    # And where a run begins.
+    sgd = optax.sgd(0.1)
+    response = blx.Unrolled(sgd, 1)
+    pipeline = blx.GradientPipeline(response, sgd, inner_batch=4, outer_batch=4)
+    with pytest.raises(ValueError, match=sentence):
+        blx.solve(
+            problem,
+            blx.WarmStart(),
+            x,
+            y,
+            pipeline=pipeline,
+            num_steps=1,
+            certify=False,
+        )
 
 
 def test_a_batch_larger_than_the_data_is_refused():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import as_count, as_variables, check_count, says
+from .._arguments import as_count, as_variables, check_count, check_key, says
 from .._compat import called_once, Fn, is_traced
 from .._custom_types import typechecked
 from .._linalg.power_iteration import DENSE_SIZE
@@ -242,11 +242,12 @@ class AbstractEquilibrium(eqx.Module):
         """The residuals of `(x, y)`. Called by [`bilevel_eqx.certify`][]."""
 
 
-def _with_known_counts(fn: Fn) -> Fn:
+def _with_checked_numbers(fn: Fn) -> Fn:
     """From outside of the program, in which counts of NumPy would be data."""
 
     @ft.wraps(fn)
     def wrapped(*args, **options):
+        check_key(options.get("key"), "certify")
         for name in ("max_products", "num_samples"):
             if name in options:
                 options[name] = as_count(options[name])
@@ -255,7 +256,7 @@ def _with_known_counts(fn: Fn) -> Fn:
     return cast(Fn, wrapped)
 
 
-@_with_known_counts
+@_with_checked_numbers
 @on_auto_axes
 @in_full_precision
 @called_once

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import as_count, check_count
+from .._arguments import as_count, check_count, check_key
 from .._compat import is_traced
 from .._custom_types import X, Y
 from .._mesh import check_mesh, laid_as, on_auto_axes
@@ -21,6 +21,7 @@ from .._tree import (
     tree_dot,
     tree_joined,
     tree_rest,
+    tree_struct,
 )
 from .base import AbstractBilevelProblem
 from .sampling import subset
@@ -154,6 +155,7 @@ class AbstractFiniteSumProblem(AbstractBilevelProblem[X, Y]):
         A `ValueError` if there are fewer samples than are asked for, or if the leaves of
         the data have not as many samples each.
         """
+        check_key(key, "sample")
         inner_key, outer_key = jax.random.split(key)
         return OnBatches(
             self,
@@ -285,6 +287,7 @@ class OnBatches(AbstractBilevelProblem[X, Y]):
         if batch is None:
             return whole.inner(x, y)
         losses = whole.inner_losses(x, y, batch.samples, batch.key)
+        check_losses(losses, "inner", batch.weights.size, _of(batch))
         return _plus(_weighted(losses, batch.weights), whole.inner_penalty(x, y))
 
     def outer(self, x, y):
@@ -292,7 +295,14 @@ class OnBatches(AbstractBilevelProblem[X, Y]):
         if batch is None:
             return whole.outer(x, y)
         losses = whole.outer_losses(x, y, batch.samples, batch.key)
+        check_losses(losses, "outer", batch.weights.size, _of(batch))
         return _plus(_weighted(losses, batch.weights), whole.outer_penalty(x, y))
+
+
+def _of(batch: Batch) -> str:
+    size = batch.weights.size
+    key = "without a key" if batch.key is None else "with a key"
+    return f"a batch of {size} {key}"
 
 
 def data_of(problem: AbstractFiniteSumProblem, level: Level) -> PyTree[Array]:
@@ -330,16 +340,21 @@ def num_samples(problem: AbstractFiniteSumProblem, level: Level) -> int:
 
 
 def check_losses(losses: Any, level: Level, size: int, of: str = "all data") -> None:
-    """Refuses losses, or their shape, that are not one number for each sample."""
-    is_one_each = getattr(losses, "shape", None) == (size,) and jnp.issubdtype(
-        losses.dtype, jnp.floating
+    """Refuses losses, or their shapes, that are not a number for each of the samples."""
+    is_one_each = (
+        isinstance(losses, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+        and losses.shape == (size,)
+        and jnp.issubdtype(losses.dtype, jnp.floating)
     )
     if not is_one_each:
+        shown = jtu.tree_map(
+            lambda u: tree_struct(u) if hasattr(u, "shape") else u, losses
+        )
         raise ValueError(
             f"`problem.{level}_losses(x, y, batch, key)` must return one floating-point "
             f"number for each sample, of shape ({size},) for {of}, but it returns "
-            f"{jax.eval_shape(lambda: losses)}. Leave out the mean over the samples, and "
-            "take it over the other axes."
+            f"{shown}. Leave out the mean over the samples, and take it over the other "
+            "axes."
         )
 
 

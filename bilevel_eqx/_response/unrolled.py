@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from .._arguments import as_count, as_pytree, check_count, check_type
+from .._arguments import as_count, as_pytree, check_count, check_key, check_type
 from .._compat import is_traced
 from .._depends_on import depends_on
 from .._derivatives.first import inner_gradient
@@ -147,6 +147,7 @@ class Unrolled(AbstractResponse):
         if self.memory is not None:
             check_count(self.memory, "memory", "Unrolled")
         check_batch_argument(self.batch_size, "batch_size", "Unrolled")
+        check_key(self.key, "Unrolled")
         if self.key is not None and self.batch_size is None:
             raise ValueError(
                 "`Unrolled(key=...)` is for the batches, and there are none: where all "

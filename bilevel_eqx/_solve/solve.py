@@ -14,7 +14,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_count, as_rate, as_variables, check_count, check_positive
+from .._arguments import (
+    as_count,
+    as_rate,
+    as_variables,
+    check_count,
+    check_key,
+    check_positive,
+)
 from .._compat import called_once, is_traced, not_differentiable
 from .._custom_types import typechecked, X, Y
 from .._derivatives.post_mortem import (
@@ -181,6 +188,7 @@ def solve(
     """
     check_mesh((problem, x0, y0, key, pipeline))
     x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")
+    check_key(key, "solve")
     key = jr.key(0) if key is None else key
     _check(problem, equilibrium, x0, y0)
     # Before any work is done, and outside of the program: here the numbers are known.

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._arguments import as_variables, check_count
+from .._arguments import as_variables, check_count, check_key
 from .._compat import called_once
 from .._derivatives.first import inner_gradient
 from .._derivatives.post_mortem import kink_met
@@ -174,6 +174,7 @@ def check_hypergradient(
         print(blx.check_hypergradient(problem, x, y0))
         ```
     """
+    check_key(key, "check_hypergradient")
     check_count(num_directions, "num_directions", "check_hypergradient")
     check_count(num_coordinates, "num_coordinates", "check_hypergradient")
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):

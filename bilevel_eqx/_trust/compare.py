@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import equinox as eqx
 from jaxtyping import PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from .._arguments import as_variables
+from .._arguments import as_variables, check_key
 from .._compat import called_once
 from .._equilibrium.base import AbstractEquilibrium, Certificate, certify
 from .._equilibrium.cold_start import ColdStart
@@ -105,6 +105,7 @@ def compare(
     A `ValueError` for an invalid problem, or for a key of `pipelines` that is none of the
     equilibria. A `KeyboardInterrupt` after Ctrl-C, which ends the whole comparison.
     """
+    check_key(key, "compare")
     if equilibria is None:
         equilibria = (Optimistic(), WarmStart(), ColdStart())
     x0, y0 = as_variables(x0, "x0"), as_variables(y0, "y0")

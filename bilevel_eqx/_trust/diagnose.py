@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import as_count, as_variables, check_count
+from .._arguments import as_count, as_variables, check_count, check_key
 from .._compat import called_once
 from .._derivatives.first import outer_gradients
 from .._derivatives.second import (
@@ -301,6 +301,7 @@ def diagnose(
             "`check_hypergradient` supports constraints."
         )
     num_steps, num_probes = _budget(tree_size(y), num_products)
+    check_key(key, "diagnose")
     key = jr.key(0) if key is None else key
     measured = _measure(problem, x, y, key, num_steps, num_probes)
     measured = jtu.tree_map(lambda u: np.asarray(u, np.float64), measured)

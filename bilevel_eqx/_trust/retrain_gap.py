@@ -10,7 +10,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import as_variables, check_count, check_type
+from .._arguments import as_variables, check_count, check_key, check_type
 from .._compat import called_once
 from .._derivatives.first import inner_gradient
 from .._inner_solver.projection import Projection
@@ -157,6 +157,7 @@ def _starts(
         )
     if init is not None:
         check_count(number, "num_initialisations", "retrain_gap")
+        check_key(key, "retrain_gap")
         keys = jr.split(jr.key(0) if key is None else key, number)
         initial = eqx.filter_vmap(init)(keys)
     if initial is None:
