@@ -49,6 +49,35 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def may_capture(fn: Any) -> bool:
+    """Whether a function may hold a value that is traced, by a look at its cells and
+    defaults, and at those of the functions there.
+
+    A method of a module has the module as its leaves. An object that cannot be looked
+    through may hold anything.
+    """
+    plain = int | float | str | type | None | np.ndarray | np.generic | jax.Array
+    left, seen = [fn], set()
+    while left:
+        value = left.pop()
+        value = getattr(value, "__func__", value)
+        if isinstance(value, types.FunctionType):
+            if value not in seen:
+                seen.add(value)
+                left += _held(value)
+        elif is_traced(value) or not isinstance(value, plain):
+            return True
+    return False
+
+
+def _held(fn: types.FunctionType) -> list[Any]:
+    held = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    for cell in fn.__closure__ or ():
+        with contextlib.suppress(ValueError):  # It is empty.
+            held.append(cell.cell_contents)
+    return held
+
+
 def is_literal(variable: Any) -> bool:
     """Whether an input of an equation of a jaxpr is a literal constant.
 

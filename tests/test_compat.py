@@ -539,3 +539,36 @@ def test_batched_as():
     assert tree_allclose(mended, jnp.full(2, 1.75), rtol=1e-6)
     infinite = jnp.array([jnp.nan, jnp.inf])
     assert tree_allclose(_compat.batched_as({"u": x}, infinite), {"u": x}, rtol=0)
+
+
+class Scaled(eqx.Module):
+    by: jax.Array
+
+    def project(self, y):
+        return self.by * y
+
+
+def test_may_capture():
+    held, number = [], np.float64(2.0)
+
+    def recursive(y):
+        return recursive(y - number) if number > 3 else y
+
+    safe = (
+        lambda y: y,
+        lambda y: y + number,
+        lambda y: recursive(y),
+        lambda y, by=jnp.ones(2): y * by,
+        Scaled(jnp.ones(2)).project,
+    )
+    assert not any(map(_compat.may_capture, safe))
+    # What cannot be looked through may hold anything.
+    unsure = (lambda y: y + held[0], ft.partial(jnp.add, 1.0), eqx.nn.Identity())
+    assert all(map(_compat.may_capture, unsure))
+
+    def f(s):
+        seen = (lambda y: y + s, lambda y, by=s: y + by, lambda y: recursive(y + s))
+        assert all(map(_compat.may_capture, seen))
+        return s
+
+    jax.grad(f)(1.0)

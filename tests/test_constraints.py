@@ -749,3 +749,32 @@ def test_a_linear_inner_objective_on_a_ball(dtype):
         out = found(unit_f, unit_y, jnp.zeros(3, dtype))
         assert np.allclose(out.y / unit_y, -n, rtol=0, atol=30 * eps)
         assert np.allclose(out.gradient, truth, rtol=0, atol=100 * eps)
+
+
+@pytest.mark.parametrize(
+    "response",
+    (
+        blx.Implicit(blx.ProjectedGradient(), blx.Pseudoinverse()),
+        blx.Unrolled(optax.sgd(0.4), 60),
+    ),
+    ids=("implicit", "unrolled"),
+)
+def test_a_set_that_closes_over_what_is_differentiated(response):
+    # Where the bound holds y moves with it, and elsewhere it does not.
+    free = np.array([3.0, 1.0, 4.0])
+
+    def total(bound, held):
+        problem = blx.BilevelProblem(
+            lambda x, y: jnp.sum(y),
+            lambda x, y: jnp.sum((y - x - free) ** 2),
+            project_y=lambda y: jnp.clip(y, -1.0, bound + held[0]),
+        )
+        y = blx.best_response(problem, jnp.zeros(3), jnp.zeros(3), response)
+        return jnp.sum(y**2)
+
+    bound, held = jnp.array(0.7), [jnp.array(0.8)]
+    for transform in (jax.grad, jax.jacfwd):
+        of_bound = transform(lambda bound: total(bound, held))
+        assert np.isclose(of_bound(bound), 2 * 2 * 1.5, rtol=1e-10)
+        of_held = transform(lambda held: total(bound, [held]))
+        assert np.isclose(jax.jit(of_held)(held[0]), 2 * 2 * 1.5, rtol=1e-10)

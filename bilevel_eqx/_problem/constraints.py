@@ -15,6 +15,7 @@ boundary times the multiplier. Without constraints D is the identity and K is H.
 """
 
 import abc
+import contextlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -25,13 +26,17 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
+from .._compat import is_traced, may_capture
 from .._tree import (
     nonzero,
+    tree_arrays,
     tree_axpy,
     tree_cast,
     tree_dot,
+    tree_joined,
     tree_materialised,
     tree_norm,
+    tree_rest,
     tree_scale,
     tree_struct,
     tree_sub,
@@ -166,7 +171,24 @@ class Convex(AbstractSet):
     confines: ClassVar[bool] = True
 
     def project(self, point):
-        return _projected(self, point)
+        return _projected(self._hoisted(point), point)
+
+    def _hoisted(self, point) -> "Convex":
+        """This set, with what the projection closes over as leaves, if a derivative can
+        be asked for with respect to it. The rule below sees only its arguments, and would
+        take zero."""
+        if not may_capture(self.fn):
+            return self
+        rest = tree_rest(self)
+
+        def raw(arrays, point):
+            return tree_joined(arrays, rest).raw(point)
+
+        program = jax.make_jaxpr(raw)(tree_arrays(self), point)
+        if not any(map(is_traced, program.consts)):
+            return self
+        with _allowed():
+            return Convex(eqx.filter_closure_convert(self.fn, _widest(point)))
 
     def remaining_step(self, gradient, at):
         return tree_sub(at, self.project(tree_sub(at, gradient)))
@@ -205,9 +227,19 @@ class Convex(AbstractSet):
         The projections of optax need dtype promotion, which the user may have forbidden,
         and their derivative rules need the widest type.
         """
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            widest = jax.dtypes.canonicalize_dtype(float)
-            return self.fn(jtu.tree_map(lambda u: u.astype(widest), point))
+        with _allowed():
+            return self.fn(_widest(point))
+
+
+@contextlib.contextmanager
+def _allowed():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def _widest(point: PyTree[Array]) -> PyTree[Array]:
+    widest = jax.dtypes.canonicalize_dtype(float)
+    return jtu.tree_map(lambda u: u.astype(widest), point)
 
 
 # A derivative rule around that of the projection: JAX traces the latter later, and it
