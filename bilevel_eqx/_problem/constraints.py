@@ -33,6 +33,7 @@ from .._tree import (
     tree_axpy,
     tree_cast,
     tree_dot,
+    tree_eps,
     tree_joined,
     tree_materialised,
     tree_norm,
@@ -59,6 +60,8 @@ class Stationarity(eqx.Module):
     """t."""
     _tangent: lx.AbstractLinearOperator | None
     """D; `None` is the identity."""
+    _rounding: Scalar | None = None
+    """What a projected gradient step from v may move by without a reason."""
 
     def along(self, vector: PyTree[Array]) -> PyTree[Array]:
         """D applied to a vector."""
@@ -83,7 +86,13 @@ class Stationarity(eqx.Module):
             # The Jacobian of a root may turn the residual by a right angle.
             curvature = jnp.sqrt(gg * tree_dot(Hg, Hg))
         distance = gg / nonzero(curvature) * jnp.sqrt(gg)
-        return where((curvature == 0) & (gg != 0), jnp.inf, distance)
+        distance = where((curvature == 0) & (gg != 0), jnp.inf, distance)
+        if self._rounding is None:
+            return distance
+        # The two products above may be of different residuals, if these are rounding:
+        # XLA computes one more than once, and not always in the same way.
+        step = self.step_size * jnp.sqrt(gg)
+        return where(step <= self._rounding, step, distance)
 
     def definite_hessian(self) -> lx.AbstractLinearOperator:
         """K where v can move, and 1/t across the face, where it cannot."""
@@ -207,7 +216,8 @@ class Convex(AbstractSet):
         tags = frozenset(tags) | {lx.symmetric_tag}
         K = lx.FunctionLinearOperator(reduced, hessian.in_structure(), tags)
         residual = tree_scale(1 / t, tree_sub(at, moved))
-        return Stationarity(residual, K, hessian, t, D)
+        rounding = 10 * tree_eps(at) * tree_norm(at)
+        return Stationarity(residual, K, hessian, t, D, rounding)
 
     def minimum_tangent(self, at, y, gradient, primals, tangents, solve):
         t = at.step_size
