@@ -53,15 +53,18 @@ def may_capture(fn: Any) -> bool:
     """Whether a function may hold a value that is traced, by a look at its cells and
     defaults, and at those of the functions there.
 
-    A method of a module has the module as its leaves. An object that cannot be looked
-    through may hold anything.
+    A method of a module has the arrays of the module as its leaves, and does not hold
+    them in this sense. An object that cannot be looked through may hold anything.
     """
     plain = int | float | str | type | None | np.ndarray | np.generic | jax.Array
     left, seen = [fn], set()
     while left:
         value = left.pop()
-        value = getattr(value, "__func__", value)
-        if isinstance(value, types.FunctionType):
+        # Of Python, or of Equinox.
+        if hasattr(value, "__func__") and hasattr(value, "__self__"):
+            leaves = jtu.tree_leaves(value.__self__)
+            left += [value.__func__, *(u for u in leaves if not eqx.is_array(u))]
+        elif isinstance(value, types.FunctionType):
             if value not in seen:
                 seen.add(value)
                 left += _held(value)

@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import equinox._errors
@@ -542,10 +543,15 @@ def test_batched_as():
 
 
 class Scaled(eqx.Module):
-    by: jax.Array
+    by: Any
 
     def project(self, y):
         return self.by * y
+
+
+class Plain:
+    def project(self, y):
+        return self.by * y  # pyright: ignore
 
 
 def test_may_capture():
@@ -563,11 +569,23 @@ def test_may_capture():
     )
     assert not any(map(_compat.may_capture, safe))
     # What cannot be looked through may hold anything.
-    unsure = (lambda y: y + held[0], ft.partial(jnp.add, 1.0), eqx.nn.Identity())
+    unsure = (
+        lambda y: y + held[0],
+        ft.partial(jnp.add, 1.0),
+        eqx.nn.Identity(),
+        Plain().project,
+        Scaled(Plain()).project,
+    )
     assert all(map(_compat.may_capture, unsure))
 
     def f(s):
-        seen = (lambda y: y + s, lambda y, by=s: y + by, lambda y: recursive(y + s))
+        seen = (
+            lambda y: y + s,
+            lambda y, by=s: y + by,
+            lambda y: recursive(y + s),
+            Scaled(lambda y: y + s).project,
+        )
+        assert not _compat.may_capture(Scaled(s).project)
         assert all(map(_compat.may_capture, seen))
         return s
 
