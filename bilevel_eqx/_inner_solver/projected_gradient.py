@@ -23,6 +23,11 @@ from .._tree import (
 )
 
 
+# How often a step is doubled: enough for units that differ by 1e19. If f is not bounded
+# below, y runs off, but not to infinity.
+_MOST_DOUBLED = 64
+
+
 class _ProjectedState(eqx.Module):
     # Where the next gradient is taken: y plus its momentum.
     ahead: PyTree[Array]
@@ -122,7 +127,7 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
             tree_where(accepted, new_ahead, y),
             where(accepted, momentum, 1),
             where(accepted, where(state.flat, 2 * t, t), 0.5 * t),
-            state.flat & accepted,
+            state.flat & accepted & (num_steps < _MOST_DOUBLED),
             num_steps,
             small | (num_steps >= self.max_steps) | ~jnp.isfinite(length),
         )
