@@ -141,6 +141,11 @@ def _on(others: dict[Mesh, Mesh], tree: PyTree) -> PyTree:
     return jtu.tree_map(move, tree, is_leaf=_is_iterator)
 
 
+_AUTO_MESH = (
+    "`jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))`"
+)
+
+
 def check_mesh(tree: PyTree) -> None:
     """Refuses, within a transformation, what no loop of ours works with: arrays on a mesh
     with Explicit axes, and those of a `shard_map` that checks how they vary."""
@@ -153,9 +158,7 @@ def check_mesh(tree: PyTree) -> None:
             "`jax.jit`, `jax.vmap` or another transformation. Linear solves and draws of "
             "batches do not work there yet. Transform "
             "`jax.sharding.auto_axes(fn, out_sharding=...)` instead of `fn`, and pass it "
-            "all such arrays; or make the mesh with Auto axes: "
-            "`jax.make_mesh(shape, names, "
-            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))`. Outside of "
+            f"all such arrays; or make the mesh with Auto axes: {_AUTO_MESH}. Outside of "
             "transformations both kinds work."
         )
     if any(len(manual_axes(u)) > 0 for u in leaves):
@@ -189,11 +192,9 @@ def check_mesh_of_operator(tree: PyTree, name: str) -> None:
         raise ValueError(
             f"`{name}` returns an operator of lineax, and lineax does not work with "
             "arrays on a mesh with Explicit axes, which are JAX's default: such an array "
-            "is in the problem, x or y. Make the mesh with Auto axes: "
-            "`jax.make_mesh(shape, names, "
-            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))`. Or use "
-            "`hypergradient` or `best_response`, and differentiate it: they take both "
-            "kinds."
+            f"is in the problem, x or y. Make the mesh with Auto axes: {_AUTO_MESH}. Or "
+            "use `hypergradient` or `best_response`, and differentiate it: they take "
+            "both kinds."
         )
 
 

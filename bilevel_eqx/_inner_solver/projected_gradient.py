@@ -90,10 +90,8 @@ class ProjectedGradient(optx.AbstractMinimiser[Any, Any, _ProjectedState]):
         curvature = largest_curvature(lambda y: fn(y, args)[0], y)
         step_size = (0.9 / nonzero(curvature)).astype(dtype)
         one, start = jnp.ones((), dtype), _projection(options)(y)
-        none = jnp.array(0)
-        return _ProjectedState(
-            start, one, step_size, curvature == 0, none, jnp.array(False)
-        )
+        flat, num_steps, terminate = curvature == 0, jnp.array(0), jnp.array(False)
+        return _ProjectedState(start, one, step_size, flat, num_steps, terminate)
 
     def step(self, fn, y, args, options, state, tags):
         project = _projection(options)
