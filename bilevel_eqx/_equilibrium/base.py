@@ -294,11 +294,12 @@ def certify(
         at its answer, and the start then says how large the variables can be. Keyword
         only argument.
     - `max_products`: where y has more than 1,024 entries, the largest number of products
-        with the inner Hessian H that are taken; a product with a derivative of H counts
-        as three. The pseudoinverse is then one of a Krylov space, and `accuracy` says how
-        good that was. [`bilevel_eqx.Pessimistic`][] and
-        [`bilevel_eqx.ProximalEquilibrium`][] are not bounded by it. Smaller problems take
-        a decomposition of H. Keyword only argument.
+        with the inner Hessian H that are taken. A product with a derivative of H counts
+        as three, one with $F_{yy}$ does not count, and at a root one with $H^\top$ counts
+        as well. The pseudoinverse is then one of a Krylov space of $F_y$, and of
+        $\nabla_y f$ where that is more than rounding; `accuracy` says how good that was.
+        [`bilevel_eqx.Pessimistic`][] and [`bilevel_eqx.ProximalEquilibrium`][] are not
+        bounded by it. Smaller problems take a decomposition of H. Keyword only argument.
     - `second_order`: whether to check, too, that x is a minimum to second order: the
         entry `outer curvature`, from the derivative of the hypergradient. That needs
         third derivatives of f, and a longer program. Beyond 1,024 entries of x negative

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from .._linalg.eigenbasis import negative_curvature
+from .._derivatives.second import hessian_depends_on_y
 from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.nearest import Displacement
 from .._solution_set.picture import picture
@@ -49,18 +49,21 @@ class ColdStart(AbstractEquilibrium):
 
     def certify(self, problem, x, y, y0, max_products=None):
         require_start(y0, "ColdStart()", "A cold start")
+        # The other half is for the curvature of S(x).
+        share_of_inverse = 0.5 if hessian_depends_on_y(problem, x, y) else 1.0
         here, layout = picture(
-            problem, x, y, max_products=max_products, share=0.5, anchor=y0
+            problem, x, y, max_products=max_products, share=share_of_inverse, anchor=y0
         )
         nearest = Displacement(here, layout.ravel(y0))
         outer = slopes_of(here, y0=nearest.anchor)
-        along_set, tangential = nearest.curvatures(outer.y)
+        curvatures, tangential = nearest.curvatures(outer.y)
         at = measure(here, outer, tangential)
         along = vector_norm(here.project(nearest.displacement))
-        accuracy = at.accuracy
+        accuracy = jnp.maximum(at.accuracy, curvatures.across)
         if not here.is_dense:
             projected = here.accuracy_of_projection(outer.y, nearest.displacement)
             accuracy = jnp.maximum(accuracy, projected)
+        notes = at.notes if here.is_plane else at.notes_along_set
         return Certificate(
             "a cold start",
             {
@@ -70,12 +73,12 @@ class ColdStart(AbstractEquilibrium):
                     "y is the inner minimum nearest to y0: P_null (y - y0) = 0",
                 ),
                 "curvature": (
-                    negative_curvature(along_set, 1.0),
+                    curvatures.negative,
                     "the same to second order: S(x) does not bend away from y0",
                 ),
                 **at.stationary("x is stationary for F(x, proj(y0, S(x)))"),
             },
             accuracy=accuracy,
             decisions=at.decisions,
-            notes=(*at.notes, NOT_A_MINIMUM),
+            notes=(*notes, NOT_A_MINIMUM),
         )

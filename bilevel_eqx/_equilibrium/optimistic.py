@@ -2,7 +2,8 @@
 
 from typing import ClassVar
 
-from .._linalg.eigenbasis import eigenbasis_within, negative_curvature
+import jax.numpy as jnp
+
 from .._solution_set.picture import picture
 from .._solution_set.selected_value import second_derivative
 from .._tree import vector_norm
@@ -47,8 +48,7 @@ class Optimistic(AbstractEquilibrium):
         at = measure(here, slopes_of(here))
         lagrangian = here.lagrangian(here.problem.outer, -at.adjoint)
         W = here.operator(lambda v: lagrangian.push(v)[1])
-        num_steps = here.share_of_products(0.5, 84)
-        along = eigenbasis_within(here.project, W, at.outer.y, num_steps)
+        curvatures = here.curvatures_along(W, at.outer.y)
         slope = vector_norm(here.project(at.outer.y))
         return Certificate(
             "an optimistic equilibrium",
@@ -59,14 +59,14 @@ class Optimistic(AbstractEquilibrium):
                     "no inner minimum nearby has a smaller F: P_null F_y = 0",
                 ),
                 "curvature": (
-                    negative_curvature(along),
+                    curvatures.negative,
                     "the same to second order: F is not concave along S(x)",
                 ),
                 **at.stationary(
                     "x is stationary for min F over S(x): F_x - B^T H^+ F_y = 0"
                 ),
             },
-            accuracy=at.accuracy,
+            accuracy=jnp.maximum(at.accuracy, curvatures.across),
             decisions=at.decisions,
-            notes=(*at.notes, NOT_A_MINIMUM),
+            notes=(*at.notes_along_set, NOT_A_MINIMUM),
         )

@@ -184,7 +184,7 @@ class Pessimistic(AbstractEquilibrium):
         slack = worst.multiplier * (worst.radius - distance)
         selection = jnp.hypot(vector_norm(worst.tangential_residual), slack)
         quadratic = is_quadratic(here)
-        notes = [*at.notes, NOT_A_MINIMUM]
+        notes = [*at.notes_along_set, NOT_A_MINIMUM]
         if not quadratic:
             notes.append(f"F is not quadratic along S(x): {_nearby(here)}")
         return Certificate(

@@ -153,10 +153,18 @@ class Measures(NamedTuple):
     @property
     def notes(self) -> tuple[str, ...]:
         """What these measures do not say."""
+        return self._notes(searched=not (self.picture.is_convex or self.picture.is_root))
+
+    @property
+    def notes_along_set(self) -> tuple[str, ...]:
+        """The same where a certificate also looks for curvature along S(x)."""
+        return self._notes(searched=True)
+
+    def _notes(self, searched: bool) -> tuple[str, ...]:
         here, notes = self.picture, []
         if not (here.is_plane or here.is_root):
             notes.append("the inner problem is not quadratic: all on its minima is local")
-        if not (here.is_dense or here.is_convex or here.is_root):
+        if searched and not here.is_dense:
             notes.append(
                 f"y has more than {DENSE_SIZE:,} entries: negative curvature is looked "
                 "for in a Krylov space alone"

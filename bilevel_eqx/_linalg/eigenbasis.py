@@ -6,6 +6,7 @@ Lanczos' method, which describe the operator only within a Krylov space.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,6 +17,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._tree import (
+    Layout,
     nonzero,
     tree_axpy,
     tree_dtype,
@@ -166,34 +168,16 @@ def block_lanczos(
     algorithms for computation of eigenvalues of large sparse symmetric matrices*, 1979).
     """
     num_starts, size = starts.shape
-    eps = jnp.finfo(starts.dtype).eps
-
-    def append(basis, count, vector, scale):
-        """The basis with the direction of a vector that is not in its span."""
-        shares = basis @ vector
-        rest = vector - shares @ basis
-        # Twice, for rounding. Not with the last vectors of the basis alone: what comes
-        # back of the others would look like curvature where there is none.
-        rest = rest - (basis @ rest) @ basis
-        length = vector_norm(rest)
-        is_new = length > 10 * eps * scale
-        length = where(is_new, length, 0)
-        row = where(is_new, rest / where(is_new, length, 1), 0)
-        basis, shares = basis.at[count].set(row), shares.at[count].set(length)
-        return basis, where(is_new, count + 1, count), shares
 
     def step(carry, k):
         basis, count, scale = carry
         image = operator.mv(basis[k])
         scale = jnp.maximum(scale, vector_norm(image))
-        basis, count, shares = append(basis, count, image, scale)
+        basis, count, shares = _extended(basis, count, image, scale)
         return (basis, count, scale), shares
 
-    basis = jnp.zeros((num_steps + num_starts, size), starts.dtype)
-    count, scale = jnp.array(0), jnp.zeros((), starts.dtype)
-    for start in starts:
-        basis, count, _ = append(basis, count, start, vector_norm(start))
-    carry = basis, count, scale
+    basis, count = _basis_of(starts, num_steps + num_starts)
+    carry = basis, count, jnp.zeros((), starts.dtype)
     (basis, *_), rows = jax.lax.scan(step, carry, jnp.arange(num_steps))
     basis, inside, outside = basis[:num_steps], rows[:, :num_steps], rows[:, num_steps:]
     # Once the Krylov space is exhausted, a value from inside the spectrum.
@@ -202,6 +186,100 @@ def block_lanczos(
     values, rotation = eigh(inside)
     errors = jnp.sqrt(jnp.sum((outside.T @ rotation) ** 2, axis=0))
     return basis, values, rotation, errors
+
+
+class Bidiagonal(NamedTuple):
+    """An operator A, and perhaps a symmetric C, within a Krylov space of A^T A + C."""
+
+    right: Float[Array, "k n"]
+    """An orthonormal basis of that space, in rows."""
+    left: Float[Array, "k m"]
+    """An orthonormal basis of its image under A, in rows."""
+    image: Float[Array, "k k"]
+    """A in these bases. It is upper triangular, and all of A on that space."""
+    curvature: Float[Array, "k k"] | None
+    """C in the basis of that space."""
+    beyond: Float[Array, "p k"]
+    """What A^T A + C has, on that basis, outside of the space."""
+
+
+def bidiagonal(
+    A: lx.AbstractLinearOperator,
+    C: lx.AbstractLinearOperator | None,
+    starts: Float[Array, "p n"],
+    num_steps: int,
+) -> Bidiagonal:
+    r"""A within the Krylov space of $A^\top A + C$ from several vectors.
+
+    Each step is a product with A, one with its transpose, and one with C. A maps vectors
+    like the starts, or from them, to pytrees. As in `block_lanczos`, a vector that the
+    space has already takes no step.
+
+    Without C, and with one vector, it is the bidiagonalisation of Golub and Kahan
+    (*Calculating the singular values and pseudo-inverse of a matrix*, 1965). The
+    condition number is that of A and not its square.
+    """
+    num_starts, _ = starts.shape
+    layout, A_T = Layout(A.out_structure()), A.transpose()
+
+    def step(carry, k):
+        right, count, left, left_count, scale, scale_left = carry
+        start = right[k]
+        image = layout.ravel(A.mv(start))
+        scale_left = jnp.maximum(scale_left, vector_norm(image))
+        left, next_count, shares = _extended(left, left_count, image, scale_left)
+        if C is None:
+            # Only the new direction: the images of the others have been looked at.
+            newest = where(next_count > left_count, left[left_count], 0)
+            back, curvature = A_T.mv(layout.unravel(newest)), None
+        else:
+            bent = C.mv(start)
+            back, curvature = A_T.mv(layout.unravel(image)) + bent, right @ bent
+        scale = jnp.maximum(scale, vector_norm(back))
+        right, count, back = _extended(right, count, back, scale)
+        carry = right, count, left, next_count, scale, scale_left
+        return carry, (shares, curvature, back, left_count)
+
+    zero = jnp.zeros((), starts.dtype)
+    right, count = _basis_of(starts, num_steps + num_starts)
+    left = jnp.zeros((num_steps, layout.size), starts.dtype)
+    carry = right, count, left, jnp.array(0), zero, zero
+    (right, _, left, *_), rows = jax.lax.scan(step, carry, jnp.arange(num_steps))
+    shares, curvature, back, position = rows
+    beyond = back[:, num_steps:]
+    if curvature is None:
+        # That of A^T on the basis of the image, which A reaches.
+        beyond = shares @ jnp.zeros_like(beyond).at[position].add(beyond)
+    else:
+        # Row k has what was known after k steps.
+        lower = jnp.tril(curvature[:, :num_steps])
+        curvature = lower + jnp.tril(lower, -1).T
+    return Bidiagonal(right[:num_steps], left, shares.T, curvature, beyond.T)
+
+
+def _basis_of(starts, num_rows):
+    """An orthonormal basis of some vectors in the first rows, and how many these are."""
+    basis = jnp.zeros((num_rows, starts.shape[1]), starts.dtype)
+    count = jnp.array(0)
+    for start in starts:
+        basis, count, _ = _extended(basis, count, start, vector_norm(start))
+    return basis, count
+
+
+def _extended(basis, count, vector, scale):
+    """The basis with the direction of a vector that is not in its span, to which the
+    rounding of a scale does not count; and the coordinates of the vector."""
+    shares = basis @ vector
+    rest = vector - shares @ basis
+    # Twice, for rounding. Not with the last vectors of the basis alone: what comes back
+    # of the others would look like curvature where there is none.
+    rest = rest - (basis @ rest) @ basis
+    length = vector_norm(rest)
+    is_new = length > 10 * jnp.finfo(vector.dtype).eps * scale
+    length = where(is_new, length, 0)
+    row = where(is_new, rest / where(is_new, length, 1), 0)
+    basis, shares = basis.at[count].set(row), shares.at[count].set(length)
+    return basis, where(is_new, count + 1, count), shares
 
 
 def extreme_eigenvalues(
@@ -233,15 +311,19 @@ def eigenbasis_within(
     operator: lx.AbstractLinearOperator,
     start: PyTree[Array],
     num_steps: int = _LANCZOS_STEPS + NUM_STEPS,
+    size: Scalar | None = None,
 ) -> Eigenbasis:
     """The eigenvectors of an operator W within a subspace: of P W P, in the range of P.
 
-    If W is not a matrix, it takes `num_steps` products with it, two at least.
+    If W is not a matrix, it takes `num_steps` products with it, two at least. Some of
+    them are for the size of W, unless that is given.
 
     Eigenvalues and eigenvectors orthogonal to the subspace are exactly zero. Otherwise
     their rounding errors would look like curvature if the subspace is small or empty.
     """
-    if isinstance(operator, lx.MatrixLinearOperator):
+    if size is not None:
+        size = nonzero(size)
+    elif isinstance(operator, lx.MatrixLinearOperator):
         size = nonzero(jnp.sqrt(jnp.sum(operator.as_matrix() ** 2)))
     else:
         num_power_steps = max(1, min(NUM_STEPS, num_steps // 3))

@@ -26,7 +26,7 @@ from .._linalg.decompositions import (
     qr,
     svd,
 )
-from .._linalg.eigenbasis import block_lanczos, lanczos
+from .._linalg.eigenbasis import bidiagonal, block_lanczos, lanczos
 from .._linalg.low_rank import eigenvectors_of_low_rank
 from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.precision import in_full_precision
@@ -84,7 +84,7 @@ class Pseudoinverse(lx.AbstractLinearSolver):
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         del options
         if isinstance(operator, AugmentedHessian):
-            return _Augmented(self._factor_inverse(operator.hessian))
+            return Augmented(self._factor_inverse(operator.hessian))
         if isinstance(operator, LeastSquaresHessian):
             return self._factor_inverse(operator)
         if self._is_small(operator):
@@ -183,12 +183,19 @@ class _DenseInverse(eqx.Module):
     clearance: Float[Array, " r"]
     in_layout: Layout = eqx.field(static=True)
     out_layout: Layout = eqx.field(static=True)
+    # Whether it is right on all vectors, and not within a Krylov space alone.
+    everywhere: bool = eqx.field(static=True, default=True)
 
     knows_range: ClassVar[bool] = True
 
     @property
     def largest(self):
         return jnp.max(jnp.abs(ends(self.values)), initial=0)
+
+    @property
+    def smallest(self):
+        """The smallest one that counts; infinite if none does."""
+        return 1 / jnp.max(jnp.abs(self.reciprocal), initial=0)
 
     def __call__(self, vector):
         q = self.solution(self.coordinates(vector))
@@ -210,6 +217,7 @@ class _DenseInverse(eqx.Module):
             self.clearance,
             self.out_layout,
             self.in_layout,
+            self.everywhere,
         )
 
 
@@ -257,7 +265,7 @@ def _dense_inverse(operator: lx.AbstractLinearOperator, rcond) -> _DenseInverse:
     )
 
 
-class _Augmented(eqx.Module):
+class Augmented(eqx.Module):
     """The inverse of a sum of squares, as one of its augmented Hessian."""
 
     inverse: Any
@@ -265,6 +273,10 @@ class _Augmented(eqx.Module):
     @property
     def knows_range(self):
         return self.inverse.knows_range
+
+    @property
+    def everywhere(self):
+        return self.inverse.everywhere
 
     @property
     def right(self):
@@ -277,6 +289,10 @@ class _Augmented(eqx.Module):
     @property
     def largest(self):
         return self.inverse.largest
+
+    @property
+    def smallest(self):
+        return self.inverse.smallest
 
     def __call__(self, vector):
         return self.inverse.augmented(*vector)
@@ -304,6 +320,7 @@ class _DenseFactorInverse(eqx.Module):
     factor_clearance: Float[Array, " r"]
     in_layout: Layout = eqx.field(static=True)
     out_layout: Layout = eqx.field(static=True)
+    everywhere: bool = eqx.field(static=True, default=True)
 
     knows_range: ClassVar[bool] = True
 
@@ -322,6 +339,10 @@ class _DenseFactorInverse(eqx.Module):
         """That of A^T A."""
         lowest = where(self.reciprocal > 0, self.reciprocal, jnp.inf)
         return jnp.max(1 / lowest, initial=0) ** 2
+
+    @property
+    def smallest(self):
+        return 1 / jnp.max(self.reciprocal, initial=0) ** 2
 
     def _coordinates(self, vector):
         return self.reciprocal * (self.right @ self.in_layout.ravel(vector))
@@ -381,30 +402,78 @@ def krylov_inverse(
     starts: Float[Array, "p n"],
     num_products: int,
     is_curved: bool,
-) -> _DenseInverse:
-    """The pseudoinverse of a symmetric operator on vectors within the Krylov space of
-    some vectors.
+) -> "_DenseInverse | _DenseFactorInverse":
+    """The pseudoinverse of an operator on vectors within the Krylov space of some
+    vectors. It is that of a Hessian, or the transposed one of the Jacobian of a root.
 
     It takes `num_products` products, whatever it is applied to later. On each start it is
-    as good as its share of them in steps of conjugate gradients, and it is safe on an
-    indefinite or a singular operator. A Ritz value counts as zero if zero is within its
-    error bound. On a vector that does not depend on the starts it is not good.
+    as good as its share of them in steps of conjugate gradients, or of least squares for
+    a sum of squares and for a root; and it is safe on an indefinite or a singular
+    operator. A Ritz value counts as zero if zero is within its error bound. On a vector
+    that does not depend on the starts it is not good.
     """
+    squares = isinstance(operator, LeastSquaresHessian)
+    if squares:
+        # All of A if its rows take no more: a product with H is two with A and one with
+        # C, and C is applied to each singular vector.
+        rank = operator.residual_jacobian.out_size()
+        if rank <= (2 if operator.curvature is None else 0.5) * num_products:
+            return _dense_factor_inverse(operator, None)
     size = starts.shape[1]
     sizes = jnp.sqrt(jnp.sum(starts**2, axis=1, keepdims=True))
     first = where(jnp.all(sizes == 0), tree_waves(starts), starts / nonzero(sizes))
-    num_products = min(num_products, size)
-    if len(starts) == 1:
-        basis, values, rotation, last = lanczos(operator, first[0], num_products)
-        error = jnp.abs(last * rotation[-1])
-    else:
-        basis, values, rotation, error = block_lanczos(operator, first, num_products)
-    uncertain = uncertainty(values, size, curved=is_curved)
-    uncertain = jnp.maximum(uncertain, error)
-    rows = [rotation.T @ basis]
-    reciprocal, (rows,), clear = _truncated(values, rows, uncertain)
     layout = Layout(starts[0])
-    return _DenseInverse(rows, reciprocal, rows, values, clear, layout, layout)
+    if squares:
+        A, C = operator.residual_jacobian, operator.curvature
+        right, values, left, uncertain, E = _krylov_factors(A, C, first, num_products)
+        reciprocal, (right, left), clear = _truncated(values, [right, left], uncertain)
+        curving = uncurving = None
+        if E is not None:
+            E = reciprocal[:, None] * E * reciprocal[None, :]
+            curving = jnp.eye(values.size, dtype=values.dtype) + E
+            uncurving = inv(curving)
+        return _DenseFactorInverse(
+            right,
+            reciprocal,
+            left,
+            curving,
+            uncurving,
+            clear,
+            layout,
+            Layout(A.out_structure()),
+            everywhere=False,
+        )
+    if not lx.is_symmetric(operator):
+        right, values, left, uncertain, _ = _krylov_factors(
+            operator, None, first, max(1, num_products // 2)
+        )
+        rows = [right, left]
+    else:
+        num_products = min(num_products, size)
+        if len(starts) == 1:
+            basis, values, rotation, last = lanczos(operator, first[0], num_products)
+            error = jnp.abs(last * rotation[-1])
+        else:
+            basis, values, rotation, error = block_lanczos(operator, first, num_products)
+        uncertain = jnp.maximum(uncertainty(values, size, curved=is_curved), error)
+        rows = [rotation.T @ basis]
+    reciprocal, rows, clear = _truncated(values, rows, uncertain)
+    right, left = rows[0], rows[-1]
+    return _DenseInverse(right, reciprocal, left, values, clear, layout, layout, False)
+
+
+def _krylov_factors(A, C, starts, num_steps):
+    """Singular triplets of A in the Krylov space of some vectors, how far the values may
+    be from those of A, and C in the basis of the right vectors."""
+    known = bidiagonal(A, C, starts, min(num_steps, starts.shape[1]))
+    left, values, right = svd(known.image)
+    errors = jnp.sqrt(jnp.sum((known.beyond @ right.T) ** 2, axis=0))
+    # These are errors of the squares.
+    uncertain = uncertainty(values, max(A.in_size(), A.out_size()))
+    uncertain = jnp.maximum(uncertain, where(values**2 <= errors, values, 0))
+    bent = known.curvature
+    E = None if bent is None else right @ bent @ right.T
+    return right @ known.right, values, left.T @ known.left, uncertain, E
 
 
 class _MatrixFreeInverse(eqx.Module):

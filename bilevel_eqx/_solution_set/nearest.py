@@ -8,11 +8,11 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._derivatives.second import hessian_depends_on_y
 from .._failure.results import finite_or_not, first_failure, RESULTS
-from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within
+from .._linalg.eigenbasis import Eigenbasis
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._tree import tree_axpy, tree_scale, vector_norm, where
-from .picture import Adjoint, flat_picture, Picture, Push
+from .picture import Adjoint, Curvatures, flat_picture, Picture, Push
 from .search import select
 
 
@@ -112,7 +112,7 @@ class Displacement(NamedTuple):
 
     def curvatures(
         self, u: Float[Array, " n"]
-    ) -> tuple[Eigenbasis, tuple[Float[Array, " n"], PyTree[Array]]]:
+    ) -> tuple[Curvatures, tuple[Float[Array, " n"], PyTree[Array]]]:
         r"""The eigenvectors of $P W P$ in the tangent space; and the two parts of `pull`,
         $u - W v$ and $-\partial_x \langle v, H \mu \rangle$, by its eigenvectors.
 
@@ -120,16 +120,17 @@ class Displacement(NamedTuple):
         """
         here, push = self.picture, self._push()
         in_x, W = here.parts(push)
-        num_steps = here.share_of_products(0.5, 84)
         along = here.project(u)
         if here.is_plane and not here.is_dense:
             # W is the identity, and all is along this vector.
             basis = Eigenbasis(jnp.ones(1, u.dtype), along[:, None])
-            return basis, (u - along, tree_scale(-1, in_x(along)))
-        basis = eigenbasis_within(here.project, W, along, num_steps)
+            none = jnp.zeros((), u.dtype)
+            return Curvatures(basis, none, none), (u - along, tree_scale(-1, in_x(along)))
+        known = here.curvatures_along(W, along, 1.0)
+        basis = known.basis
         curvatures = where(basis.values == 0, jnp.inf, basis.values)
         v = basis.combine(basis.coordinates(along) / curvatures, along)
-        return basis, (u - W.mv(v), tree_scale(-1, in_x(v)))
+        return known, (u - W.mv(v), tree_scale(-1, in_x(v)))
 
 
 def nearest_to(

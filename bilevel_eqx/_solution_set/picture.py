@@ -37,12 +37,19 @@ from .._derivatives.second import (
     value_gradient_and_product,
 )
 from .._failure.results import RESULTS
-from .._linalg.eigenbasis import eigenbasis, negative_share, singular_values
-from .._linalg.power_iteration import DENSE_SIZE
+from .._linalg.eigenbasis import (
+    Eigenbasis,
+    eigenbasis,
+    eigenbasis_within,
+    negative_curvature,
+    negative_share,
+    singular_values,
+)
+from .._linalg.power_iteration import DENSE_SIZE, largest_magnitude
 from .._linalg.zero_curvature import clearance, ends, uncertainty
 from .._linear_solver.judged import judged
 from .._linear_solver.misc import augmented, explain, tags_for
-from .._linear_solver.pseudoinverse import krylov_inverse, Pseudoinverse
+from .._linear_solver.pseudoinverse import Augmented, krylov_inverse, Pseudoinverse
 from .._mesh import check_mesh_of_solve
 from .._problem.base import AbstractBilevelProblem
 from .._problem.constraints import set_y, Stationarity
@@ -89,6 +96,17 @@ class Adjoint(NamedTuple):
     image: PyTree[Array] | None
     """For a sum of squares A q, without the rounding of that product; else `None`."""
     result: RESULTS
+
+
+class Curvatures(NamedTuple):
+    """The curvature of something along S(x)."""
+
+    basis: Eigenbasis
+    """Eigenvectors, or Ritz vectors, within the tangent space."""
+    negative: Scalar
+    """The size of the most negative eigenvalue, relative to the largest."""
+    across: Scalar
+    """The share of its eigenvector that may be across S(x)."""
 
 
 class NewtonStep(NamedTuple):
@@ -413,6 +431,47 @@ class Picture(eqx.Module):
         in_x, in_y = jax.vmap(push)(jnp.eye(self.y.size, dtype=self.y.dtype))
         return TransposedRows(in_x), lx.MatrixLinearOperator(in_y.T, lx.symmetric_tag)
 
+    def curvatures_along(
+        self, W: lx.AbstractLinearOperator, start: Float[Array, " n"], scale: float = 0.0
+    ) -> "Curvatures":
+        """The eigenvectors of $P W P$ in the tangent space, and the most negative
+        eigenvalue relative to the largest, or to a scale that is larger.
+
+        Beyond the dense size these are Ritz vectors. Where products with H are counted,
+        it takes half of them.
+        """
+        if not self._knows_range or self.inverse.everywhere:
+            num_steps = self.share_of_products(0.5, 84)
+            basis = eigenbasis_within(self.project, W, start, num_steps)
+            exact = jnp.zeros((), self.y.dtype)
+            return Curvatures(basis, negative_curvature(basis, scale), exact)
+        # P knows a Krylov space of H, and what W leads out of it may be across S(x). So
+        # what is across S(x) gets a curvature that is larger than all of W.
+        assert self.max_products is not None
+        budget = self.max_products // 2
+        # If S(x) is a plane then W is that of F alone.
+        each = 1 if self.is_plane else 3
+        size = largest_magnitude(W.mv, start, _POWER_STEPS)
+        H, weight = self.at.definite_hessian(), 4 * size / self.inverse.smallest
+        penalised = self._function(lambda v: tree_axpy(weight, H.mv(v), W.mv(v)))
+        num_steps = max(2, (3 * budget // 4 - _POWER_STEPS * each) // (each + 1))
+        basis = eigenbasis_within(self.project, penalised, start, num_steps, size)
+        # The lowest of them is nearly along S(x). What is across is taken away.
+        within = jnp.any(basis.vectors != 0, axis=0)
+        lowest = basis.vectors[:, jnp.argmin(where(within, basis.values, jnp.inf))]
+        image = H.mv(lowest)
+        inverse = krylov_inverse(H, image[None], max(1, budget // 4), not self.is_plane)
+        along = lowest - inverse(image)[0]
+        square = jnp.sum(along**2)
+        value, left = (along @ A.mv(along) / nonzero(square) for A in (W, H))
+        rounding = 100 * jnp.finfo(size.dtype).eps * size
+        found = (square > _LEAST_SHARE) & (-value > rounding)
+        value = where(found, -value, 0)
+        # How much of it may still be across.
+        smallest = jnp.minimum(self.inverse.smallest, inverse.smallest)
+        across = where(found, jnp.minimum(1, jnp.abs(left) / smallest), 0)
+        return Curvatures(basis, value / nonzero(jnp.maximum(size, scale)), across)
+
     def along(self, operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
         r"""$P W P$, a symmetric operator within the tangent space."""
 
@@ -491,9 +550,7 @@ class Picture(eqx.Module):
     def share_of_products(self, share: float, most: int) -> int:
         """A number of steps, each as costly as three products with H, that takes no more
         than a share of the products that are allowed."""
-        if self.max_products is None:
-            return most
-        return max(1, min(most, int(share * self.max_products / 3)))
+        return _share(self.max_products, share, most)
 
     def accuracy(
         self, vector: Float[Array, " n"], solution: Float[Array, " n"]
@@ -536,6 +593,28 @@ class Picture(eqx.Module):
             self,
             (y, value, gradient, gradient),
         )
+
+
+def _share(max_products: int | None, share: float, most: int) -> int:
+    if max_products is None:
+        return most
+    return max(1, min(most, int(share * max_products / 3)))
+
+
+def _way_to_minimum(at: Stationarity, y: Float[Array, " n"]) -> Float[Array, " n"]:
+    r"""A vector whose Krylov space has the step from y to a minimum: the residual r that
+    vanishes there, or for a root $H^\top r$.
+
+    Zero where r is so small that the step is, too, but for curvatures that no number of
+    products would find.
+    """
+    H = at.definite_hessian()
+    residual = at.along(at.residual)
+    waves = tree_waves(y)
+    image, total, size, left = vector_norms(H.mv(waves), waves, y, residual)
+    way = residual if lx.is_symmetric(H) else H.T.mv(residual)
+    eps = float(jnp.finfo(y.dtype).eps)
+    return where(left > eps**0.75 * (image / total * size), way, 0)
 
 
 def as_operator(
@@ -591,24 +670,30 @@ def flat_picture(
     spectrum = None
     if bounded and inverse is None:
         assert max_products is not None
-        num_products = max(1, int(share * max_products) - _FURTHER_PRODUCTS)
+        num_products = int(share * max_products) - _FURTHER_PRODUCTS
         if isinstance(problem, AbstractRootProblem):
             # Each step is a product with H and one with its transpose.
-            linear_solver = Pseudoinverse(max_steps=max(1, 3 * num_products // 8))
-            spectrum = singular_values(at.hessian, max(2, num_products // 8))
+            num_steps = max(2, num_products // 8)
+            spectrum = singular_values(at.hessian, num_steps)
+            num_products = num_products - 2 * num_steps
         elif isinstance(at.hessian, LeastSquaresHessian):
-            # Each step is a product with A and one with its transpose, and there are two
-            # solves.
-            linear_solver = Pseudoinverse(max_steps=max(1, num_products // 2))
-        else:
-            starts = [at.along(jax.grad(problem.outer, argnums=1)(x, y))]
-            if anchor is not None:
-                # Not their sum: its space contains neither of them.
-                starts.append(y - anchor)
-                num_products = max(1, num_products - _PRODUCTS_OF_PROJECTIONS)
-            inverse = krylov_inverse(
-                at.definite_hessian(), jnp.stack(starts), num_products, not is_plane
-            )
+            if at.hessian.curvature is not None:
+                # Those of `negative_curvature`.
+                num_products = num_products - _share(max_products, 0.5, _LANCZOS_STEPS)
+        starts = [at.along(jax.grad(problem.outer, argnums=1)(x, y))]
+        if anchor is not None:
+            # Not their sum: its space contains neither of them.
+            starts.append(y - anchor)
+            num_products = num_products - _PRODUCTS_OF_PROJECTIONS
+        starts.append(_way_to_minimum(at, y))
+        inverse = krylov_inverse(
+            at.definite_hessian(),
+            jnp.stack(starts),
+            max(1, num_products),
+            not is_plane,
+        )
+        if isinstance(at.hessian, LeastSquaresHessian):
+            inverse = Augmented(inverse)
     if inverse is None:
         # Factorised once, for all products with the pseudoinverse. Their derivatives do
         # not go through the factors.
@@ -682,7 +767,7 @@ def picture(
 
 
 # What a certificate takes beside the pseudoinverse: to measure its accuracy, for one.
-_FURTHER_PRODUCTS = 8
+_FURTHER_PRODUCTS = 9
 # What `accuracy_of_projection` takes for two vectors.
 _PRODUCTS_OF_PROJECTIONS = 4
 
@@ -719,5 +804,12 @@ def restore(
 
 _RESTORATIONS = 50
 
-
 _LANCZOS_STEPS = 64
+
+
+# For the size of what is only to be outweighed.
+_POWER_STEPS = 4
+
+
+# A vector with less than this in the null space of H says nothing about it.
+_LEAST_SHARE = 0.05
