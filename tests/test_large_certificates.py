@@ -91,11 +91,15 @@ _kinds = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", _kinds)
 @pytest.mark.parametrize(
-    "concept",
-    (blx.WarmStart(), blx.ColdStart(), blx.Optimistic(), blx.Stackelberg()),
-    ids=lambda concept: type(concept).__name__,
+    "concept, max_products",
+    (
+        (blx.WarmStart(), 40),
+        (blx.ColdStart(), 128),
+        (blx.Optimistic(), 128),
+        (blx.Stackelberg(), 128),
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("max_products", (128, 40))
 def test_no_more_products_than_allowed(kind, concept, max_products):
     if kind == "root" and isinstance(concept, blx.ColdStart | blx.Optimistic):
         pytest.skip("for minima alone")
@@ -185,17 +189,16 @@ def _optimistic(across, along, lowest, rank=600, squares=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("squares", (True, False))
 @pytest.mark.parametrize(
-    "across, along, curvature",
+    "squares, across, along, curvature",
     (
         # F is concave across S(x), where y cannot move.
-        (-1.0, [], 0),
-        (-1.0, [0.0], 0),
-        # F is concave along one direction of S(x).
-        (-1.0, [-0.2], 0.2),
-        (1.0, [-1.0], 1.0),
-        (-1.0, [-0.5] * 500, 0.5),
+        (False, -1.0, [], 0),
+        (True, -1.0, [0.0], 0),
+        # F is concave along one direction of S(x), or many.
+        (False, -1.0, [-0.2], 0.2),
+        (True, 1.0, [-1.0], 1.0),
+        (False, -1.0, [-0.5] * 500, 0.5),
     ),
 )
 def test_curvature_along_a_large_set(squares, across, along, curvature):

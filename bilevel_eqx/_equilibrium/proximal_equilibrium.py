@@ -18,7 +18,7 @@ from .._solution_set.picture import picture
 from .._tree import nonzero, tree_axpy, tree_norm, tree_waves, where
 from .base import AbstractEquilibrium, Certificate
 from .outer_curvature import outer_curvature
-from .residuals import measure, outer_residual, outer_slopes, slopes_of
+from .residuals import measure, outer_residual, outer_slopes, share, slopes_of
 
 
 def _known_limit_or_rate(weight: Any) -> Any:
@@ -153,7 +153,7 @@ def _typical(product, x: PyTree[Array]) -> Scalar:
 
 @called_once
 def _defect_of_zero_sum(problem, x: PyTree[Array], y: PyTree[Array]) -> Scalar:
-    """How large the gradients of F + f are, relative to those of F, around (x, y)."""
+    """The size of the gradients of F + f around (x, y), as a share with those of F."""
 
     def total(variables):
         return problem.outer(*variables) + problem.inner(*variables)
@@ -177,7 +177,7 @@ def _defect_of_zero_sum(problem, x: PyTree[Array], y: PyTree[Array]) -> Scalar:
     wrong, right = jax.vmap(around)(jnp.arange(4))
     finite = jnp.isfinite(wrong + right)
     defect, scale = (jnp.sum(where(finite, u, 0)) for u in (wrong, right))
-    return where(jnp.any(finite), defect / nonzero(scale), jnp.nan)
+    return where(jnp.any(finite), share(defect, scale), jnp.nan)
 
 
 def _is(weight: Any, limit: float) -> bool:

@@ -470,7 +470,8 @@ class Picture(eqx.Module):
         # How much of it may still be across.
         smallest = jnp.minimum(self.inverse.smallest, inverse.smallest)
         across = where(found, jnp.minimum(1, jnp.abs(left) / smallest), 0)
-        return Curvatures(basis, value / nonzero(jnp.maximum(size, scale)), across)
+        largest = jnp.maximum(jnp.maximum(size, value), scale)
+        return Curvatures(basis, value / nonzero(largest), across)
 
     def along(self, operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
         r"""$P W P$, a symmetric operator within the tangent space."""
