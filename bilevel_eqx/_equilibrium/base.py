@@ -302,7 +302,9 @@ def certify(
         bounded by it. Smaller problems take a decomposition of H. Keyword only argument.
     - `second_order`: whether to check, too, that x is a minimum to second order: the
         entry `outer curvature`, from the derivative of the hypergradient. That needs
-        third derivatives of f, and a longer program. Beyond 1,024 entries of x negative
+        third derivatives of f, and a longer program: where y has more than 1,024 entries
+        and f is not quadratic, one that compiles for a minute or more, and an unbounded
+        number of products with H. Beyond 1,024 entries of x negative
         curvature is looked for in a Krylov space of 64 products. [`bilevel_eqx.Nash`][]
         and [`bilevel_eqx.ProximalEquilibrium`][] always check it. For
         [`bilevel_eqx.Pessimistic`][] it is checked where y alone is worst: at a kink of
@@ -342,7 +344,9 @@ def certify(
       It is zero or not, and does not become small near an equilibrium.
 
     If all of a problem is zero at its answer, nothing says how large a deviation is, and
-    the shares are of the order of one until the answer is exact.
+    the shares are of the order of one until the answer is exact. Where x is exactly zero
+    in a set (`project_x`), its size counts as one: measure x in units in which the set is
+    not much smaller.
 
     **Raises:**
 
