@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from .._solution_set.curvature import curvatures_along
 from .._solution_set.picture import picture
 from .._solution_set.selected_value import second_derivative
 from .._tree import vector_norm
@@ -48,7 +49,7 @@ class Optimistic(AbstractEquilibrium):
         at = measure(here, slopes_of(here))
         lagrangian = here.lagrangian(here.problem.outer, -at.adjoint)
         W = here.operator(lambda v: lagrangian.push(v)[1])
-        curvatures = here.curvatures_along(W, at.outer.y)
+        curvatures = curvatures_along(here, W, at.outer.y)
         slope = vector_norm(here.project(at.outer.y))
         return Certificate(
             "an optimistic equilibrium",

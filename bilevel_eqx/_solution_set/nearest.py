@@ -12,7 +12,8 @@ from .._linalg.eigenbasis import Eigenbasis
 from .._linear_solver.truncated_cg import TruncatedCG
 from .._problem.base import AbstractBilevelProblem
 from .._tree import tree_axpy, tree_scale, vector_norm, where
-from .picture import Adjoint, Curvatures, flat_picture, Picture, Push
+from .curvature import Curvatures, curvatures_along
+from .picture import Adjoint, flat_picture, Picture, Push
 from .search import select
 
 
@@ -126,7 +127,7 @@ class Displacement(NamedTuple):
             basis = Eigenbasis(jnp.ones(1, u.dtype), along[:, None])
             none = jnp.zeros((), u.dtype)
             return Curvatures(basis, none, none), (u - along, tree_scale(-1, in_x(along)))
-        known = here.curvatures_along(W, along, 1.0)
+        known = curvatures_along(here, W, along, 1.0)
         basis = known.basis
         curvatures = where(basis.values == 0, jnp.inf, basis.values)
         v = basis.combine(basis.coordinates(along) / curvatures, along)

@@ -38,14 +38,11 @@ from .._derivatives.second import (
 )
 from .._failure.results import RESULTS
 from .._linalg.eigenbasis import (
-    Eigenbasis,
     eigenbasis,
-    eigenbasis_within,
-    negative_curvature,
     negative_share,
     singular_values,
 )
-from .._linalg.power_iteration import DENSE_SIZE, largest_magnitude
+from .._linalg.power_iteration import DENSE_SIZE
 from .._linalg.zero_curvature import clearance, ends, uncertainty
 from .._linear_solver.judged import judged
 from .._linear_solver.misc import augmented, explain, tags_for
@@ -96,17 +93,6 @@ class Adjoint(NamedTuple):
     image: PyTree[Array] | None
     """For a sum of squares A q, without the rounding of that product; else `None`."""
     result: RESULTS
-
-
-class Curvatures(NamedTuple):
-    """The curvature of something along S(x)."""
-
-    basis: Eigenbasis
-    """Eigenvectors, or Ritz vectors, within the tangent space."""
-    negative: Scalar
-    """The size of the most negative eigenvalue, relative to the largest."""
-    across: Scalar
-    """The share of its eigenvector that may be across S(x)."""
 
 
 class NewtonStep(NamedTuple):
@@ -431,47 +417,10 @@ class Picture(eqx.Module):
         in_x, in_y = jax.vmap(push)(jnp.eye(self.y.size, dtype=self.y.dtype))
         return TransposedRows(in_x), lx.MatrixLinearOperator(in_y.T, lx.symmetric_tag)
 
-    def curvatures_along(
-        self, W: lx.AbstractLinearOperator, start: Float[Array, " n"], scale: float = 0.0
-    ) -> "Curvatures":
-        """The eigenvectors of $P W P$ in the tangent space, and the most negative
-        eigenvalue relative to the largest, or to a scale that is larger.
-
-        Beyond the dense size these are Ritz vectors. Where products with H are counted,
-        it takes half of them.
-        """
-        if not self._knows_range or self.inverse.everywhere:
-            num_steps = self.share_of_products(0.5, 84)
-            basis = eigenbasis_within(self.project, W, start, num_steps)
-            exact = jnp.zeros((), self.y.dtype)
-            return Curvatures(basis, negative_curvature(basis, scale), exact)
-        # P knows a Krylov space of H, and what W leads out of it may be across S(x). So
-        # what is across S(x) gets a curvature that is larger than all of W.
-        assert self.max_products is not None
-        budget = self.max_products // 2
-        # If S(x) is a plane then W is that of F alone.
-        each = 1 if self.is_plane else 3
-        size = largest_magnitude(W.mv, start, _POWER_STEPS)
-        H, weight = self.at.definite_hessian(), 4 * size / self.inverse.smallest
-        penalised = self._function(lambda v: tree_axpy(weight, H.mv(v), W.mv(v)))
-        num_steps = max(2, (3 * budget // 4 - _POWER_STEPS * each) // (each + 1))
-        basis = eigenbasis_within(self.project, penalised, start, num_steps, size)
-        # The lowest of them is nearly along S(x). What is across is taken away.
-        within = jnp.any(basis.vectors != 0, axis=0)
-        lowest = basis.vectors[:, jnp.argmin(where(within, basis.values, jnp.inf))]
-        image = H.mv(lowest)
-        inverse = krylov_inverse(H, image[None], max(1, budget // 4), not self.is_plane)
-        along = lowest - inverse(image)[0]
-        square = jnp.sum(along**2)
-        value, left = (along @ A.mv(along) / nonzero(square) for A in (W, H))
-        rounding = 100 * jnp.finfo(size.dtype).eps * size
-        found = (square > _LEAST_SHARE) & (-value > rounding)
-        value = where(found, -value, 0)
-        # How much of it may still be across.
-        smallest = jnp.minimum(self.inverse.smallest, inverse.smallest)
-        across = where(found, jnp.minimum(1, jnp.abs(left) / smallest), 0)
-        largest = jnp.maximum(jnp.maximum(size, value), scale)
-        return Curvatures(basis, value / nonzero(largest), across)
+    @property
+    def projects_everything(self) -> bool:
+        """Whether `project` is right for all vectors, and not in a Krylov space alone."""
+        return not self._knows_range or self.inverse.everywhere
 
     def along(self, operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
         r"""$P W P$, a symmetric operator within the tangent space."""
@@ -479,7 +428,7 @@ class Picture(eqx.Module):
         def product(vector):
             return self.project(operator.mv(self.project(vector)))
 
-        return self._function(product)
+        return self.function(product)
 
     def within(
         self, product: Callable[[Float[Array, " n"]], Float[Array, " n"]]
@@ -495,9 +444,12 @@ class Picture(eqx.Module):
             along = self.project(vector)
             return self.project(product(along)) + (vector - along)
 
-        return self._function(total)
+        return self.function(total)
 
-    def _function(self, product):
+    def function(
+        self, product: Callable[[Float[Array, " n"]], Float[Array, " n"]]
+    ) -> lx.AbstractLinearOperator:
+        """A symmetric operator on vectors like y, which is only multiplied with."""
         structure = jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
         return lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
 
@@ -677,10 +629,9 @@ def flat_picture(
             num_steps = max(2, num_products // 8)
             spectrum = singular_values(at.hessian, num_steps)
             num_products = num_products - 2 * num_steps
-        elif isinstance(at.hessian, LeastSquaresHessian):
-            if at.hessian.curvature is not None:
-                # Those of `negative_curvature`.
-                num_products = num_products - _share(max_products, 0.5, _LANCZOS_STEPS)
+        elif getattr(at.hessian, "curvature", None) is not None:
+            # Those of `negative_curvature`.
+            num_products = num_products - _share(max_products, 0.5, _LANCZOS_STEPS)
         starts = [at.along(jax.grad(problem.outer, argnums=1)(x, y))]
         if anchor is not None:
             # Not their sum: its space contains neither of them.
@@ -688,10 +639,7 @@ def flat_picture(
             num_products = num_products - _PRODUCTS_OF_PROJECTIONS
         starts.append(_way_to_minimum(at, y))
         inverse = krylov_inverse(
-            at.definite_hessian(),
-            jnp.stack(starts),
-            max(1, num_products),
-            not is_plane,
+            at.definite_hessian(), jnp.stack(starts), max(1, num_products), not is_plane
         )
         if isinstance(at.hessian, LeastSquaresHessian):
             inverse = Augmented(inverse)
@@ -806,11 +754,3 @@ def restore(
 _RESTORATIONS = 50
 
 _LANCZOS_STEPS = 64
-
-
-# For the size of what is only to be outweighed.
-_POWER_STEPS = 4
-
-
-# A vector with less than this in the null space of H says nothing about it.
-_LEAST_SHARE = 0.05
