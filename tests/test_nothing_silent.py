@@ -397,3 +397,53 @@ def test_in_a_derivative(name):
     assert re.search(_INNER, sentence)
     # Short of the edge y is x in each of the three entries.
     assert tree_allclose(derivative(jnp.array(0.125)), expected, rtol=1e-10)
+
+
+#
+# A second derivative that is NaN, where values and gradients are not
+#
+
+
+@jax.custom_jvp
+def _one(u):
+    return jnp.ones_like(u)
+
+
+@_one.defjvp
+def _(primals, tangents):
+    return _one(*primals), jnp.nan * tangents[0]
+
+
+@jax.custom_jvp
+def _without_second_derivative(u):
+    return u
+
+
+@_without_second_derivative.defjvp
+def _(primals, tangents):
+    return primals[0], _one(primals[0]) * tangents[0]
+
+
+@pytest.mark.parametrize("squares", (False, True))
+@pytest.mark.parametrize("size", (6, pytest.param(1100, marks=pytest.mark.slow)))
+def test_a_hessian_that_is_nan(size, squares):
+    """A pseudoinverse of it is not zero, and no hypergradient is a success."""
+
+    def outer(x, y):
+        return 0.5 * jnp.sum((y - 1) ** 2) + 0.5 * jnp.sum(x**2)
+
+    def residual(x, y):
+        return y.at[3].set(_without_second_derivative(y[3])) - x[0]
+
+    problem = blx.BilevelProblem(outer, lambda x, y: 0.5 * jnp.sum(residual(x, y) ** 2))
+    if squares:
+        problem = blx.LeastSquaresProblem(outer, residual)
+    x, y = jnp.ones(1), jnp.full(size, 1.1)
+    for solver in (blx.Pseudoinverse(), blx.TruncatedCG(5), blx.Neumann(5, 0.1)):
+        response = blx.Implicit(None, solver, None)
+        out = blx.hypergradient(problem, x, y, response, throw=False)
+        assert out.result != blx.RESULTS.successful
+        with pytest.raises(eqx.EquinoxRuntimeError, match="the Hessian of the inner"):
+            blx.hypergradient(problem, x, y, response)
+    certificate = blx.certify(problem, blx.WarmStart(), x, y)
+    assert all(np.isnan(value) for value in certificate.residuals.values())

@@ -275,7 +275,8 @@ def _extended(basis, count, vector, scale):
     # of the others would look like curvature where there is none.
     rest = rest - (basis @ rest) @ basis
     length = vector_norm(rest)
-    is_new = length > 10 * jnp.finfo(vector.dtype).eps * scale
+    # Not >: NaN is not to be dropped in silence.
+    is_new = ~(length <= 10 * jnp.finfo(vector.dtype).eps * scale)
     length = where(is_new, length, 0)
     row = where(is_new, rest / where(is_new, length, 1), 0)
     basis, shares = basis.at[count].set(row), shares.at[count].set(length)

@@ -228,7 +228,8 @@ def _counts(clear: Float[Array, " r"]) -> dict[str, Array]:
 def _truncated(values, vectors, uncertain):
     """Reciprocals and vectors without those that count as zero, and the clearance."""
     clear = clearance(values, uncertain)
-    keep = jnp.abs(clear) > 1
+    # Not >: what is NaN counts.
+    keep = ~(jnp.abs(clear) <= 1)
     reciprocal = where(keep, 1 / where(keep, values, 1), 0)
     return reciprocal, [where(keep[:, None], rows, 0) for rows in vectors], clear
 
@@ -538,7 +539,8 @@ class _FactorInverse(eqx.Module):
 
             def unfinished(carry):
                 count, _, Cq, change, before, _, _ = carry
-                relevant = tree_norm(Cq) > 10 * eps * pulled
+                # Not >: what is NaN counts.
+                relevant = ~(tree_norm(Cq) <= 10 * eps * pulled)
                 return (change > 10 * eps * scale) & relevant & (count < _REFINEMENTS)
 
             def refine(carry):
