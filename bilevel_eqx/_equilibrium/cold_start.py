@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from .._derivatives.second import hessian_depends_on_y
 from .._response.minimum_displacement import MinimumDisplacement
 from .._solution_set.nearest import Displacement
 from .._solution_set.picture import picture
@@ -49,10 +48,8 @@ class ColdStart(AbstractEquilibrium):
 
     def certify(self, problem, x, y, y0, max_products=None):
         require_start(y0, "ColdStart()", "A cold start")
-        # The other half is for the curvature of S(x).
-        share_of_inverse = 0.5 if hessian_depends_on_y(problem, x, y) else 1.0
         here, layout = picture(
-            problem, x, y, max_products=max_products, share=share_of_inverse, anchor=y0
+            problem, x, y, max_products=max_products, share=0.5, anchor=y0
         )
         nearest = Displacement(here, layout.ravel(y0))
         outer = slopes_of(here, y0=nearest.anchor)

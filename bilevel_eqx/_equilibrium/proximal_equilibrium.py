@@ -13,9 +13,10 @@ from .._compat import called_once, is_traced
 from .._derivatives.second import cross_derivative_operator
 from .._inner_solver.minimum import minimise_inner
 from .._inner_solver.projection import Projection
+from .._linalg.power_iteration import typical_magnitude
 from .._problem.proximal import proximal
 from .._solution_set.picture import picture
-from .._tree import nonzero, tree_axpy, tree_norm, tree_waves, where
+from .._tree import nonzero, tree_axpy, tree_norm, where
 from .base import AbstractEquilibrium, Certificate
 from .outer_curvature import outer_curvature
 from .residuals import measure, outer_residual, outer_slopes, share, slopes_of
@@ -101,7 +102,7 @@ class ProximalEquilibrium(AbstractEquilibrium):
         reply = self.reply(problem, x, y)
         outer = outer_slopes(here.problem, x, layout.ravel(reply), x0, start)
         _, direct = jax.linearize(lambda x: jax.grad(problem.outer)(x, reply), x)
-        accuracy, product, scale = at.accuracy, direct, _typical(direct, x)
+        accuracy, product, scale = at.accuracy, direct, typical_magnitude(direct, x)
         if not self.plays_nash:
             there, _ = picture(self.replying(problem, y), x, reply)
             B = cross_derivative_operator(problem, x, reply)
@@ -115,7 +116,7 @@ class ProximalEquilibrium(AbstractEquilibrium):
             def product(v):
                 return tree_axpy(1.0, through_reply(v), direct(v))
 
-            scale = scale + _typical(through_reply, x)
+            scale = scale + typical_magnitude(through_reply, x)
         return Certificate(
             "a proximal equilibrium",
             {
@@ -143,12 +144,6 @@ class ProximalEquilibrium(AbstractEquilibrium):
             accuracy=accuracy,
             notes=at.notes,
         )
-
-
-def _typical(product, x: PyTree[Array]) -> Scalar:
-    """The size of a linear map of x, along a vector that is nothing special."""
-    waves = tree_waves(x)
-    return tree_norm(product(waves)) / tree_norm(waves)
 
 
 @called_once

@@ -56,6 +56,12 @@ def largest_magnitude(
     return jax.lax.scan(multiply, start, None, length=num_steps)[1][-1]
 
 
+def typical_magnitude(product: Callable[[PyTree], PyTree], like: PyTree[Array]) -> Scalar:
+    """The size of a linear map along a vector that is nothing special."""
+    waves = tree_waves(like)
+    return tree_norm(product(waves)) / tree_norm(waves)
+
+
 DENSE_SIZE = 1024
 
 

@@ -10,7 +10,7 @@ from .._linalg.eigenbasis import Eigenbasis, eigenbasis_within, negative_curvatu
 from .._linalg.power_iteration import largest_magnitude
 from .._linear_solver.pseudoinverse import krylov_inverse
 from .._tree import nonzero, tree_axpy, where
-from .picture import Picture
+from .picture import as_operator, Picture
 
 
 class Curvatures(NamedTuple):
@@ -47,7 +47,9 @@ def curvatures_along(
     # The picture's P knows a Krylov space of H, and what W leads out of that space may be
     # across S(x). So what is across gets a curvature that is larger than all of W.
     H, weight = here.at.definite_hessian(), 4 * size / here.inverse.smallest
-    penalised = here.function(lambda v: tree_axpy(weight, H.mv(v), W.mv(v)))
+    penalised = as_operator(
+        lambda v: tree_axpy(weight, H.mv(v), W.mv(v)), here.y, dense=False
+    )
     basis = eigenbasis_within(here.project, penalised, start, num_steps, size)
     within = jnp.any(basis.vectors != 0, axis=0)
     lowest = basis.vectors[:, jnp.argmin(where(within, basis.values, jnp.inf))]

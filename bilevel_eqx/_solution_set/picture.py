@@ -37,12 +37,8 @@ from .._derivatives.second import (
     value_gradient_and_product,
 )
 from .._failure.results import RESULTS
-from .._linalg.eigenbasis import (
-    eigenbasis,
-    negative_share,
-    singular_values,
-)
-from .._linalg.power_iteration import DENSE_SIZE
+from .._linalg.eigenbasis import eigenbasis, negative_share, singular_values
+from .._linalg.power_iteration import DENSE_SIZE, typical_magnitude
 from .._linalg.zero_curvature import clearance, ends, uncertainty
 from .._linear_solver.judged import judged
 from .._linear_solver.misc import augmented, explain, tags_for
@@ -60,7 +56,6 @@ from .._tree import (
     tree_dot,
     tree_size,
     tree_sub,
-    tree_waves,
     vector_norm,
     vector_norms,
     where,
@@ -428,7 +423,7 @@ class Picture(eqx.Module):
         def product(vector):
             return self.project(operator.mv(self.project(vector)))
 
-        return self.function(product)
+        return as_operator(product, self.y, dense=False)
 
     def within(
         self, product: Callable[[Float[Array, " n"]], Float[Array, " n"]]
@@ -444,14 +439,7 @@ class Picture(eqx.Module):
             along = self.project(vector)
             return self.project(product(along)) + (vector - along)
 
-        return self.function(total)
-
-    def function(
-        self, product: Callable[[Float[Array, " n"]], Float[Array, " n"]]
-    ) -> lx.AbstractLinearOperator:
-        """A symmetric operator on vectors like y, which is only multiplied with."""
-        structure = jax.ShapeDtypeStruct(self.y.shape, self.y.dtype)
-        return lx.FunctionLinearOperator(product, structure, lx.symmetric_tag)
+        return as_operator(total, self.y, dense=False)
 
     def clearance(self) -> Float[Array, " k"]:
         """The eigenvalues of H, or the singular values if y is a root, in units of their
@@ -480,8 +468,7 @@ class Picture(eqx.Module):
         special, where eigenvalues are not known."""
         if self._knows_range:
             return self.inverse.largest
-        waves = tree_waves(self.y)
-        return vector_norm(self.at.hessian.mv(waves)) / vector_norm(waves)
+        return typical_magnitude(self.at.hessian.mv, self.y)
 
     @property
     def is_convex(self) -> bool:
@@ -563,11 +550,10 @@ def _way_to_minimum(at: Stationarity, y: Float[Array, " n"]) -> Float[Array, " n
     """
     H = at.definite_hessian()
     residual = at.along(at.residual)
-    waves = tree_waves(y)
-    image, total, size, left = vector_norms(H.mv(waves), waves, y, residual)
+    size, left = vector_norms(y, residual)
     way = residual if lx.is_symmetric(H) else H.T.mv(residual)
     eps = float(jnp.finfo(y.dtype).eps)
-    return where(left > eps**0.75 * (image / total * size), way, 0)
+    return where(left > eps**0.75 * typical_magnitude(H.mv, y) * size, way, 0)
 
 
 def as_operator(
@@ -604,8 +590,9 @@ def flat_picture(
     `differentiable`, and none otherwise. `computed` is what `Picture.computed` of the
     same point has, without constraints. Beyond the dense size, `max_products` bounds the
     products with H that are taken in all, and `share` is how much of that goes into the
-    pseudoinverse. That is then one of a Krylov space of F_y, and of the displacement from
-    the `anchor` if there is one. `on_set` says that y is on S(x) but for rounding.
+    pseudoinverse: all, if there is an `anchor` and S(x) is a plane. That is then one of a
+    Krylov space: see `_bounded_inverse`. `on_set` says that y is on S(x) but for
+    rounding.
     """
     check_mesh_of_solve((problem, x, y))
     dense = y.size <= DENSE_SIZE and not differentiable
@@ -623,26 +610,19 @@ def flat_picture(
     spectrum = None
     if bounded and inverse is None:
         assert max_products is not None
+        if anchor is not None and is_plane:
+            # Nothing is needed for the curvature of S(x).
+            share = 1.0
         num_products = int(share * max_products) - _FURTHER_PRODUCTS
         if isinstance(problem, AbstractRootProblem):
             # Each step is a product with H and one with its transpose.
             num_steps = max(2, num_products // 8)
             spectrum = singular_values(at.hessian, num_steps)
             num_products = num_products - 2 * num_steps
-        elif getattr(at.hessian, "curvature", None) is not None:
-            # Those of `negative_curvature`.
-            num_products = num_products - _share(max_products, 0.5, _LANCZOS_STEPS)
-        starts = [at.along(jax.grad(problem.outer, argnums=1)(x, y))]
-        if anchor is not None:
-            # Not their sum: its space contains neither of them.
-            starts.append(y - anchor)
-            num_products = num_products - _PRODUCTS_OF_PROJECTIONS
-        starts.append(_way_to_minimum(at, y))
-        inverse = krylov_inverse(
-            at.definite_hessian(), jnp.stack(starts), max(1, num_products), not is_plane
+        slope = jax.grad(problem.outer, argnums=1)(x, y)
+        inverse = _bounded_inverse(
+            at, y, slope, anchor, max_products, num_products, not is_plane
         )
-        if isinstance(at.hessian, LeastSquaresHessian):
-            inverse = Augmented(inverse)
     if inverse is None:
         # Factorised once, for all products with the pseudoinverse. Their derivatives do
         # not go through the factors.
@@ -667,6 +647,26 @@ def flat_picture(
         is_plane=is_plane,
         differentiable=differentiable,
     )
+
+
+def _bounded_inverse(
+    at: Stationarity, y, slope, anchor, max_products: int, num_products: int, curved: bool
+):
+    """The pseudoinverse in a Krylov space of F_y, of the way to a minimum, and of the
+    displacement from an anchor."""
+    # Not their sum: its space contains none of them.
+    starts = [at.along(slope)]
+    if anchor is not None:
+        starts.append(y - anchor)
+        num_products = num_products - _PRODUCTS_OF_PROJECTIONS
+    starts.append(_way_to_minimum(at, y))
+    H = at.definite_hessian()
+    squares = isinstance(H, LeastSquaresHessian)
+    if squares and H.curvature is not None:
+        # Those of `negative_curvature`.
+        num_products = num_products - _share(max_products, 0.5, _LANCZOS_STEPS)
+    inverse = krylov_inverse(H, jnp.stack(starts), max(1, num_products), curved)
+    return Augmented(inverse) if squares else inverse
 
 
 def _expansion(problem, x, y, dense: bool, tags, projector):
@@ -752,5 +752,6 @@ def restore(
 
 
 _RESTORATIONS = 50
+
 
 _LANCZOS_STEPS = 64
